@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Train from a TOML file: ./run_train.sh --job.config_file train_configs/debug_model.toml [--section.key value ...]
+#
+#   NGPU           processes on this machine            (default: the visible GPUs, else 1 process on the CPU)
+#   CONFIG_FILE    the same as --job.config_file        (the argument wins)
+#   LOG_RANK       local ranks whose output is shown    (default: 0)
+#   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        several machines; start this script on each
+#   PYTHON         the interpreter                      (default: python)
+set -euo pipefail
+
+PYTHON=${PYTHON:-python}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}
+LOG_RANK=${LOG_RANK:-0}
+if [[ -z ${NGPU:-} ]]; then
+    NGPU=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        NGPU=$(tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES}" | grep -c . || true)
+    fi
+    if ((NGPU == 0)); then NGPU=1; fi
+fi
+if [[ -n ${CONFIG_FILE:-} ]]; then set -- --job.config_file "${CONFIG_FILE}" "$@"; fi
+
+if ((NGPU == 1 && NNODES == 1)); then
+    # One process needs no rendezvous: signals and exit status are its own.
+    exec "${PYTHON}" -m titan_peer.train "$@"
+fi
+exec "${PYTHON}" -m titan_peer.launch \
+    --nnodes "${NNODES}" --node-rank "${NODE_RANK}" --nproc-per-node "${NGPU}" \
+    --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT}" \
+    --local-ranks-filter "${LOG_RANK}" --role rank --tee 3 \
+    -m titan_peer.train "$@"

@@ -1,0 +1,480 @@
+"""The whole job as dataclasses: defaults <- TOML file <- command line, checked before any work starts.
+
+Every key is documented by the docstring under it; `--help` and docs/configuration.md are generated from these. The
+architecture's keys live beside the model (`ModelArgs`), a data source's beside the readers (`DataSource`), so that who
+changes either finds the key there; names follow torchtitan where it has the same thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+import tyro
+
+from titan_peer.data.sources import DataSource
+from titan_peer.errors import UserError
+from titan_peer.model import ModelArgs
+
+
+@dataclass
+class Job:
+    """What this run is and where it writes."""
+
+    config_file: str = ""
+    """TOML file with this job's keys; command-line values override it."""
+    description: str = ""
+    """Free text, shown in the banner."""
+    dump_folder: str = "outputs"
+    """Folder for everything the job writes: config.toml, metrics.jsonl, plots, checkpoints."""
+    print_config: bool = False
+    """Print the resolved job as TOML on standard output and stop."""
+
+
+@dataclass
+class Model(ModelArgs):
+    """Architecture and tokenizer."""
+
+    tokenizer_path: str = "assets/tokenizer"
+    """A tokenizer.json, a folder that holds one, a .tiktoken file, or "byte" for raw UTF-8 bytes."""
+
+
+@dataclass
+class Training:
+    """Batches, precision and length of the run."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run, those before a resume included."""
+    seq_len: int = 1024
+    """Tokens of a packed sequence; at most model.max_seq_len."""
+    local_batch_size: int = 8
+    """Sequences a process takes at a time."""
+    global_batch_size: int = -1
+    """Sequences an optimizer step; gradients accumulate to reach it. -1: local_batch_size x data-parallel degree."""
+    max_norm: float = 1.0
+    """Clip the gradient to this norm; 0 only measures it."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype of matmuls; master weights stay float32. auto: bfloat16 where the device has it in hardware."""
+    loss_chunk_size: int = 1024
+    """Tokens whose logits exist at a time in the loss."""
+    gc_freq: int = 50
+    """Run Python's garbage collector every so many steps and at no other time; 0 leaves it automatic."""
+
+
+@dataclass
+class Optimizer:
+    """AdamW; a group of its own for expert tables."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, gains and biases have none."""
+    expert_lr_factor: float = 1.0
+    """Learning rate of expert tables, as a factor of lr."""
+    expert_weight_decay: float = 0.0
+    """Decoupled weight decay of expert tables."""
+    expert_update: Literal["rowwise", "dense"] = "rowwise"
+    """rowwise: a step touches only the rows of the experts used (the moments of others do not decay meanwhile); dense:
+    torch's AdamW over whole tables."""
+    expert_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the moments of expert tables (rowwise only); bfloat16 is written with stochastic rounding."""
+    expert_second_moment: Literal["element", "row"] = "element"
+    """element: one second moment a weight; row: one an expert's table row (rowwise only)."""
+
+
+@dataclass
+class LRScheduler:
+    """Warmup, stable, decay."""
+
+    warmup_steps: int = 100
+    """Steps of linear warmup from 0 to lr."""
+    decay_ratio: float = 0.2
+    """Share of training.steps, at the end, over which the rate decays; what is left between is constant."""
+    decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = 0.0
+    """Rate at the last step, as a factor of lr."""
+
+
+@dataclass
+class Data:
+    """What is trained on."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    """The streams of the mix: one [[data.sources]] table each."""
+    shuffle: bool = True
+    """Shuffle documents, anew every epoch; seeded by debug.seed."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process."""
+
+
+@dataclass
+class Validation:
+    """Held-out loss, perplexity and bits per byte."""
+
+    enable: bool = False
+    """Validate during training and at the end."""
+    freq: int = 100
+    """Steps between validations."""
+    steps: int = -1
+    """Batches of a validation; -1 takes the whole held-out set."""
+    local_batch_size: int = 8
+    """Sequences a process takes at a time."""
+    sources: list[DataSource] = field(default_factory=list)
+    """Held-out text: one [[validation.sources]] table each."""
+
+
+@dataclass
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: bool = True
+    """Save checkpoints, and resume from the newest complete one in the folder."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints inside job.dump_folder."""
+    interval: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep_latest_k: int = 3
+    """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
+    load_step: int = -1
+    """Step to resume from; -1: the newest complete one, 0: start anew."""
+
+
+@dataclass
+class Parallelism:
+    """How the job is spread over processes."""
+
+    data_parallel_replicate_degree: int = 1
+    """Replicas of the model (with a shard degree: of each shard group)."""
+    data_parallel_shard_degree: int = -1
+    """Processes over which parameters, gradients and optimizer states are sharded; -1: all that are left."""
+
+
+@dataclass
+class ActivationCheckpoint:
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """none; full: every block; selective: every n-th block."""
+    every_n_layers: int = 2
+    """selective: recompute every n-th block."""
+
+
+@dataclass
+class Compile:
+    """torch.compile."""
+
+    enable: bool = True
+    """Compile every block (without graph breaks) and the loss."""
+
+
+@dataclass
+class Float8:
+    """float8 matmuls by torchao (extra: float8)."""
+
+    enable: bool = False
+    """Convert the linear layers of blocks whose dims are multiples of 16."""
+    recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """Granularity of the scales."""
+    emulate: bool = False
+    """Compute in higher precision but round as float8 does: for devices without it."""
+
+
+@dataclass
+class Metrics:
+    """What is reported."""
+
+    log_freq: int = 10
+    """Steps between log lines and records in metrics.jsonl; the first and last step are always logged."""
+    enable_tensorboard: bool = False
+    """Also write TensorBoard files to <dump_folder>/tensorboard (extra: logging)."""
+    enable_wandb: bool = False
+    """Also log to Weights & Biases, project by WANDB_PROJECT (extra: logging)."""
+
+
+@dataclass
+class Debug:
+    """Reproducibility."""
+
+    seed: int = 0
+    """Seed of weights, data order and dropout."""
+    deterministic: bool = False
+    """Only deterministic algorithms (slower on GPUs); CPU runs repeat bit for bit without it."""
+
+
+@dataclass
+class JobConfig:
+    """A training job.
+
+    Examples:
+      ./run_train.sh --job.config_file train_configs/debug_model.toml
+      ./run_train.sh --job.config_file train_configs/peer_1m.toml --training.steps 1000 --compile.enable false
+    """
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    float8: Float8 = field(default_factory=Float8)
+    metrics: Metrics = field(default_factory=Metrics)
+    debug: Debug = field(default_factory=Debug)
+
+    def to_toml(self) -> str:
+        """The resolved job as a TOML file that reproduces it."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TOML -> dataclasses
+
+
+def _nearest(word: str, candidates: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(candidates)}"
+
+
+def _type_name(expected: Any) -> str:
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    if origin is list:
+        return "a list of " + ("tables" if dataclasses.is_dataclass(args[0]) else args[0].__name__)
+    if origin is types.UnionType:
+        return " or ".join(_type_name(a) for a in args)
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(expected, str(expected))
+
+
+def _convert(value: Any, expected: Any, key: str, where: str) -> Any:
+    """`value` from TOML as the type a field expects, or UserError."""
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {key} = {value!r}: must be a table")
+        return _build(typing.cast(type, expected), value, key, where)
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, args[0], f"{key}[{i}]", where) for i, item in enumerate(value)]
+    if origin is Literal and value in args:
+        return value
+    if origin is types.UnionType:
+        for option in args:
+            try:
+                return _convert(value, option, key, where)
+            except UserError:
+                continue
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(expected, type) and type(value) is expected:
+        return value
+    raise UserError(f"{where}: {key} = {value!r}: must be {_type_name(expected)}")
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for name, value in table.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if name not in names:
+            raise UserError(f"{where}: unknown key {key} = {value!r}{_nearest(name, names)}")
+        values[name] = _convert(value, hints[name], key, where)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a field without a default is missing
+        raise UserError(f"{where}: {prefix or 'the job'}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _read_toml(path: str) -> JobConfig:
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"job.config_file = {path}: is not valid TOML: {error}") from None
+    return typing.cast(JobConfig, _build(JobConfig, table, "", path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def leaf_keys(cls: type = JobConfig, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Every key of the job with its type and field: ("training.steps", int, Field)."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from leaf_keys(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", hints[f.name], f
+
+
+def _source_key(key: str) -> str | None:
+    """The field of a data source that a key like data.sources.0.path names."""
+    parts = key.split(".")
+    if len(parts) == 4 and parts[0] in ("data", "validation") and parts[1] == "sources" and parts[2].isdigit():
+        return parts[3]
+    return None
+
+
+def _checked_arguments(args: Sequence[str]) -> list[str]:
+    """Command-line arguments with known keys only, and booleans as tyro spells them; `--key=value` is taken apart."""
+    types_of = {key: expected for key, expected, _ in leaf_keys()}
+    source_types = typing.get_type_hints(DataSource)
+    flat: list[str] = []
+    for argument in args:
+        key, equals, value = argument.partition("=")
+        flat += [key, value] if key.startswith("--") and equals else [argument]
+    checked: list[str] = []
+    for i, argument in enumerate(flat):
+        if argument in ("-h", "--help") or not argument.startswith("--"):
+            checked.append(argument)
+            continue
+        key = argument[2:].replace("-", "_")
+        source_field = _source_key(key)
+        expected = source_types.get(source_field) if source_field is not None else types_of.get(key)
+        if expected is None:
+            raise UserError(f"command line: unknown key --{key}{_nearest(key, list(types_of))}")
+        following = flat[i + 1] if i + 1 < len(flat) else "--"
+        checked.append("--" + key)
+        if expected is bool:
+            if following.startswith("--"):
+                checked.append("True")  # a bare flag
+            elif following.lower() in ("true", "false"):
+                flat[i + 1] = following.capitalize()
+            else:
+                raise UserError(f"command line: {key} = {following!r}: must be true or false")
+        elif following.startswith("--") and typing.get_origin(expected) is not list:
+            raise UserError(f"command line: --{key} needs a value: {_type_name(expected)}")
+    return checked
+
+
+def _config_file(args: Sequence[str]) -> str:
+    found = [args[i + 1] for i, argument in enumerate(args[:-1]) if argument == "--job.config_file"]
+    return found[-1] if found else ""
+
+
+def load_config(args: Sequence[str]) -> JobConfig:
+    """The job that command-line arguments describe, checked.
+
+    Raises:
+        UserError: unknown key, wrong type, impossible value or combination.
+        SystemExit: --help (0), or a value of a wrong type on the command line (2), with tyro's message.
+    """
+    args = _checked_arguments(args)
+    config_file = _config_file(args)
+    base = _read_toml(config_file) if config_file else JobConfig()
+    config = tyro.cli(
+        JobConfig,
+        args=args,
+        default=base,
+        prog="run_train.sh",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    check(config)
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the types cannot say
+
+
+def check(config: JobConfig) -> None:
+    """Raise UserError listing every impossible value or combination of the job."""
+    found = config.model.problems()
+
+    def require(ok: bool, key: str, allowed: str) -> None:
+        section, name = key.split(".")
+        if not ok:
+            found.append(f"{key} = {getattr(getattr(config, section), name)}: {allowed}")
+
+    for key in (
+        "training.steps",
+        "training.seq_len",
+        "training.local_batch_size",
+        "training.loss_chunk_size",
+        "validation.freq",
+        "validation.local_batch_size",
+        "metrics.log_freq",
+        "checkpoint.interval",
+        "activation_checkpoint.every_n_layers",
+        "parallelism.data_parallel_replicate_degree",
+    ):
+        section, name = key.split(".")
+        require(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
+    for key in (
+        "training.max_norm",
+        "training.gc_freq",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "optimizer.expert_lr_factor",
+        "optimizer.expert_weight_decay",
+        "lr_scheduler.warmup_steps",
+        "checkpoint.keep_latest_k",
+        "data.num_workers",
+        "debug.seed",
+    ):
+        section, name = key.split(".")
+        require(getattr(getattr(config, section), name) >= 0, key, "must not be negative")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        require(0 <= getattr(config.optimizer, key.split(".")[1]) < 1, key, "must be at least 0 and less than 1")
+    for key in ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"):
+        require(0 <= getattr(config.lr_scheduler, key.split(".")[1]) <= 1, key, "must be from 0 to 1")
+    training = config.training
+    require(
+        training.seq_len <= config.model.max_seq_len,
+        "training.seq_len",
+        f"must be at most model.max_seq_len = {config.model.max_seq_len}",
+    )
+    require(
+        training.global_batch_size == -1 or training.global_batch_size >= 1,
+        "training.global_batch_size",
+        "must be at least 1, or -1 for local_batch_size x data-parallel degree",
+    )
+    require(
+        training.global_batch_size == -1 or training.global_batch_size % max(training.local_batch_size, 1) == 0,
+        "training.global_batch_size",
+        f"must be a multiple of training.local_batch_size = {training.local_batch_size}",
+    )
+    require(
+        config.parallelism.data_parallel_shard_degree >= 1 or config.parallelism.data_parallel_shard_degree == -1,
+        "parallelism.data_parallel_shard_degree",
+        "must be at least 1, or -1 for all processes that are left",
+    )
+    require(config.checkpoint.load_step >= -1, "checkpoint.load_step", "must be a step, 0 (start anew) or -1 (newest)")
+    require(config.validation.steps >= 1 or config.validation.steps == -1, "validation.steps", "must be at least 1 or -1")
+    require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
+    if config.validation.enable:
+        require(bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]")
+    if config.optimizer.expert_update == "dense":
+        for key in ("expert_moment_dtype", "expert_second_moment"):
+            default = getattr(Optimizer(), key)
+            require(
+                getattr(config.optimizer, key) == default,
+                f"optimizer.{key}",
+                f'needs optimizer.expert_update = "rowwise"; dense allows only "{default}"',
+            )
+    if found:
+        raise UserError("\n".join(found))
+

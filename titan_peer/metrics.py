@@ -1,0 +1,285 @@
+"""What a step reports and where it goes: console, metrics.jsonl, TensorBoard, Weights & Biases, and the loss plot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from titan_peer.config import Metrics
+from titan_peer.errors import UserError
+
+logger = logging.getLogger("titan_peer")
+
+Record = dict[str, float | int]
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets).
+_PEAK_FLOPS = {
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory taken so far, GiB: reserved by the allocator on CUDA, resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+class Sink(Protocol):
+    """A place that records go to."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object a record in `path`; a resumed run first drops what an earlier one wrote beyond its step."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in _complete_lines(path) if resumed_step and line["step"] <= resumed_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replacement = path.with_suffix(".jsonl.partial")
+        replacement.write_text(text)
+        replacement.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[Record]:
+    """Records of a metrics.jsonl; a last line cut off by a kill is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "metrics.enable_tensorboard = true: needs tensorboard; install it with: pip install 'titan_peer[logging]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "metrics.enable_wandb = true: needs wandb; install it with: pip install 'titan_peer[logging]'"
+            ) from None
+        self._run = wandb.init(dir=str(folder), config=config, name=folder.name)
+
+    def write(self, record: Record) -> None:
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@dataclass
+class Progress:
+    """A progress bar on a terminal; nothing in a log file."""
+
+    total_steps: int
+    first_step: int
+    _bar: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            logger.info(line)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+class MetricsLogger:
+    """Turns a step's numbers into one console line and one record in every sink (first process only).
+
+    Args:
+        training_flops_per_token: for MFU, the share of the device's bf16 peak that the model's own FLOPs make up.
+        num_devices: devices the tokens are spread over.
+    """
+
+    def __init__(
+        self,
+        config: Metrics,
+        dump_folder: Path,
+        *,
+        device: torch.device,
+        num_devices: int,
+        training_flops_per_token: int,
+        total_steps: int,
+        resumed_step: int,
+        job: dict[str, Any],
+        enabled: bool,
+    ) -> None:
+        self.config, self.device, self.num_devices = config, device, num_devices
+        self.flops_per_token, self.total_steps = training_flops_per_token, total_steps
+        self.peak_flops = peak_flops(device)
+        self.sinks: list[Sink] = []
+        self.progress: Progress | None = None
+        if enabled:
+            self.sinks.append(JsonlSink(dump_folder / "metrics.jsonl", resumed_step))
+            if config.enable_tensorboard:
+                self.sinks.append(TensorBoardSink(dump_folder / "tensorboard"))
+            if config.enable_wandb:
+                self.sinks.append(WandbSink(dump_folder, job))
+            self.progress = Progress(total_steps, resumed_step)
+        self.start_step, self.start_time = resumed_step, time.perf_counter()
+        self._window_start, self._window_tokens, self._window_first_step = self.start_time, 0, resumed_step
+
+    def count(self, tokens: int) -> None:
+        """Count a finished step's tokens (all processes together)."""
+        self._window_tokens += tokens
+        if self.progress is not None:
+            self.progress.advance()
+
+    def due(self, step: int) -> bool:
+        return step == self.start_step + 1 or step % self.config.log_freq == 0 or step == self.total_steps
+
+    def log_step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int) -> None:
+        """Report a step; speed is over the steps since the last report."""
+        now = time.perf_counter()
+        seconds = now - self._window_start
+        tokens_per_second = self._window_tokens / seconds
+        seconds_per_step = seconds / max(step - self._window_first_step, 1)
+        record: Record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "tokens_seen": tokens_seen,
+            "seconds_per_step": round(seconds_per_step, 4),
+            "peak_memory_gib": round(peak_memory_gib(self.device), 3),
+            "elapsed_seconds": round(now - self.start_time, 2),
+        }
+        line = (
+            f"step {step:>6}/{self.total_steps}  loss {loss:8.4f}  grad_norm {grad_norm:8.4f}  lr {lr:.3e}  "
+            f"{tokens_per_second:10,.0f} tokens/s  memory {record['peak_memory_gib']:.2f} GiB"
+        )
+        if self.peak_flops is not None:
+            mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.num_devices)
+            record["mfu"] = round(mfu, 5)
+            line += f"  mfu {100 * mfu:.1f}%"
+        line += f"  left {_duration(seconds_per_step * (self.total_steps - step))}"
+        self._emit(record, line)
+        self._window_start, self._window_tokens, self._window_first_step = now, 0, step
+
+    def log_validation(self, step: int, *, loss: float, perplexity: float, bits_per_byte: float, seconds: float) -> None:
+        record: Record = {
+            "step": step,
+            "validation_loss": loss,
+            "validation_perplexity": perplexity,
+            "validation_bits_per_byte": bits_per_byte,
+        }
+        line = (
+            f"step {step:>6}/{self.total_steps}  validation_loss {loss:.4f}  perplexity {perplexity:.2f}  "
+            f"bits/byte {bits_per_byte:.4f}  ({seconds:.1f} s)"
+        )
+        self._emit(record, line)
+
+    def exclude(self, seconds: float) -> None:
+        """Take time that was not training (validation, checkpoints) out of the speed of the current window."""
+        self._window_start += seconds
+
+    def _emit(self, record: Record, line: str) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+        if self.progress is not None:
+            self.progress.print(line)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def plot_loss(metrics_file: Path, output: Path, title: str) -> None:
+    """Training and validation loss against steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = _complete_lines(metrics_file)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation (held out)", "o--")):
+        points: Sequence[tuple[float, float]] = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1.5, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,591 @@
+"""The model: a pre-norm Transformer of multi-head latent attention (MLA) and product-key expert retrieval (PEER).
+
+Notable choices:
+- MLA as in DeepSeek-V2/V3: low-rank queries and keys/values, a rope part shared by all heads, YaRN for long contexts.
+- PEER ("Mixture of a Million Experts", arXiv 2407.04153) in place of the feed-forward in chosen layers: product keys over
+  any number of axes, tiny experts of any hidden size. Other layers have a dense SwiGLU.
+- Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
+- No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
+- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside.
+
+Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts a head, K = H*k experts a token, N experts,
+C product-key axes, E expert hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_peer.ops import peer_experts, product_key_retrieve
+from titan_peer.ops.attention import AttentionMask, causal_attention, causal_mask, document_positions
+from titan_peer.ops.cross_entropy import linear_cross_entropy
+
+
+@dataclass
+class MLAArgs:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    n_heads: int = 8
+    """Attention heads."""
+    q_lora_rank: int = 0
+    """Rank of the query compression; 0 projects queries directly from the model dim."""
+    kv_lora_rank: int = 128
+    """Rank of the joint key/value compression; this many numbers a token and layer are cached in decoding."""
+    qk_nope_head_dim: int = 32
+    """Dim a head of the part of queries and keys without rotary positions."""
+    qk_rope_head_dim: int = 16
+    """Dim a head of the part of queries and keys with rotary positions (keys share one such part); even."""
+    v_head_dim: int = 32
+    """Dim a head of the values."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_factor: float = 1.0
+    """YaRN: context extension factor; 1.0 leaves rotary positions unscaled."""
+    original_seq_len: int = 4096
+    """YaRN: context length of the model before extension."""
+    beta_fast: float = 32.0
+    """YaRN: dims that turn more often than this over the original context are not interpolated."""
+    beta_slow: float = 1.0
+    """YaRN: dims that turn less often than this over the original context are fully interpolated."""
+    mscale: float = 1.0
+    """YaRN: attention temperature factor put on the rotated parts."""
+    mscale_all_dim: float = 1.0
+    """YaRN: attention temperature factor put on the whole softmax scale (DeepSeek-V3 sets both to 1)."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass
+class PEERArgs:
+    """Product-key expert retrieval (arXiv 2407.04153, section 2)."""
+
+    num_experts: int = 16384
+    """Experts of a layer, N."""
+    product_key_dim: list[int] = field(default_factory=lambda: [128, 128])
+    """Sub-keys of each product-key axis; any number of axes of any sizes whose product is num_experts."""
+    num_heads: int = 4
+    """Retrieval heads, H; each has its own queries."""
+    num_experts_per_tok: int = 8
+    """Experts a head retrieves for a token, k."""
+    expert_hidden_size: int = 1
+    """Hidden neurons of an expert, E (the paper uses single-neuron experts)."""
+    query_dim: int = 128
+    """Dim of a head's query; split evenly over the axes."""
+    query_norm: Literal["batch", "rms", "none"] = "batch"
+    """Normalisation of queries before retrieval (the paper uses batch norm, which spreads usage)."""
+    norm_query: bool = False
+    """Scale every query's axis part to unit length."""
+    norm_keys: bool = False
+    """Scale every sub-key to unit length (with norm_query: cosine scores)."""
+    gates: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    """How a head's k scores become gates; softmax is over the k retrieved experts."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    """Activation of an expert's hidden neurons."""
+    dropout: float = 0.0
+    """Probability of dropping a retrieved expert in training."""
+    keys_per_head: bool = True
+    """Each head has its own sub-keys; false shares one set."""
+    share_experts: bool = False
+    """All PEER layers use one pair of expert tables (each keeps its own queries and sub-keys)."""
+
+
+@dataclass
+class ModelArgs:
+    """Every number of the architecture."""
+
+    vocab_size: int = 0
+    """Entries of the vocabulary; 0 takes the tokenizer's."""
+    dim: int = 256
+    """Model dim, D."""
+    n_layers: int = 4
+    """Blocks."""
+    n_dense_layers: int = 1
+    """The first blocks, which have a dense feed-forward instead of PEER."""
+    peer_every_n_layers: int = 1
+    """After the dense blocks, every n-th block has PEER, the first of them included; 0 means none."""
+    peer_layers: list[int] = field(default_factory=list)
+    """Which blocks (from 0) have PEER; when given, n_dense_layers and peer_every_n_layers are not used."""
+    ffn_hidden_dim: int = 768
+    """Hidden dim of the dense SwiGLU feed-forward."""
+    max_seq_len: int = 4096
+    """Longest sequence for which rotary positions are prepared."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights of projections and embeddings."""
+    mla: MLAArgs = field(default_factory=MLAArgs)
+    """Attention."""
+    peer: PEERArgs = field(default_factory=PEERArgs)
+    """Experts."""
+
+    def has_peer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) has PEER in place of the dense feed-forward."""
+        if self.peer_layers:
+            return layer in self.peer_layers
+        after_dense = layer - self.n_dense_layers
+        return self.peer_every_n_layers > 0 and after_dense >= 0 and after_dense % self.peer_every_n_layers == 0
+
+    def problems(self) -> list[str]:
+        """What makes this architecture impossible: one line a problem, naming key, value and what is allowed."""
+        found: list[str] = []
+
+        def require(ok: bool, key: str, value: object, allowed: str) -> None:
+            if not ok:
+                found.append(f"model.{key} = {value}: {allowed}")
+
+        mla, peer = self.mla, self.peer
+        for key in ("dim", "n_layers", "ffn_hidden_dim", "max_seq_len"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be 0 (the tokenizer's) or more")
+        for key in ("n_dense_layers", "peer_every_n_layers"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        outside = [layer for layer in self.peer_layers if not 0 <= layer < self.n_layers]
+        require(not outside, "peer_layers", self.peer_layers, f"entries must be from 0 to {self.n_layers - 1}")
+        for key in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            require(getattr(mla, key) >= 1, f"mla.{key}", getattr(mla, key), "must be at least 1")
+        require(mla.q_lora_rank >= 0, "mla.q_lora_rank", mla.q_lora_rank, "must be 0 (direct) or more")
+        require(mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", mla.qk_rope_head_dim, "must be even")
+        require(mla.rope_theta > 0, "mla.rope_theta", mla.rope_theta, "must be more than 0")
+        require(mla.rope_factor >= 1, "mla.rope_factor", mla.rope_factor, "must be at least 1.0 (1.0: no YaRN)")
+        if any(self.has_peer(layer) for layer in range(self.n_layers)):
+            keys = ("num_experts", "num_heads", "num_experts_per_tok", "expert_hidden_size", "query_dim")
+            for key in keys:
+                require(getattr(peer, key) >= 1, f"peer.{key}", getattr(peer, key), "must be at least 1")
+            axes = peer.product_key_dim
+            require(
+                bool(axes) and min(axes, default=0) >= 1, "peer.product_key_dim", axes, "one entry >= 1 an axis is needed"
+            )
+            require(
+                math.prod(axes) == peer.num_experts,
+                "peer.product_key_dim",
+                axes,
+                f"its product {math.prod(axes):,} must equal model.peer.num_experts = {peer.num_experts:,}",
+            )
+            require(
+                peer.num_experts_per_tok <= peer.num_experts,
+                "peer.num_experts_per_tok",
+                peer.num_experts_per_tok,
+                f"must be at most model.peer.num_experts = {peer.num_experts:,}",
+            )
+            require(
+                bool(axes) and peer.query_dim % len(axes) == 0,
+                "peer.query_dim",
+                peer.query_dim,
+                f"must be a multiple of the number of axes of model.peer.product_key_dim, {len(axes)}",
+            )
+            require(0 <= peer.dropout < 1, "peer.dropout", peer.dropout, "must be at least 0 and less than 1")
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (arXiv 2309.00071, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_frequencies(args: MLAArgs, device: torch.device | None = None) -> Tensor:
+    """Angular frequency of each rotated pair, float32 [qk_rope_head_dim / 2], YaRN-interpolated if so configured."""
+    dim = args.qk_rope_head_dim
+    frequencies = args.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if args.rope_factor <= 1:
+        return frequencies
+
+    def pair_that_turns(rotations: float) -> float:
+        turns = args.original_seq_len / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(args.rope_theta))
+
+    low = max(math.floor(pair_that_turns(args.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(args.beta_slow)), dim - 1)
+    pair = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    interpolated_share = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies * (1 - interpolated_share) + frequencies / args.rope_factor * interpolated_share
+
+
+def rope_table(args: MLAArgs, max_seq_len: int, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines for every position, float32 [max_seq_len, 2, qk_rope_head_dim / 2]."""
+    positions = torch.arange(max_seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rope_frequencies(args, device))
+    scale = yarn_mscale(args.rope_factor, args.mscale) / yarn_mscale(args.rope_factor, args.mscale_all_dim)
+    return torch.stack([angles.cos(), angles.sin()], dim=1) * scale
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (0,1), (2,3), ... of the last dim.
+
+    Args:
+        x: [B, S, H, qk_rope_head_dim]
+        rope: float32 [B or 1, S, 2, qk_rope_head_dim / 2], cosines and sines of each token's position.
+    """
+    cos, sin = rope[:, :, None, 0], rope[:, :, None, 1]  # [B, S, 1, pairs]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts of a block
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention in its expanded form (arXiv 2405.04434, eq. 9-19)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        mla, dim = args.mla, args.dim
+        self.n_heads = mla.n_heads
+        self.q_lora_rank, self.kv_lora_rank = mla.q_lora_rank, mla.kv_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim = mla.qk_nope_head_dim, mla.qk_rope_head_dim
+        self.v_head_dim = mla.v_head_dim
+        self.softmax_scale = mla.qk_head_dim**-0.5 * yarn_mscale(mla.rope_factor, mla.mscale_all_dim) ** 2
+
+        if mla.q_lora_rank == 0:
+            self.wq = nn.Linear(dim, mla.n_heads * mla.qk_head_dim, bias=False)
+        else:
+            self.wq_a = nn.Linear(dim, mla.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(mla.q_lora_rank, eps=args.norm_eps)
+            self.wq_b = nn.Linear(mla.q_lora_rank, mla.n_heads * mla.qk_head_dim, bias=False)
+        self.wkv_a = nn.Linear(dim, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(mla.kv_lora_rank, eps=args.norm_eps)
+        self.wkv_b = nn.Linear(mla.kv_lora_rank, mla.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
+        self.wo = nn.Linear(mla.n_heads * mla.v_head_dim, dim, bias=False)
+
+    def queries(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """No-rope and rotated parts of the queries: [B, S, H, qk_nope_head_dim] and [B, S, H, qk_rope_head_dim]."""
+        q = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
+        q = q.unflatten(-1, (self.n_heads, -1))
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, apply_rope(q_rope, rope)
+
+    def latents(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """What decoding caches: normed latents [B, S, kv_lora_rank] and the rotated key part [B, S, 1, qk_rope_head_dim]."""
+        latent, k_rope = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), rope)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        q = torch.cat(self.queries(x, rope), dim=-1)  # [B, S, H, qk_head_dim]
+        latent, k_rope = self.latents(x, rope)
+        kv = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1)  # [B, S, H, qk_head_dim]
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.softmax_scale)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    def init_weights(self, std: float, residual_std: float) -> None:
+        for name, module in self.named_children():
+            if isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+            else:
+                nn.init.normal_(module.weight, std=residual_std if name == "wo" else std)
+
+
+class QueryBatchNorm(nn.Module):
+    """Batch norm of queries over all tokens, with running statistics for evaluation.
+
+    `average_over_replicas` is put in from outside when a batch is spread over processes: it averages a tensor over
+    them (with gradients), which makes the statistics those of the global micro-batch.
+    """
+
+    average_over_replicas: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.empty(num_heads, query_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads, query_dim))
+        self.register_buffer("running_mean", torch.empty(num_heads, query_dim))
+        self.register_buffer("running_var", torch.empty(num_heads, query_dim))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """queries [T, H, query_dim] -> the same shape and dtype; statistics in float32."""
+        q = queries.float()
+        if self.training:
+            moments = torch.stack([q.mean(0), q.square().mean(0)])
+            if self.average_over_replicas is not None:
+                moments = self.average_over_replicas(moments)
+            mean, var = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return ((q - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+
+class Experts(nn.Module):
+    """The tables of N tiny experts: expert n computes expert_up[n]^T act(expert_down[n] x)."""
+
+    rowwise = False  # set from outside: table gradients are kept as factors of the touched rows, not as dense tensors
+
+    def __init__(self, dim: int, args: PEERArgs) -> None:
+        super().__init__()
+        self.activation = args.activation
+        shape = (args.num_experts, args.expert_hidden_size, dim)
+        self.expert_down = nn.Parameter(torch.empty(shape))  # [N, E, D]
+        self.expert_up = nn.Parameter(torch.empty(shape))  # [N, E, D]
+
+    def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
+        """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D]."""
+        return peer_experts(
+            x, indices, gates, self.expert_down, self.expert_up, self.activation, rowwise=self.rowwise
+        )
+
+    def init_weights(self, residual_scale: float) -> None:
+        dim = self.expert_down.shape[-1]
+        nn.init.normal_(self.expert_down, std=dim**-0.5)
+        nn.init.normal_(self.expert_up, std=dim**-0.5 * residual_scale)
+
+
+class PEER(nn.Module):
+    """Parameter-efficient expert retrieval (arXiv 2407.04153, algorithm 1)."""
+
+    def __init__(self, dim: int, args: PEERArgs) -> None:
+        super().__init__()
+        self.num_heads, self.num_experts_per_tok = args.num_heads, args.num_experts_per_tok
+        self.query_dim, self.norm_query, self.norm_keys = args.query_dim, args.norm_query, args.norm_keys
+        self.gates, self.dropout = args.gates, args.dropout
+        num_axes = len(args.product_key_dim)
+        self.axis_dim = args.query_dim // num_axes
+
+        self.wq = nn.Linear(dim, args.num_heads * args.query_dim, bias=False)
+        self.query_norm: nn.Module | None = None
+        if args.query_norm == "batch":
+            self.query_norm = QueryBatchNorm(args.num_heads, args.query_dim)
+        elif args.query_norm == "rms":
+            self.query_norm = nn.RMSNorm(args.query_dim)
+        key_sets = args.num_heads if args.keys_per_head else 1
+        self.sub_keys = nn.ParameterList(
+            nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim)) for n_keys in args.product_key_dim
+        )  # C x [H or 1, n_c, query_dim / C]
+        self.experts = None if args.share_experts else Experts(dim, args)
+
+    def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k]."""
+        queries = self.wq(x).unflatten(-1, (self.num_heads, self.query_dim))  # [T, H, query_dim]
+        if self.query_norm is not None:
+            queries = self.query_norm(queries)
+        if self.norm_query:
+            queries = F.normalize(queries.unflatten(-1, (-1, self.axis_dim)), dim=-1).flatten(-2)
+        sub_keys = list(self.sub_keys)
+        if self.norm_keys:
+            # sqrt(axis_dim) gives unit-length keys the length of freshly initialised ones
+            sub_keys = [F.normalize(keys, dim=-1) * math.sqrt(self.axis_dim) for keys in sub_keys]
+        scores, indices = product_key_retrieve(queries, sub_keys, self.num_experts_per_tok)
+        return indices, scores
+
+    def gate(self, scores: Tensor) -> Tensor:
+        """Scores [T, H, k] -> gates of the same shape."""
+        if self.gates == "softmax":
+            gates = scores.softmax(dim=-1)
+        elif self.gates == "sigmoid":
+            gates = scores.sigmoid()
+        else:
+            gates = scores.relu()
+        return F.dropout(gates, self.dropout, self.training)
+
+    def forward(self, x: Tensor, shared_experts: Experts | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        experts = self.experts if self.experts is not None else shared_experts
+        assert experts is not None, "PEER with share_experts needs the shared tables"
+        tokens = x.flatten(0, 1)  # [T, D]
+        indices, scores = self.retrieve(tokens)
+        gates = self.gate(scores)
+        compute_dtype = self.wq.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        out = experts(tokens.to(compute_dtype), indices.flatten(1), gates.flatten(1))
+        return out.view(x.shape)
+
+    def init_weights(self, std: float, residual_scale: float) -> None:
+        nn.init.normal_(self.wq.weight, std=std)
+        if self.query_norm is not None:
+            self.query_norm.reset_parameters()
+        for keys in self.sub_keys:
+            # A normalised query has about unit entries: scores of an axis start with about unit variance.
+            nn.init.normal_(keys, std=self.axis_dim**-0.5)
+        if self.experts is not None:
+            self.experts.init_weights(residual_scale)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def init_weights(self, std: float, residual_std: float) -> None:
+        nn.init.normal_(self.w1.weight, std=std)
+        nn.init.normal_(self.w3.weight, std=std)
+        nn.init.normal_(self.w2.weight, std=residual_std)
+
+
+class Block(nn.Module):
+    """x + MLA(norm(x)), then x + PEER(norm(x)) or x + FeedForward(norm(x))."""
+
+    def __init__(self, layer: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.has_peer = args.has_peer(layer)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = MLA(args)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        if self.has_peer:
+            self.peer = PEER(args.dim, args.peer)
+        else:
+            self.feed_forward = FeedForward(args.dim, args.ffn_hidden_dim)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, shared_experts: Experts | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        h = self.ffn_norm(x)
+        return x + (self.peer(h, shared_experts) if self.has_peer else self.feed_forward(h))
+
+    def init_weights(self, std: float, residual_scale: float) -> None:
+        self.attention_norm.reset_parameters()
+        self.ffn_norm.reset_parameters()
+        self.attention.init_weights(std, std * residual_scale)
+        if self.has_peer:
+            self.peer.init_weights(std, residual_scale)
+        else:
+            self.feed_forward.init_weights(std, std * residual_scale)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    Built on the meta device, then `to_empty` and `init_weights`, so that a sharded model never exists whole.
+    """
+
+    loss_chunk_size = 1024  # tokens whose logits exist at a time when the loss is asked for
+    compile_loss = False  # set from outside, like the compilation of blocks
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        assert args.vocab_size > 0, "vocab_size must be known before the model is built"
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(layer, args) for layer in range(args.n_layers))
+        any_peer = any(args.has_peer(layer) for layer in range(args.n_layers))
+        self.shared_experts = Experts(args.dim, args.peer) if any_peer and args.peer.share_experts else None
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("rope", rope_table(args.mla, args.max_seq_len), persistent=False)
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits, or the summed loss when labels are given.
+
+        Args:
+            tokens: int64 [B, S], S at most max_seq_len.
+            document_ids: integer [B, S]; runs of equal ids are documents, which do not see each other. None: one a row.
+            labels: int64 [B, S], the next token of each place, -100 where nothing is learnt.
+        Returns:
+            logits [B, S, vocab] in the compute dtype; or, with labels, the float32 sum of -log p(label) over learnt
+            tokens, made without ever holding all logits.
+        """
+        batch_size, seq_len = tokens.shape
+        mask = causal_mask(document_ids, batch_size, seq_len, tokens.device)
+        # [B or 1, S, 2, qk_rope_head_dim / 2]
+        rope = self.rope[None, :seq_len] if document_ids is None else self.rope[document_positions(document_ids)]
+        x = self.tok_embeddings(tokens)  # [B, S, D]
+        for block in self.layers:
+            x = block(x, rope, mask, self.shared_experts)
+        x = self.norm(x)
+        if labels is None:
+            return self.output(x)
+        return linear_cross_entropy(
+            x.flatten(0, 1),
+            self.output.weight,
+            labels.flatten(),
+            chunk_size=self.loss_chunk_size,
+            compiled=self.compile_loss,
+        )
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill all parameters and buffers (after `to_empty`); std = init_std, L = n_layers.
+
+        | tensor                                              | initial value                    |
+        | --------------------------------------------------- | -------------------------------- |
+        | token embedding, output head, projections           | normal(0, std)                   |
+        | wo, w2 (they write into the residual stream)        | normal(0, std / sqrt(2 L))       |
+        | expert_down                                         | normal(0, 1 / sqrt(D))           |
+        | expert_up (writes into the residual stream)         | normal(0, 1 / sqrt(2 L D))       |
+        | sub_keys                                            | normal(0, 1 / sqrt(query_dim/C)) |
+        | norm gains; batch-norm bias, running mean; variance | 1; 0; 1                          |
+        """
+        args = self.args
+        residual_scale = (2 * args.n_layers) ** -0.5
+        self.rope.copy_(rope_table(args.mla, args.max_seq_len, self.rope.device))
+        nn.init.normal_(self.tok_embeddings.weight, std=args.init_std)
+        if not args.tie_embeddings:
+            nn.init.normal_(self.output.weight, std=args.init_std)
+        for block in self.layers:
+            block.init_weights(args.init_std, residual_scale)
+        if self.shared_experts is not None:
+            self.shared_experts.init_weights(residual_scale)
+        self.norm.reset_parameters()
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts that describe a model, all for one token of a sequence of a given length."""
+
+    total_parameters: int
+    active_parameters: int
+    """Parameters that take part in one token's forward pass: chosen experts only, one embedding row, the whole head."""
+    forward_flops: int
+    """Floating-point operations of the forward pass (2 a multiply-add), attention over the whole sequence counted."""
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward: three times the forward pass."""
+        return 3 * self.forward_flops
+
+
+def model_size(model: Transformer, seq_len: int) -> ModelSize:
+    """Parameters and FLOPs a token at sequences of `seq_len`; works on the meta device."""
+    args, peer, mla = model.args, model.args.peer, model.args.mla
+    total = sum(p.numel() for p in model.parameters())
+    experts_per_layer = peer.num_heads * peer.num_experts_per_tok * peer.expert_hidden_size * 2 * args.dim
+    tables = sum(p.numel() for name, p in model.named_parameters() if ".expert_" in name)
+    n_peer = sum(args.has_peer(layer) for layer in range(args.n_layers))
+    embedding = model.tok_embeddings.weight.numel()
+    active = total - tables + n_peer * experts_per_layer - (0 if args.tie_embeddings else embedding - args.dim)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    sub_keys = 0
+    for module in model.modules():
+        if isinstance(module, PEER):
+            sub_keys += sum(peer.num_heads * keys.shape[1] * keys.shape[2] for keys in module.sub_keys)
+    attention = args.n_layers * mla.n_heads * seq_len * (mla.qk_head_dim + mla.v_head_dim)
+    forward = 2 * (linear + sub_keys + n_peer * experts_per_layer + attention)
+    return ModelSize(total, active, forward)

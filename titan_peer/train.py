@@ -1,0 +1,386 @@
+"""The Trainer: builds the parts of a job and runs the loop. `python -m titan_peer.train` is what run_train.sh starts."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_peer import __version__
+from titan_peer.checkpoint import Checkpointer
+from titan_peer.config import JobConfig, load_config
+from titan_peer.data.loader import build_dataloader, build_validation_dataloader
+from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.errors import UserError
+from titan_peer.metrics import MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.model import Transformer, model_size
+from titan_peer.ops import backend_report
+from titan_peer.ops.attention import attention_backend
+from titan_peer.ops.cross_entropy import IGNORE_INDEX
+from titan_peer.optimizer import Optimizers, learning_rate_factor
+from titan_peer.parallelize import World, compute_dtype, exchange_row_gradients, init_world, parallelize
+
+logger = logging.getLogger("titan_peer")
+
+
+class NonFiniteLossError(Exception):
+    """The loss or the gradient's norm is NaN or infinite."""
+
+
+class Trainer:
+    """One training job on this process.
+
+    Raises (from the constructor, before any step):
+        UserError: something in the job cannot be, or cannot be read.
+    """
+
+    def __init__(self, config: JobConfig, world: World) -> None:
+        self.config, self.world, self.device = config, world, world.device
+        training = config.training
+        self.dump_folder = Path(config.job.dump_folder)
+        self._make_reproducible()
+
+        self.tokenizer = load_tokenizer(config.model.tokenizer_path)
+        self._settle_vocabulary()
+        self._settle_batch_size()
+        self.loader = self._training_loader()
+        self.validation_loader = self._validation_loader() if config.validation.enable else None
+
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        self.size = model_size(model, training.seq_len)
+        self._prepare_dump_folder()
+        model.to_empty(device=self.device)
+        model.init_weights()
+        model.loss_chunk_size = training.loss_chunk_size
+        parallelize(model, config, world)
+        self.model = model
+        self.optimizers = Optimizers(model, config.optimizer)
+        self.dtype = compute_dtype(training.mixed_precision_param, self.device)
+
+        self.step, self.tokens_seen = 0, 0
+        folder = self.dump_folder / config.checkpoint.folder
+        self.checkpointer = Checkpointer(folder, config.checkpoint.keep_latest_k, model, self.optimizers)
+        if config.checkpoint.enable:
+            self._resume()
+        self.saved_step = self.step
+        self.metrics = MetricsLogger(
+            config.metrics,
+            self.dump_folder,
+            device=self.device,
+            num_devices=world.world_size,
+            training_flops_per_token=self.size.training_flops,
+            total_steps=training.steps,
+            resumed_step=self.step,
+            job=dataclasses.asdict(config),
+            enabled=world.is_first,
+        )
+        self.stop_signal = 0
+
+    # ---- set-up
+
+    def _make_reproducible(self) -> None:
+        seed = self.config.debug.seed
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if self.config.debug.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def _settle_vocabulary(self) -> None:
+        model, known = self.config.model, self.tokenizer.vocab_size
+        if model.vocab_size == 0:
+            model.vocab_size = known
+        elif model.vocab_size < known:
+            raise UserError(
+                f"model.vocab_size = {model.vocab_size}: the tokenizer {model.tokenizer_path} has {known} entries; "
+                "give at least that many, or 0 to take the tokenizer's"
+            )
+
+    def _settle_batch_size(self) -> None:
+        training = self.config.training
+        sequences = training.local_batch_size * self.world.world_size
+        if training.global_batch_size == -1:
+            training.global_batch_size = sequences
+        if training.global_batch_size % sequences:
+            raise UserError(
+                f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
+                f"training.local_batch_size x data-parallel degree = {training.local_batch_size} x "
+                f"{self.world.world_size} = {sequences}"
+            )
+        self.accumulation_steps = training.global_batch_size // sequences
+
+    def _training_loader(self) -> Any:
+        data, training = self.config.data, self.config.training
+        return build_dataloader(
+            sources=data.sources,
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            local_batch_size=training.local_batch_size,
+            dp_rank=self.world.rank,
+            dp_world_size=self.world.world_size,
+            seed=self.config.debug.seed,
+            shuffle=data.shuffle,
+            num_workers=data.num_workers,
+        )
+
+    def _validation_loader(self) -> Any:
+        validation = self.config.validation
+        return build_validation_dataloader(
+            sources=validation.sources,
+            tokenizer=self.tokenizer,
+            seq_len=self.config.training.seq_len,
+            local_batch_size=validation.local_batch_size,
+            dp_rank=self.world.rank,
+            dp_world_size=self.world.world_size,
+        )
+
+    def _prepare_dump_folder(self) -> None:
+        if not self.world.is_first:
+            return
+        try:
+            self.dump_folder.mkdir(parents=True, exist_ok=True)
+            (self.dump_folder / "config.toml").write_text(self.config.to_toml())
+        except OSError as error:
+            raise UserError(f"job.dump_folder = {self.dump_folder}: cannot be written ({error.strerror})") from None
+
+    def _resume(self) -> None:
+        state = self.checkpointer.load(self.config.checkpoint.load_step)
+        if state is None:
+            return
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.loader.load_state_dict(state["data"])
+        logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
+
+    def banner(self) -> str:
+        """What will run, for a person."""
+        config, training = self.config, self.config.training
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        batch = (
+            f"{training.global_batch_size} x {training.seq_len} tokens a step"
+            f" ({self.accumulation_steps} micro-batches a process)"
+        )
+        n_peer = sum(config.model.has_peer(layer) for layer in range(config.model.n_layers))
+        lines = [
+            f"titan_peer {__version__}, torch {torch.__version__}: {config.job.description or config.job.config_file}",
+            f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
+            f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
+            f"device     {self.world.world_size} x {device}, compute {str(self.dtype).removeprefix('torch.')}, "
+            f"compile {'on' if config.compile.enable else 'off'}",
+            f"attention  {attention_backend(self.device)}",
+            f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
+            f"batch      {batch}, steps {self.step + 1} to {training.steps}",
+            f"output     {self.dump_folder}",
+        ]
+        return "\n".join(lines)
+
+    # ---- the loop
+
+    def train(self) -> int:
+        """Train to the last step or a signal; returns the process's exit status."""
+        config = self.config
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self._on_signal)
+        if config.training.gc_freq:
+            gc.disable()
+        if self.world.is_first:
+            logger.info(self.banner())
+        batches = iter(self.loader)
+        self.model.train()
+        while self.step < config.training.steps:
+            self.step += 1
+            loss, grad_norm, lr, stop = self.train_step(batches)
+            self._require_finite(loss, grad_norm, lr)
+            if self.metrics.due(self.step):
+                self.metrics.log_step(
+                    self.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=self.tokens_seen
+                )
+            is_last = self.step == config.training.steps
+            if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
+                self.validate()
+            if config.checkpoint.enable and (is_last or stop or self.step % config.checkpoint.interval == 0):
+                self.save_checkpoint()
+            if config.training.gc_freq and self.step % config.training.gc_freq == 0:
+                gc.collect(1)
+            if stop and not is_last:
+                self._say_how_to_resume()
+                break
+        self._finish()
+        return 0
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, float, bool]:
+        """One optimizer step over the global batch.
+
+        Returns:
+            Loss (nats a learnt token, mean over the global batch), gradient norm before clipping, learning rate, and
+            whether any process has been told to stop.
+        """
+        config, n_processes = self.config, self.world.world_size
+        micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
+        learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
+        learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
+
+        loss_sum = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches):
+            self._synchronise_gradients_only_on(last=i == len(micro_batches) - 1)
+            with self._autocast():
+                micro_loss = self.model(*self._inputs(batch))
+            # FSDP averages gradients over processes: n_processes makes that the sum the global mean needs
+            (micro_loss * (n_processes / learnt_tokens.item())).backward()
+            loss_sum += micro_loss.detach()
+
+        lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
+        self.optimizers.set_learning_rate(lr)
+        if n_processes > 1:
+            exchange_row_gradients(self.optimizers.collectors)
+        grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
+
+        sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])
+        sums = self._sum_over_processes(sums)
+        tokens = config.training.global_batch_size * config.training.seq_len
+        self.tokens_seen += tokens
+        self.metrics.count(tokens)
+        return (sums[0] / learnt_tokens).item(), grad_norm.item(), lr, bool(sums[1] > 0)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Mean loss, perplexity and bits per byte on the held-out text."""
+        assert self.validation_loader is not None
+        start = time.perf_counter()
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, learnt tokens, bytes
+        # Compiling a second, inference-only graph on a CPU takes longer than it saves.
+        stance = "force_eager" if self.device.type == "cpu" else "default"
+        with torch.compiler.set_stance(stance):
+            for i, batch in enumerate(self.validation_loader):
+                if i == self.config.validation.steps:
+                    break
+                with self._autocast():
+                    loss = self.model(*self._inputs(batch))
+                learnt = (batch["labels"] != IGNORE_INDEX).sum()
+                sums += torch.stack([loss.double().cpu(), learnt.double(), batch["num_bytes"].double()])
+        self.model.train()
+        loss_sum, tokens, num_bytes = self._sum_over_processes(sums).tolist()
+        loss = loss_sum / max(tokens, 1)
+        seconds = time.perf_counter() - start
+        self.metrics.log_validation(
+            self.step,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=loss_sum / math.log(2) / max(num_bytes, 1),
+            seconds=seconds,
+        )
+        self.metrics.exclude(seconds)
+
+    def save_checkpoint(self) -> None:
+        start = time.perf_counter()
+        state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
+        folder = self.checkpointer.save(self.step, state)
+        self.saved_step = self.step
+        seconds = time.perf_counter() - start
+        if self.world.is_first:
+            logger.info("saved %s in %.1f s", folder, seconds)
+        self.metrics.exclude(seconds)
+
+    # ---- one call down
+
+    def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
+        return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32 or self.world.mesh is not None:  # FSDP casts by itself
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _synchronise_gradients_only_on(self, last: bool) -> None:
+        if self.world.mesh is not None:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.world.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _require_finite(self, loss: float, grad_norm: float, lr: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach().sum()).item()]
+        raise NonFiniteLossError(
+            f"step {self.step}: loss = {loss}, gradient norm = {grad_norm}, learning rate = {lr:.3e}, "
+            f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
+            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
+            f"{self.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
+        )
+
+    def _on_signal(self, signal_number: int, _frame: Any) -> None:
+        if self.stop_signal:  # a second signal: the person means it
+            signal.signal(signal_number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal_number)
+        self.stop_signal = signal_number
+
+    def _say_how_to_resume(self) -> None:
+        if self.world.is_first:
+            word = f"stopped at step {self.step} of {self.config.training.steps}"
+            if self.config.checkpoint.enable:
+                word += "; the same command resumes from here"
+            logger.info(word)
+
+    def _finish(self) -> None:
+        self.metrics.close()
+        if self.world.is_first:
+            plot = self.dump_folder / "loss.png"
+            plot_loss(self.dump_folder / "metrics.jsonl", plot, self.config.job.description or "loss")
+            logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel kill this process when the launcher dies, so that no orphan goes on writing checkpoints."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the job that the arguments describe; the return value is the exit status."""
+    _die_with_launcher()
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logger.setLevel(logging.INFO if is_first else logging.ERROR)
+    try:
+        config = load_config(sys.argv[1:] if args is None else args)
+        if config.job.print_config:
+            if is_first:
+                print(config.to_toml(), end="")
+            return 0
+        return Trainer(config, init_world(config.parallelism)).train()
+    except UserError as error:
+        if is_first:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
