@@ -1,0 +1,209 @@
+"""The CPU backend: the functions of `reference`, by the C++ kernels of kernels.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from titan_peer.ops import reference
+from titan_peer.ops.cpu import build
+from titan_peer.ops.sorted_pairs import SortedPairs
+
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCORE_ELEMENTS = 1 << 19  # scores made at a time: 2 MiB, so that they are still in cache when the best are taken
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here, or None if they can."""
+    try:
+        build.load()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> int:
+    """Call a kernel: tensors as pointers to their (contiguous) data, integers as int64, floats as float32."""
+    converted: list[object] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous() and argument.device.type == "cpu"
+            converted.append(ctypes.c_void_p(argument.data_ptr()))
+        elif argument is None:
+            converted.append(ctypes.c_void_p(None))
+        elif isinstance(argument, float):
+            converted.append(ctypes.c_float(argument))
+        else:
+            converted.append(ctypes.c_int64(argument))
+    function = getattr(build.load(), name)
+    function.restype = ctypes.c_int64
+    return int(function(*converted, ctypes.c_int64(torch.get_num_threads())))
+
+
+def _float(t: Tensor) -> Tensor:
+    return t.float().contiguous()
+
+
+def peer_forward(
+    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    (T, K), (N, E, D), O = indices.shape, down.shape, up.shape[2]
+    y, z = torch.empty(T, O), torch.empty(T, K, E)
+    shape = (T, K, N, E, D, O)
+    kernel, dtype = "titan_peer_forward", _DTYPES[down.dtype]
+    tables = (down.contiguous(), up.contiguous())
+    outside = _call(
+        kernel, dtype, _float(x), indices.contiguous(), _float(gates), *tables, y, z, *shape, _ACTIVATIONS[activation]
+    )
+    if outside:
+        raise IndexError(f"indices: from {int(indices.min())} to {int(indices.max())}; must be from 0 to {N - 1}")
+    return y.to(x.dtype), z
+
+
+def peer_backward(
+    dy: Tensor, x: Tensor, indices: Tensor, gates: Tensor, z: Tensor, down: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (T, K), (_, E, D), O = indices.shape, down.shape, up.shape[2]
+    dx, dgates, dz, hidden = torch.empty(T, D), torch.empty(T, K), torch.empty_like(z), torch.empty_like(z)
+    inputs = (_float(dy), indices.contiguous(), _float(gates), z, down.contiguous(), up.contiguous())
+    _call(
+        "titan_peer_backward",
+        _DTYPES[down.dtype],
+        *inputs,
+        dx,
+        dgates,
+        dz,
+        hidden,
+        *(T, K, E, D, O, _ACTIVATIONS[activation]),
+    )
+    return dx.to(x.dtype), dgates.to(gates.dtype), dz, hidden
+
+
+def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
+    P = indices.numel()
+    scratch = torch.empty(4, P, dtype=torch.int32)
+    order, row_ids = torch.empty(P, dtype=torch.int32), torch.empty(P, dtype=torch.int32)
+    run_starts = torch.empty(P + 1, dtype=torch.int32)
+    R = _call(
+        "titan_peer_sort_pairs", indices.contiguous(), P, num_experts, scratch[:2], scratch[2:], order, row_ids, run_starts
+    )
+    return SortedPairs(order, row_ids[:R], run_starts[: R + 1], torch.tensor(R))
+
+
+def _factors(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor, tuple[int, ...]]:
+    K, E = weights.shape[1:]
+    return pairs.row_ids.numel(), _float(weights), _float(vectors), (K, E, vectors.shape[1])
+
+
+def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor) -> None:
+    R, weights, vectors, shape = _factors(pairs, weights, vectors)
+    compact = out.shape[0] == R
+    wide = out if out.dtype == torch.float32 else torch.zeros(out.shape)
+    runs = (pairs.order, pairs.row_ids, pairs.run_starts, R)
+    _call("titan_peer_table_gradient", *runs, weights, vectors, wide, int(compact), *shape)
+    if wide is not out:
+        out.copy_(wide)
+
+
+def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:
+    R, weights, vectors, shape = _factors(pairs, weights, vectors)
+    squares = torch.empty(R, dtype=torch.float64)
+    _call("titan_peer_row_norms", pairs.order, pairs.run_starts, R, weights, vectors, squares, *shape)
+    return squares.sum().float()
+
+
+def rowwise_adamw_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    seed: int,
+) -> None:
+    R, weights, vectors, shape = _factors(pairs, weights, vectors)
+    per_row = exp_avg_sq.ndim == 1
+    second_moment = (None, exp_avg_sq) if per_row else (exp_avg_sq, None)
+    moments = (param, exp_avg, *second_moment)
+    runs = (pairs.order, pairs.row_ids, pairs.run_starts, R, weights, vectors)
+    numbers = (float(grad_scale), lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2)
+    _call(
+        "titan_peer_rowwise_adamw",
+        _DTYPES[param.dtype],
+        _DTYPES[exp_avg.dtype],
+        *moments,
+        *runs,
+        *shape,
+        *map(float, numbers),
+        seed,
+    )
+
+
+def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    (T, H, _), C = queries.shape, len(sub_keys)
+    sizes = [keys.shape[1] for keys in sub_keys]
+    best_k = [min(k, n) for n in sizes]
+    ranks = torch.tensor(reference.candidate_ranks(tuple(best_k), k), dtype=torch.int32)
+    values, indices = torch.empty(T, H, k), torch.empty(T, H, k, dtype=torch.int64)
+    slice_size = min(max(16, _SCORE_ELEMENTS // (H * max(sizes))), max(T, 1))
+    parts = queries.split([keys.shape[2] for keys in sub_keys], dim=-1)
+    scores = [torch.empty(H * slice_size * n, dtype=queries.dtype) for n in sizes]
+    best = [(torch.empty(H * slice_size * b), torch.empty(H * slice_size * b, dtype=torch.int32)) for b in best_k]
+    pointers = [torch.tensor([pair[i].data_ptr() for pair in best], dtype=torch.int64) for i in (0, 1)]
+    for t in range(0, T, slice_size):
+        tokens = min(slice_size, T - t)
+        for part, keys, n, b, buffer, (best_values, best_places) in zip(parts, sub_keys, sizes, best_k, scores, best):
+            made = buffer[: H * tokens * n].view(H, tokens, n)
+            head_queries = part[t : t + tokens].transpose(0, 1)
+            head_keys = keys.transpose(1, 2).expand(H, -1, -1)
+            torch.bmm(head_queries, head_keys, out=made)
+            _call("titan_peer_topk", _float(made), H * tokens, n, b, best_values, best_places)
+        _call(
+            "titan_peer_combine",
+            *pointers,
+            torch.tensor(best_k),
+            torch.tensor(sizes),
+            C,
+            ranks,
+            ranks.shape[0],
+            *(H, tokens, k),
+            values[t : t + tokens],
+            indices[t : t + tokens],
+        )
+    return values, indices
+
+
+def retrieve_backward(
+    dvalues: Tensor, indices: Tensor, queries: Tensor, sub_keys: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    T, H, Q = queries.shape
+    # Flat, so that an axis' part is a matter of where the data starts: the kernel steps from query to query by Q.
+    flat_queries, flat_dqueries, dvalues = _float(queries).view(-1), torch.empty(T * H * Q), _float(dvalues)
+    dkeys = []
+    stride_below, start = math.prod(keys.shape[1] for keys in sub_keys), 0
+    for keys in sub_keys:
+        wide_keys = _float(keys)
+        gradient = torch.empty_like(wide_keys)
+        stride_below //= keys.shape[1]
+        shape = (T, H, indices.shape[2], *keys.shape, Q, stride_below)
+        parts = (flat_queries[start:], wide_keys, flat_dqueries[start:], gradient)
+        _call("titan_peer_retrieve_backward", dvalues, indices.contiguous(), *parts, *shape)
+        dkeys.append(gradient.to(keys.dtype))
+        start += keys.shape[2]
+    return flat_dqueries.view(T, H, Q).to(queries.dtype), dkeys

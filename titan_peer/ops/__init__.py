@@ -1,0 +1,19 @@
+"""Hand-written computation: product-key retrieval, the expert operator, row-wise table updates.
+
+Each public function has a plain PyTorch reference (`reference.py`, the specification), a CPU path (`cpu/`, C++) and a GPU
+path (`triton/`); `backends.py` says which serves which device, and `backend_report` tells it in words.
+"""
+
+from titan_peer.ops.backends import backend_report
+from titan_peer.ops.peer_experts import peer_experts
+from titan_peer.ops.product_keys import product_key_retrieve, product_key_topk
+from titan_peer.ops.row_gradients import RowGradients, rowwise_adamw_
+
+__all__ = [
+    "RowGradients",
+    "backend_report",
+    "peer_experts",
+    "product_key_retrieve",
+    "product_key_topk",
+    "rowwise_adamw_",
+]

@@ -1,0 +1,94 @@
+"""Compiles kernels.cpp on first use and loads it.
+
+The library is cached under a hash of the source, the compiler and the processor's features, in TITAN_PEER_CACHE_DIR or
+the user's cache folder. It is written beside its name and renamed, so several processes may build at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# No -ffast-math: it would make every later float operation of the process flush subnormals.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-shared",
+    "-fPIC",
+)
+
+
+class BuildError(Exception):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and tuning results are kept."""
+    root = os.environ.get("TITAN_PEER_CACHE_DIR")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_peer"
+
+
+def _processor_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or shutil.which(compiler) is None:
+        raise BuildError("no C++ compiler (g++, clang++ or $CXX) was found")
+    return compiler
+
+
+def _flags() -> tuple[str, ...]:
+    wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+    return FLAGS + wide
+
+
+def _build(target: Path, compiler: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        fresh = Path(scratch) / target.name
+        command = [compiler, *_flags(), "-o", str(fresh), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
+        fresh.replace(target)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        BuildError: there is no compiler, or it failed, or the cache folder cannot be written.
+    """
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    recipe = "\n".join([SOURCE.read_text(), version, *_flags(), platform.machine(), _processor_features()])
+    target = cache_folder() / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    try:
+        if not target.exists():
+            _build(target, compiler)
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise BuildError(f"{target}: {error}") from error

@@ -1,0 +1,133 @@
+"""The expert operator: each token's chosen experts, applied and summed (arXiv 2407.04153, eq. 1 with expert MLPs).
+
+Two custom ops, forward and backward, so that compilers, activation checkpointing and autocast see one opaque step each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_peer.ops import reference
+from titan_peer.ops.backends import backend_for
+from titan_peer.ops.row_gradients import RowGradients
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def peer_experts(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    expert_down: Tensor,
+    expert_up: Tensor,
+    activation: str = "gelu",
+    *,
+    rowwise: bool = False,
+) -> Tensor:
+    """y_t = sum_j gates[t, j] * sum_e act(expert_down[n, e] . x_t) * expert_up[n, e], with n = indices[t, j].
+
+    Args:
+        x: [T, D]; float32, bfloat16, float16 (or float64, on the reference path).
+        indices: int64 [T, K]; an expert may occur more than once.
+        gates: [T, K].
+        expert_down: [N, E, D]; its dtype may differ from x's (float32 tables with bfloat16 x).
+        expert_up: [N, E, D_out].
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        rowwise: the tables get no dense gradient; the backward pass records its factors in the tables' `RowGradients`.
+    Returns:
+        [T, D_out], dtype of x; sums are float32.
+    Raises:
+        ValueError: a shape or the activation does not fit. IndexError: an index outside the tables.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if expert_down.shape[:2] != expert_up.shape[:2] or expert_down.shape[2] != x.shape[1]:
+        raise ValueError(
+            f"expert_down {list(expert_down.shape)} and expert_up {list(expert_up.shape)} must be [N, E, D] and "
+            f"[N, E, D_out] with D = {x.shape[1]} of x {list(x.shape)}"
+        )
+    if indices.shape != gates.shape or indices.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"indices {list(indices.shape)} and gates {list(gates.shape)} must both be [T, K] with T = {x.shape[0]}"
+        )
+    return _forward(x, indices, gates, expert_down, expert_up, activation, rowwise)[0]
+
+
+@torch.library.custom_op("titan_peer::peer_experts", mutates_args=())
+def _forward(
+    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, rowwise: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return backend_for(x, down).peer_forward(x, indices, gates, down, up, activation)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, rowwise: bool
+) -> tuple[Tensor, Tensor]:
+    z = x.new_empty((*indices.shape, down.shape[1]), dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape[0], up.shape[2]), z
+
+
+@torch.library.custom_op("titan_peer::peer_experts_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    rowwise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables' collector: a
+    side effect that no compiler sees, as safe as the op is opaque and its other results are always needed."""
+    with torch.autocast(x.device.type, enabled=False):
+        backend = backend_for(x, down)
+        dx, dgates, dz, hidden = backend.peer_backward(dy, x, indices, gates, z, down, up, activation)
+        if rowwise:
+            RowGradients.of(down).record(indices, dz, hidden, x, dy)
+            return dx, dgates, down.new_empty(0), up.new_empty(0)
+        pairs = backend.sort_pairs(indices, down.shape[0])
+        ddown, dup = torch.zeros_like(down), torch.zeros_like(up)
+        backend.table_gradient(pairs, dz, x, ddown)
+        backend.table_gradient(pairs, hidden, dy, dup)
+        return dx, dgates, ddown, dup
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    rowwise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = (down.new_empty(0), up.new_empty(0)) if rowwise else (torch.empty_like(down), torch.empty_like(up))
+    return torch.empty_like(x), torch.empty_like(gates), *tables
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, indices, gates, down, up, ctx.activation, ctx.rowwise = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, indices, gates, output[1], down, up)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, indices, gates, z, down, up = ctx.saved_tensors
+    dx, dgates, ddown, dup = _backward_op(
+        dy.contiguous(), x, indices, gates, z, down, up, ctx.activation, ctx.rowwise
+    )
+    tables = (None, None) if ctx.rowwise else (ddown, dup)
+    return dx, None, dgates, *tables, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,277 @@
+"""The operators in plain PyTorch: the specification that every backend is tested against, and the path that runs where
+no kernel does. Any device, any float dtype; work goes in slices of tokens, so that no [T, K, D] tensor exists.
+
+Shapes: T tokens, H heads, k experts a head, K = H*k, N experts, E expert hidden size, D model dim, C product-key axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_peer.ops.sorted_pairs import SortedPairs
+
+_SLICE_ELEMENTS = 1 << 22  # most elements of a slice's gathered rows (16 MiB in float32)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- retrieval
+
+
+@lru_cache(maxsize=64)
+def candidate_ranks(sizes: tuple[int, ...], k: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks (from 0, one an axis) of the combinations that can be among the k best of a sum over sorted axes.
+
+    A combination at 1-based ranks (r_1, ..., r_C) is beaten or equalled by all prod(r_c) combinations at ranks no larger,
+    so only those with prod(r_c) <= k can be among the first k: 50 instead of 256 for two axes and k = 16.
+    """
+
+    def extend(prefix: tuple[int, ...], product: int) -> Iterator[tuple[int, ...]]:
+        if len(prefix) == len(sizes):
+            yield prefix
+            return
+        for rank in range(min(sizes[len(prefix)], k // product)):
+            yield from extend((*prefix, rank), product * (rank + 1))
+
+    return tuple(extend((), 1))
+
+
+def check_k(sizes: Sequence[int], k: int) -> None:
+    if not 1 <= k <= math.prod(sizes):
+        raise ValueError(f"k = {k}: must be from 1 to the number of combinations, {' x '.join(map(str, sizes))}")
+
+
+def combine_axes(best: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+    """From each axis' sorted best (values, indices), the k best sums and their row-major indices."""
+    ranks = candidate_ranks(tuple(values.shape[-1] for values, _ in best), k)
+    columns = torch.tensor(ranks, device=best[0][0].device).unbind(1)  # C x [candidates]
+    sums, places = None, None
+    for (values, indices), column, size in zip(best, columns, sizes):
+        value, index = values[..., column], indices[..., column]
+        sums = value if sums is None else sums + value
+        places = index if places is None else places * size + index
+    assert sums is not None and places is not None
+    top = sums.topk(k, dim=-1, sorted=True)
+    return top.values, places.gather(-1, top.indices)
+
+
+def product_key_topk(scores: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """See `titan_peer.ops.product_key_topk`."""
+    sizes = [s.shape[-1] for s in scores]
+    check_k(sizes, k)
+    best = [tuple(s.topk(min(k, s.shape[-1]), dim=-1, sorted=True)) for s in scores]
+    return combine_axes(best, sizes, k)  # type: ignore[arg-type]
+
+
+def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Queries [T, H, Q] against C x [H or 1, n_c, Q_c] -> values [T, H, k] (float32 or 64), indices int64 [T, H, k]."""
+    dtype = accumulation_dtype(queries.dtype)
+    T, H, _ = queries.shape
+    slice_size = max(1, _SLICE_ELEMENTS // (H * max(keys.shape[1] for keys in sub_keys)))
+    values = torch.empty(T, H, k, dtype=dtype, device=queries.device)
+    indices = torch.empty(T, H, k, dtype=torch.int64, device=queries.device)
+    parts = queries.split([keys.shape[2] for keys in sub_keys], dim=-1)
+    for t in range(0, T, slice_size):
+        rows = slice(t, t + slice_size)
+        scores = [
+            torch.matmul(part[rows].transpose(0, 1), keys.transpose(1, 2)).to(dtype)  # [H, slice, n_c]
+            for part, keys in zip(parts, sub_keys)
+        ]
+        best_values, best_indices = product_key_topk(scores, k)
+        values[rows], indices[rows] = best_values.transpose(0, 1), best_indices.transpose(0, 1)
+    return values, indices
+
+
+def axis_indices(indices: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Row-major indices taken apart into one index an axis."""
+    parts = []
+    for size in reversed(sizes):
+        parts.append(indices % size)
+        indices = indices // size
+    return parts[::-1]
+
+
+def retrieve_backward(
+    dvalues: Tensor, indices: Tensor, queries: Tensor, sub_keys: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of queries and sub-keys; only the k chosen sub-keys of an axis take part."""
+    T, H, k = indices.shape
+    dtype = accumulation_dtype(queries.dtype)
+    heads = torch.arange(H, device=indices.device)[None, :, None]
+    dqueries, dkeys = [], []
+    parts = queries.split([keys.shape[2] for keys in sub_keys], dim=-1)
+    for part, keys, index in zip(parts, sub_keys, axis_indices(indices, [s.shape[1] for s in sub_keys])):
+        key_sets, n, axis_dim = keys.shape
+        bags = (index + (heads * n if key_sets > 1 else 0)).reshape(T * H, k)  # rows of the flattened sub-keys
+        weights = dvalues.reshape(T * H, k).to(dtype)
+        flat_keys = keys.reshape(key_sets * n, axis_dim).to(dtype)
+        dqueries.append(F.embedding_bag(bags, flat_keys, mode="sum", per_sample_weights=weights).view(T, H, axis_dim))
+        pairs = sort_pairs(bags, key_sets * n)
+        flat = torch.zeros_like(flat_keys).unsqueeze(1)
+        table_gradient(pairs, weights.unsqueeze(-1), part.reshape(T * H, axis_dim).to(dtype), flat)
+        dkeys.append(flat.view_as(keys).to(keys.dtype))
+    return torch.cat(dqueries, dim=-1).to(queries.dtype), dkeys
+
+
+# ---- experts
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "silu":
+        return F.silu(z)
+    raise ValueError(f"activation = {activation!r}: must be one of 'gelu', 'gelu_tanh', 'relu', 'silu'")
+
+
+def activation_derivative(z: Tensor, activation: str) -> Tensor:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(activate(z, activation).sum(), z)[0]
+
+
+def _token_slices(T: int, K: int, row_elements: int) -> Iterator[slice]:
+    size = max(1, _SLICE_ELEMENTS // max(1, K * row_elements))
+    return (slice(t, min(t + size, T)) for t in range(0, T, size))
+
+
+def peer_forward(
+    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Output [T, D_out] in x's dtype and pre-activations z [T, K, E] in the accumulation dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    T, K = indices.shape
+    y = torch.empty(T, up.shape[2], dtype=x.dtype, device=x.device)
+    z = torch.empty(T, K, down.shape[1], dtype=dtype, device=x.device)
+    for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
+        z[rows] = torch.einsum("td,tked->tke", x[rows].to(dtype), down[indices[rows]].to(dtype))
+        hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)
+        y[rows] = torch.einsum("tke,tkeo->to", hidden, up[indices[rows]].to(dtype)).to(x.dtype)
+    return y, z
+
+
+def peer_backward(
+    dy: Tensor, x: Tensor, indices: Tensor, gates: Tensor, z: Tensor, down: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx [T, D], dgates [T, K], dz [T, K, E], and hidden = gates * act(z) [T, K, E], of which the tables' gradients are
+    sums of outer products: d down[n] = sum dz x^T, d up[n] = sum hidden dy^T over the pairs (t, j) that chose n."""
+    dtype = accumulation_dtype(x.dtype)
+    dx, dgates, dz = torch.empty_like(x), torch.empty_like(gates), torch.empty_like(z)
+    activated = activate(z, activation)
+    wide_gates = gates.to(dtype).unsqueeze(-1)
+    for rows in _token_slices(*indices.shape, down.shape[1] * max(down.shape[2], up.shape[2])):
+        u = torch.einsum("to,tkeo->tke", dy[rows].to(dtype), up[indices[rows]].to(dtype))
+        dgates[rows] = (u * activated[rows]).sum(-1).to(gates.dtype)
+        dz[rows] = wide_gates[rows] * u * activation_derivative(z[rows], activation)
+        dx[rows] = torch.einsum("tke,tked->td", dz[rows], down[indices[rows]].to(dtype)).to(x.dtype)
+    return dx, dgates, dz, wide_gates * activated
+
+
+# ---- table gradients from their factors
+
+
+def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
+    """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert."""
+    sorted_experts, order = indices.reshape(-1).sort(stable=True)
+    row_ids, counts = torch.unique_consecutive(sorted_experts, return_counts=True)
+    run_starts = F.pad(counts.cumsum(0), (1, 0))
+    num_rows = torch.tensor(row_ids.numel(), device=indices.device)
+    return SortedPairs(order.int(), row_ids.int(), run_starts.int(), num_rows)
+
+
+def _gradient_rows(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the touched rows with their gradients [rows, E, D]."""
+    K, E = weights.shape[1:]
+    order, starts = pairs.order.long(), pairs.run_starts.tolist()
+    tokens, flat_weights = order // K, weights.reshape(-1, E)[order]
+    limit = max(1, _SLICE_ELEMENTS // max(1, E * vectors.shape[1]))
+    first, R = 0, len(starts) - 1
+    while first < R:
+        last = first + 1
+        while last < R and starts[last + 1] - starts[first] <= limit:
+            last += 1
+        span = slice(starts[first], starts[last])
+        runs = torch.repeat_interleave(
+            torch.arange(last - first, device=order.device), pairs.run_starts[first : last + 1].long().diff()
+        )
+        rows = torch.zeros(last - first, E, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        rows.index_add_(0, runs, flat_weights[span].to(vectors.dtype)[:, :, None] * vectors[tokens[span]][:, None])
+        yield slice(first, last), rows
+        first = last
+
+
+def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor) -> None:
+    """Gradient rows into `out`: compact [R, E, D] if it has as many rows as were touched, else dense [N, E, D] of zeros."""
+    compact = out.shape[0] == pairs.row_ids.numel()
+    for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
+        where = rows if compact else pairs.row_ids[rows].long()
+        out[where] = gradient.to(out.dtype)
+
+
+def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:
+    """Sum of squares over all gradient rows, 0-d float32."""
+    total = torch.zeros((), dtype=torch.float64, device=vectors.device)
+    for _, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
+        total += gradient.double().square().sum()
+    return total.float()
+
+
+def rowwise_adamw_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    seed: int,
+) -> None:
+    """See `titan_peer.ops.rowwise_adamw_`."""
+    generator = torch.Generator(param.device).manual_seed(seed)
+    for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
+        where = pairs.row_ids[rows].long()
+        g = gradient * grad_scale
+        p, m, v = param[where].to(g.dtype), exp_avg[where].to(g.dtype), exp_avg_sq[where].to(g.dtype)
+        p.mul_(1 - lr * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        square = g.square() if exp_avg_sq.ndim == param.ndim else g.square().mean((1, 2))
+        v.mul_(beta2).add_(square, alpha=1 - beta2)
+        denominator = (v / bias_correction2).sqrt_().add_(eps)
+        if exp_avg_sq.ndim != param.ndim:
+            denominator = denominator[:, None, None]
+        p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+        for table, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+            table[where] = round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up or down with the probability that makes the expected value exact.
+
+    Rounding to nearest would freeze a second moment: with beta2 = 0.999 its steps are smaller than half of bfloat16's
+    spacing.
+    """
+    bits = values.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
+

@@ -1,0 +1,168 @@
+"""Row-wise gradients of expert tables, kept as factors, and the row-wise AdamW step made from them.
+
+The gradient of a table is a sum of outer products over the step's (token, expert) pairs: d down[n] = sum dz x_t^T and
+d up[n] = sum hidden dy_t^T. Instead of gradient rows (as many numbers as the touched rows have weights) a step keeps the
+factors: dz and hidden [T, K, E], x [T, D], dy [T, D_out]. Norm and update read them, row by row, through the pairs sorted
+by expert; no gradient row is ever stored, and what processes exchange follows the tokens, not the experts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from titan_peer.ops.backends import backend_for
+from titan_peer.ops.sorted_pairs import SortedPairs
+
+_collectors: weakref.WeakValueDictionary[int, RowGradients] = weakref.WeakValueDictionary()
+
+
+class RowGradients:
+    """The factored gradient of one pair of tables in one optimizer step.
+
+    Several `record`s before a `clear` (micro-batches, layers that share the tables) add up. The collector is found by the
+    address of expert_down's memory, because autograd and compilers hand the backward pass new tensor objects.
+
+    Args:
+        expert_down: [N, E, D]
+        expert_up: [N, E, D_out]
+    """
+
+    def __init__(self, expert_down: Tensor, expert_up: Tensor) -> None:
+        self.expert_down, self.expert_up = expert_down, expert_up
+        # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since memory
+        # that is touched for the first time costs more than the copy into it
+        self._buffers: tuple[Tensor, ...] | None = None
+        self._replacement: tuple[Tensor, ...] | None = None
+        self._sorted: SortedPairs | None = None
+        self.num_tokens = 0
+        _collectors[expert_down.data_ptr()] = self
+
+    @staticmethod
+    def of(expert_down: Tensor) -> RowGradients:
+        """The collector of a table.
+
+        Raises:
+            RuntimeError: the table has none.
+        """
+        collector = _collectors.get(expert_down.data_ptr())
+        if collector is None:
+            raise RuntimeError(
+                "peer_experts(rowwise=True): these tables have no RowGradients; create one and keep it alive, "
+                "as titan_peer.optimizer.RowwiseAdamW does"
+            )
+        return collector
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_tokens == 0
+
+    def record(self, indices: Tensor, dz: Tensor, hidden: Tensor, x: Tensor, dy: Tensor) -> None:
+        """Add one backward pass' factors (copied)."""
+        new = (indices, dz, hidden, x, dy)
+        first, last = self.num_tokens, self.num_tokens + indices.shape[0]
+        if self._buffers is None or self._buffers[0].shape[0] < last or self._buffers[3].dtype != x.dtype:
+            grown = tuple(torch.empty(last, *f.shape[1:], dtype=f.dtype, device=f.device) for f in new)
+            for old, buffer in zip(self._buffers or (), grown):
+                buffer[:first] = old[:first]
+            self._buffers = grown
+        for factor, buffer in zip(new, self._buffers):
+            buffer[first:last] = factor
+        self.num_tokens = last
+        self._sorted = None
+
+    def clear(self) -> None:
+        """Forget the step's gradient; the buffers stay for the next."""
+        self.num_tokens, self._replacement, self._sorted = 0, None, None
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all tokens recorded."""
+        if self._replacement is not None:
+            return self._replacement
+        if self._buffers is None:
+            return ()
+        return tuple(buffer[: self.num_tokens] for buffer in self._buffers)
+
+    def replace(self, indices: Tensor, dz: Tensor, hidden: Tensor, x: Tensor, dy: Tensor) -> None:
+        """Put other factors in their place, for instance those of all processes."""
+        self._replacement, self._sorted = (indices, dz, hidden, x, dy), None
+        self.num_tokens = indices.shape[0]
+
+    def sorted(self) -> SortedPairs:
+        """The pairs grouped by expert; sorted once a step."""
+        if self._sorted is None:
+            self._sorted = backend_for(self.expert_down).sort_pairs(self.factors()[0], self.expert_down.shape[0])
+        return self._sorted
+
+    def table_factors(self, which: Literal["down", "up"]) -> tuple[SortedPairs, Tensor, Tensor]:
+        """Pairs, weights [T, K, E] and vectors [T, D or D_out] whose outer products make one table's gradient."""
+        _, dz, hidden, x, dy = self.factors()
+        return (self.sorted(), dz, x) if which == "down" else (self.sorted(), hidden, dy)
+
+    def norm_squared(self) -> Tensor:
+        """Sum of squares of both tables' gradients, 0-d float32."""
+        backend = backend_for(self.expert_down)
+        down = backend.row_norm_squared(*self.table_factors("down"))
+        return down + backend.row_norm_squared(*self.table_factors("up"))
+
+    def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
+        """row_ids [R], gradient rows of expert_down [R, E, D] and of expert_up [R, E, D_out]: to look at, not to train."""
+        backend = backend_for(self.expert_down)
+        rows = []
+        for which, table in (("down", self.expert_down), ("up", self.expert_up)):
+            pairs, weights, vectors = self.table_factors(which)
+            num_rows = int(pairs.num_rows)
+            out = torch.zeros(num_rows, *table.shape[1:], dtype=torch.float32, device=table.device)
+            backend.table_gradient(pairs, weights, vectors, out)
+            rows.append(out)
+        return self.sorted().row_ids[: rows[0].shape[0]], rows[0], rows[1]
+
+
+def rowwise_adamw_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float = 1.0,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    seed: int,
+) -> None:
+    """One AdamW step (arXiv 1711.05101, algorithm 2) on the touched rows of a table, in one pass, in place.
+
+    Args:
+        param: [N, E, D], float32 or bfloat16.
+        exp_avg: like param, float32 or bfloat16.
+        exp_avg_sq: like exp_avg; or float32 [N], the running mean square of a row's whole gradient.
+        pairs, weights [T, K, E], vectors [T, D]: row n's gradient is grad_scale * sum over its pairs of weights x vectors.
+        bias_correction1, bias_correction2: 1 - beta ** step.
+        seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element): repeatable.
+    """
+    backend_for(param).rowwise_adamw_(
+        param,
+        exp_avg,
+        exp_avg_sq,
+        pairs,
+        weights,
+        vectors,
+        grad_scale=grad_scale,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction1=bias_correction1,
+        bias_correction2=bias_correction2,
+        seed=seed,
+    )

@@ -1,0 +1,20 @@
+"""(token, expert) pairs grouped by expert: what every table update is made from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SortedPairs(NamedTuple):
+    """The P = T*K pairs of an index tensor [T, K], stably sorted by expert; a run is the pairs of one expert."""
+
+    order: Tensor
+    """int32 [P]: flat positions t*K + j."""
+    row_ids: Tensor
+    """int32 [R] (padded to P on CUDA): the experts that were chosen, ascending."""
+    run_starts: Tensor
+    """int32 [R + 1] (padded on CUDA): where each expert's run begins in `order`, and P."""
+    num_rows: Tensor
+    """0-d integer: R, the number of different experts."""
