@@ -15,8 +15,10 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +144,12 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         self._wait_for_all()
-        no_dist = not dist.is_initialized()
-        dcp.save(self._tensors(), storage_writer=FileSystemWriter(partial, sync_files=False), no_dist=no_dist)
+        with _without_single_process_warning():
+            dcp.save(
+                self._tensors(),
+                storage_writer=FileSystemWriter(partial, sync_files=False),
+                no_dist=not dist.is_initialized(),
+            )
         if self.is_first:
             (partial / TRAIN_STATE).write_text(json.dumps(train_state, indent=1))
             _write_manifest(partial)
@@ -197,7 +203,8 @@ class Checkpointer:
                     f"{folder}: {name}: the job wants shape {list(tensor.shape)}, the checkpoint has {found}; "
                     "resume with the model and optimizer settings of the run that saved it"
                 )
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with _without_single_process_warning():
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         for name, tensor in tensors.items():
             if name.startswith("rng."):
                 _set_random_state(name, tensor)
@@ -221,6 +228,14 @@ class Checkpointer:
     def _wait_for_all() -> None:
         if dist.is_initialized():
             dist.barrier()
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    """A single process is meant; the library warns of it at every save."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _random_states() -> dict[str, Tensor]:

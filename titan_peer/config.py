@@ -118,8 +118,6 @@ class Data:
     """The streams of the mix: one [[data.sources]] table each."""
     shuffle: bool = True
     """Shuffle documents, anew every epoch; seeded by debug.seed."""
-    num_workers: int = 0
-    """Processes that prepare batches; 0 prepares them in the training process."""
 
 
 @dataclass
@@ -432,7 +430,6 @@ def check(config: JobConfig) -> None:
         "optimizer.expert_weight_decay",
         "lr_scheduler.warmup_steps",
         "checkpoint.keep_latest_k",
-        "data.num_workers",
         "debug.seed",
     ):
         section, name = key.split(".")

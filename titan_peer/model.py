@@ -239,6 +239,13 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # Parts of a block
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * gain (arXiv 1910.07467), computed in float32 whatever the dtypes of input and gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
 class MLA(nn.Module):
     """Multi-head latent attention in its expanded form (arXiv 2405.04434, eq. 9-19)."""
 
@@ -255,10 +262,10 @@ class MLA(nn.Module):
             self.wq = nn.Linear(dim, mla.n_heads * mla.qk_head_dim, bias=False)
         else:
             self.wq_a = nn.Linear(dim, mla.q_lora_rank, bias=False)
-            self.q_norm = nn.RMSNorm(mla.q_lora_rank, eps=args.norm_eps)
+            self.q_norm = RMSNorm(mla.q_lora_rank, eps=args.norm_eps)
             self.wq_b = nn.Linear(mla.q_lora_rank, mla.n_heads * mla.qk_head_dim, bias=False)
         self.wkv_a = nn.Linear(dim, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(mla.kv_lora_rank, eps=args.norm_eps)
+        self.kv_norm = RMSNorm(mla.kv_lora_rank, eps=args.norm_eps)
         self.wkv_b = nn.Linear(mla.kv_lora_rank, mla.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
         self.wo = nn.Linear(mla.n_heads * mla.v_head_dim, dim, bias=False)
 
@@ -286,7 +293,7 @@ class MLA(nn.Module):
 
     def init_weights(self, std: float, residual_std: float) -> None:
         for name, module in self.named_children():
-            if isinstance(module, nn.RMSNorm):
+            if isinstance(module, RMSNorm):
                 module.reset_parameters()
             else:
                 nn.init.normal_(module.weight, std=residual_std if name == "wo" else std)
@@ -310,8 +317,8 @@ class QueryBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.empty(num_heads, query_dim))
 
     def forward(self, queries: Tensor) -> Tensor:
-        """queries [T, H, query_dim] -> the same shape and dtype; statistics in float32."""
-        q = queries.float()
+        """queries [T, H, query_dim] -> the same shape and dtype; statistics in the dtype of the buffers, float32."""
+        q = queries.to(self.running_mean.dtype)
         if self.training:
             moments = torch.stack([q.mean(0), q.square().mean(0)])
             if self.average_over_replicas is not None:
@@ -371,7 +378,7 @@ class PEER(nn.Module):
         if args.query_norm == "batch":
             self.query_norm = QueryBatchNorm(args.num_heads, args.query_dim)
         elif args.query_norm == "rms":
-            self.query_norm = nn.RMSNorm(args.query_dim)
+            self.query_norm = RMSNorm(args.query_dim)
         key_sets = args.num_heads if args.keys_per_head else 1
         self.sub_keys = nn.ParameterList(
             nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim)) for n_keys in args.product_key_dim
@@ -450,9 +457,9 @@ class Block(nn.Module):
     def __init__(self, layer: int, args: ModelArgs) -> None:
         super().__init__()
         self.has_peer = args.has_peer(layer)
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = MLA(args)
-        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
         if self.has_peer:
             self.peer = PEER(args.dim, args.peer)
         else:
@@ -495,7 +502,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(layer, args) for layer in range(args.n_layers))
         any_peer = any(args.has_peer(layer) for layer in range(args.n_layers))
         self.shared_experts = Experts(args.dim, args.peer) if any_peer and args.peer.share_experts else None
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -546,6 +553,8 @@ class Transformer(nn.Module):
         args = self.args
         residual_scale = (2 * args.n_layers) ** -0.5
         self.rope.copy_(rope_table(args.mla, args.max_seq_len, self.rope.device))
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of the one
         nn.init.normal_(self.tok_embeddings.weight, std=args.init_std)
         if not args.tie_embeddings:
             nn.init.normal_(self.output.weight, std=args.init_std)

@@ -137,7 +137,6 @@ class Trainer:
             dp_world_size=self.world.world_size,
             seed=self.config.debug.seed,
             shuffle=data.shuffle,
-            num_workers=data.num_workers,
         )
 
     def _validation_loader(self) -> Any:

@@ -1,0 +1,81 @@
+"""Make assets/sample_text from two Debian packages: python scripts/make_sample_text.py
+
+The Jargon File 4.4.7 (package dict-jargon; public domain), one entry a document, and the New Testament of the King James
+Bible (packages bible-kjv and bible-kjv-text; the text is public domain), one chapter a document. A document goes to
+validation.jsonl when the hash of its text says so (5%), else to train.jsonl. Needs apt-get and dpkg.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import string
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+OUTPUT = Path(__file__).resolve().parent.parent / "assets" / "sample_text"
+PACKAGES = ("dict-jargon", "bible-kjv", "bible-kjv-text")
+DICTD_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+
+
+def unpack_packages(folder: Path) -> None:
+    subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package, folder], check=True)
+
+
+def dictd_number(text: str) -> int:
+    """A number as a dictd index writes it: base 64, most significant digit first."""
+    value = 0
+    for digit in text:
+        value = value * 64 + DICTD_DIGITS.index(digit)
+    return value
+
+
+def jargon_entries(folder: Path) -> Iterator[str]:
+    """Entries of the Jargon File: head word and grammar on the first line, then paragraphs of one line each."""
+    data = gzip.decompress((folder / "usr/share/dictd/jargon.dict.dz").read_bytes())
+    places = set()
+    for line in (folder / "usr/share/dictd/jargon.index").read_text().splitlines():
+        word, offset, length = line.split("\t")
+        if not word.startswith("00-database"):
+            places.add((dictd_number(offset), dictd_number(length)))
+    for offset, length in sorted(places):
+        entry = data[offset : offset + length].decode()
+        head, _, body = entry.strip().partition("\n\n")
+        head = " ".join(head.split())
+        paragraphs = [" ".join(p.split()) for p in body.split("\n\n")]
+        text = "\n".join([head, *(p for p in paragraphs if p)])
+        yield re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", text)  # {cross references} lose their braces
+
+
+def new_testament_chapters(folder: Path) -> Iterator[str]:
+    """Chapters as one paragraph each, without verse numbers."""
+    command = [folder / "usr/bin/bible", "-l100000", "-p", folder / "usr/lib", "-f", "Matt1:1-Rev22:21"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    chapters: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        chapter, text = re.fullmatch(r"(\w+):\d+ (.*)", line).groups()  # Mat2:3 When Herod the king ...
+        chapters.setdefault(chapter, []).append(text.strip())
+    return (" ".join(verses) for verses in chapters.values())
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        unpack_packages(folder)
+        documents = [{"text": text, "source": "jargon-4.4.7"} for text in jargon_entries(folder)]
+        documents += [{"text": text, "source": "kjv-new-testament"} for text in new_testament_chapters(folder)]
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "train.jsonl").open("w") as train, (OUTPUT / "validation.jsonl").open("w") as validation:
+        for document in documents:
+            held_out = hashlib.sha256(document["text"].encode()).digest()[0] < 0.05 * 256
+            print(json.dumps(document, ensure_ascii=False), file=validation if held_out else train)
+
+
+if __name__ == "__main__":
+    main()
