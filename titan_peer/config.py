@@ -260,7 +260,9 @@ def _type_name(expected: Any) -> str:
         return "a list of " + ("tables" if dataclasses.is_dataclass(args[0]) else args[0].__name__)
     if origin is types.UnionType:
         return " or ".join(_type_name(a) for a in args)
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(expected, str(expected))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
+        expected, str(expected)
+    )
 
 
 def _convert(value: Any, expected: Any, key: str, where: str) -> Any:
@@ -460,10 +462,14 @@ def check(config: JobConfig) -> None:
         "must be at least 1, or -1 for all processes that are left",
     )
     require(config.checkpoint.load_step >= -1, "checkpoint.load_step", "must be a step, 0 (start anew) or -1 (newest)")
-    require(config.validation.steps >= 1 or config.validation.steps == -1, "validation.steps", "must be at least 1 or -1")
+    require(
+        config.validation.steps >= 1 or config.validation.steps == -1, "validation.steps", "must be at least 1 or -1"
+    )
     require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
     if config.validation.enable:
-        require(bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]")
+        require(
+            bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]"
+        )
     if config.optimizer.expert_update == "dense":
         for key in ("expert_moment_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)
@@ -474,4 +480,3 @@ def check(config: JobConfig) -> None:
             )
     if found:
         raise UserError("\n".join(found))
-

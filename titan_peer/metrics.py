@@ -235,7 +235,9 @@ class MetricsLogger:
         self._emit(record, line)
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step
 
-    def log_validation(self, step: int, *, loss: float, perplexity: float, bits_per_byte: float, seconds: float) -> None:
+    def log_validation(
+        self, step: int, *, loss: float, perplexity: float, bits_per_byte: float, seconds: float
+    ) -> None:
         record: Record = {
             "step": step,
             "validation_loss": loss,

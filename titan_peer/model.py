@@ -164,7 +164,10 @@ class ModelArgs:
                 require(getattr(peer, key) >= 1, f"peer.{key}", getattr(peer, key), "must be at least 1")
             axes = peer.product_key_dim
             require(
-                bool(axes) and min(axes, default=0) >= 1, "peer.product_key_dim", axes, "one entry >= 1 an axis is needed"
+                bool(axes) and min(axes, default=0) >= 1,
+                "peer.product_key_dim",
+                axes,
+                "one entry >= 1 an axis is needed",
             )
             require(
                 math.prod(axes) == peer.num_experts,
@@ -352,9 +355,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D]."""
-        return peer_experts(
-            x, indices, gates, self.expert_down, self.expert_up, self.activation, rowwise=self.rowwise
-        )
+        return peer_experts(x, indices, gates, self.expert_down, self.expert_up, self.activation, rowwise=self.rowwise)
 
     def init_weights(self, residual_scale: float) -> None:
         dim = self.expert_down.shape[-1]

@@ -81,7 +81,9 @@ def apply_float8(model: Transformer, config: Float8) -> int:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        raise UserError("float8.enable = true: needs torchao; install it with: pip install 'titan_peer[float8]'") from None
+        raise UserError(
+            "float8.enable = true: needs torchao; install it with: pip install 'titan_peer[float8]'"
+        ) from None
     import dataclasses
 
     recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name(config.recipe), emulate=config.emulate)

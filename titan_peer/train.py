@@ -207,9 +207,7 @@ class Trainer:
             loss, grad_norm, lr, stop = self.train_step(batches)
             self._require_finite(loss, grad_norm, lr)
             if self.metrics.due(self.step):
-                self.metrics.log_step(
-                    self.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=self.tokens_seen
-                )
+                self.metrics.log_step(self.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=self.tokens_seen)
             is_last = self.step == config.training.steps
             if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
                 self.validate()

@@ -1,7 +1,7 @@
 """Hand-written computation: product-key retrieval, the expert operator, row-wise table updates.
 
-Each public function has a plain PyTorch reference (`reference.py`, the specification), a CPU path (`cpu/`, C++) and a GPU
-path (`triton/`); `backends.py` says which serves which device, and `backend_report` tells it in words.
+Each public function has a plain PyTorch reference (`reference.py`, the specification; also what runs on GPUs so far) and a
+CPU path (`cpu/`, C++); `backends.py` says which serves which device, and `backend_report` tells it in words.
 """
 
 from titan_peer.ops.backends import backend_report

@@ -16,10 +16,6 @@ logger = logging.getLogger("titan_peer")
 
 @cache
 def _choose(device_type: str) -> tuple[ModuleType, str]:
-    if device_type == "cuda":
-        from titan_peer.ops import triton
-
-        return triton, "Triton kernels"
     if device_type == "cpu":
         from titan_peer.ops import cpu
 

@@ -56,9 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         # float32, whatever the compute dtype: it is a sum over all chunks
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        chunks = zip(
-            hidden.chunk(num_chunks), labels.chunk(num_chunks), hidden_gradient.chunk(num_chunks), strict=True
-        )
+        chunks = zip(hidden.chunk(num_chunks), labels.chunk(num_chunks), hidden_gradient.chunk(num_chunks), strict=True)
         for hidden_chunk, label_chunk, hidden_gradient_chunk in chunks:
             chunk_loss, logit_gradient = step(hidden_chunk, weight, label_chunk)
             loss += chunk_loss

@@ -123,9 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, indices, gates, z, down, up = ctx.saved_tensors
-    dx, dgates, ddown, dup = _backward_op(
-        dy.contiguous(), x, indices, gates, z, down, up, ctx.activation, ctx.rowwise
-    )
+    dx, dgates, ddown, dup = _backward_op(dy.contiguous(), x, indices, gates, z, down, up, ctx.activation, ctx.rowwise)
     tables = (None, None) if ctx.rowwise else (ddown, dup)
     return dx, None, dgates, *tables, None, None
 

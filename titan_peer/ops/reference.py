@@ -273,7 +273,9 @@ def rowwise_adamw_(
             denominator = denominator[:, None, None]
         p.addcdiv_(m, denominator, value=-lr / bias_correction1)
         for table, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
-            table[where] = round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
+            table[where] = (
+                round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
+            )
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -285,4 +287,3 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     bits = values.float().contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     return ((bits + noise) & -65536).view(torch.float32).bfloat16()
-

@@ -13,8 +13,8 @@ class SortedPairs(NamedTuple):
     order: Tensor
     """int32 [P]: flat positions t*K + j."""
     row_ids: Tensor
-    """int32 [R] (padded to P on CUDA): the experts that were chosen, ascending."""
+    """int32 [R]: the experts that were chosen, ascending."""
     run_starts: Tensor
-    """int32 [R + 1] (padded on CUDA): where each expert's run begins in `order`, and P."""
+    """int32 [R + 1]: where each expert's run begins in `order`, and P."""
     num_rows: Tensor
     """0-d integer: R, the number of different experts."""

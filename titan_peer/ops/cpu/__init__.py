@@ -92,7 +92,15 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
     order, row_ids = torch.empty(P, dtype=torch.int32), torch.empty(P, dtype=torch.int32)
     run_starts = torch.empty(P + 1, dtype=torch.int32)
     R = _call(
-        "titan_peer_sort_pairs", indices.contiguous(), P, num_experts, scratch[:2], scratch[2:], order, row_ids, run_starts
+        "titan_peer_sort_pairs",
+        indices.contiguous(),
+        P,
+        num_experts,
+        scratch[:2],
+        scratch[2:],
+        order,
+        row_ids,
+        run_starts,
     )
     return SortedPairs(order, row_ids[:R], run_starts[: R + 1], torch.tensor(R))
 
