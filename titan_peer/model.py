@@ -298,7 +298,7 @@ class MLA(nn.Module):
         for name, module in self.named_children():
             if isinstance(module, RMSNorm):
                 module.reset_parameters()
-            else:
+            elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=residual_std if name == "wo" else std)
 
 
@@ -310,6 +310,8 @@ class QueryBatchNorm(nn.Module):
     """
 
     average_over_replicas: Callable[[Tensor], Tensor] | None = None
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -375,7 +377,7 @@ class PEER(nn.Module):
         self.axis_dim = args.query_dim // num_axes
 
         self.wq = nn.Linear(dim, args.num_heads * args.query_dim, bias=False)
-        self.query_norm: nn.Module | None = None
+        self.query_norm: QueryBatchNorm | RMSNorm | None = None
         if args.query_norm == "batch":
             self.query_norm = QueryBatchNorm(args.num_heads, args.query_dim)
         elif args.query_norm == "rms":
@@ -492,6 +494,7 @@ class Transformer(nn.Module):
     Built on the meta device, then `to_empty` and `init_weights`, so that a sharded model never exists whole.
     """
 
+    rope: Tensor
     loss_chunk_size = 1024  # tokens whose logits exist at a time when the loss is asked for
     compile_loss = False  # set from outside, like the compilation of blocks
 
@@ -560,6 +563,7 @@ class Transformer(nn.Module):
         if not args.tie_embeddings:
             nn.init.normal_(self.output.weight, std=args.init_std)
         for block in self.layers:
+            assert isinstance(block, Block)
             block.init_weights(args.init_std, residual_scale)
         if self.shared_experts is not None:
             self.shared_experts.init_weights(residual_scale)

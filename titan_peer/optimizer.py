@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,14 @@ class RowwiseAdamW(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: Any = None, *, grad_scale: Tensor | float = 1.0) -> None:
+    def step(self, closure: Any = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
         """Apply the recorded gradients, times `grad_scale`, and forget them."""
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         tables = iter(group["params"])
         for collector in self.collectors:
             down, up = next(tables), next(tables)
+            which: Literal["down", "up"]
             for which, table in (("down", down), ("up", up)):
                 state = self.state[table]
                 state["step"] += 1
@@ -221,7 +222,9 @@ class Optimizers:
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of optimizer state with a name that follows its parameter's, for the checkpoint."""
-        names = {p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {
+            p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()
+        }
         for optimizer in (self.adamw, self.rowwise):
             if optimizer is None:
                 continue

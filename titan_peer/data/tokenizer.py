@@ -33,7 +33,9 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes, then a begin and an end token: 258 entries."""
 
-    vocab_size, bos_id, eos_id = 258, 256, 257
+    vocab_size: int = 258
+    bos_id: int | None = 256
+    eos_id: int | None = 257
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]

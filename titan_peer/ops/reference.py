@@ -183,7 +183,8 @@ def peer_backward(
     dx, dgates, dz = torch.empty_like(x), torch.empty_like(gates), torch.empty_like(z)
     activated = activate(z, activation)
     wide_gates = gates.to(dtype).unsqueeze(-1)
-    for rows in _token_slices(*indices.shape, down.shape[1] * max(down.shape[2], up.shape[2])):
+    T, K = indices.shape
+    for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
         u = torch.einsum("to,tkeo->tke", dy[rows].to(dtype), up[indices[rows]].to(dtype))
         dgates[rows] = (u * activated[rows]).sum(-1).to(gates.dtype)
         dz[rows] = wide_gates[rows] * u * activation_derivative(z[rows], activation)

@@ -111,7 +111,8 @@ class RowGradients:
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
         """row_ids [R], gradient rows of expert_down [R, E, D] and of expert_up [R, E, D_out]: to look at, not to train."""
         backend = backend_for(self.expert_down)
-        rows = []
+        rows: list[Tensor] = []
+        which: Literal["down", "up"]
         for which, table in (("down", self.expert_down), ("up", self.expert_up)):
             pairs, weights, vectors = self.table_factors(which)
             num_rows = int(pairs.num_rows)
