@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -73,9 +74,9 @@ def _own_layer(kind: type[PEER]) -> Callable[[argparse.Namespace, int], nn.Modul
 
 
 def _pytorch_peer(options: argparse.Namespace, num_experts: int) -> nn.Module:
-    from PEER_pytorch import PEER as PytorchPEER
+    import PEER_pytorch
 
-    return PytorchPEER(
+    return PEER_pytorch.PEER(
         options.dim,
         heads=options.heads,
         num_experts=num_experts,
@@ -149,7 +150,7 @@ class Step:
         self.adamw.zero_grad(set_to_none=True)
         marks.append(self._now())
         x.grad = None
-        return tuple((b - a) * 1e3 for a, b in zip(marks, marks[1:]))  # type: ignore[return-value]
+        return tuple((b - a) * 1e3 for a, b in itertools.pairwise(marks))  # type: ignore[return-value]
 
     def _now(self) -> float:
         synchronize(self.device)

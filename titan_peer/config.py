@@ -252,14 +252,14 @@ def _nearest(word: str, candidates: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(candidates)}"
 
 
-def _type_name(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin is list:
         return "a list of " + ("tables" if dataclasses.is_dataclass(args[0]) else args[0].__name__)
     if origin is types.UnionType:
-        return " or ".join(_type_name(a) for a in args)
+        return " or ".join(type_name(a) for a in args)
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
         expected, str(expected)
     )
@@ -286,7 +286,7 @@ def _convert(value: Any, expected: Any, key: str, where: str) -> Any:
         return float(value)
     if isinstance(expected, type) and type(value) is expected:
         return value
-    raise UserError(f"{where}: {key} = {value!r}: must be {_type_name(expected)}")
+    raise UserError(f"{where}: {key} = {value!r}: must be {type_name(expected)}")
 
 
 def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
@@ -365,7 +365,7 @@ def _checked_arguments(args: Sequence[str]) -> list[str]:
             else:
                 raise UserError(f"command line: {key} = {following!r}: must be true or false")
         elif following.startswith("--") and typing.get_origin(expected) is not list:
-            raise UserError(f"command line: --{key} needs a value: {_type_name(expected)}")
+            raise UserError(f"command line: --{key} needs a value: {type_name(expected)}")
     return checked
 
 

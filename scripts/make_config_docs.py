@@ -1,0 +1,69 @@
+"""Write docs/configuration.md from the dataclasses: python scripts/make_config_docs.py"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from pathlib import Path
+
+from titan_peer.config import JobConfig, type_name
+from titan_peer.data.sources import DataSource
+
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+INTRODUCTION = """# Configuration
+
+Every key of a job. A TOML file sets them (`--job.config_file`), the command line overrides them
+(`--training.steps 1000`, `--compile.enable false`, `--model.peer.product_key_dim 256 256`, `--data.sources.0.path FILE`).
+Generated from the dataclasses by `python scripts/make_config_docs.py`.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, inherited fields included."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for field, below in zip(body, body[1:]):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                docs[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def table(cls: type, prefix: str) -> list[str]:
+    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    own, nested = [], []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            nested += section(typing.cast(type, hint), f"{prefix}.{field.name}" if prefix else field.name)
+            continue
+        default: object = "required"
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = type_name(hint)
+        own.append(f"| `{prefix}.{field.name}` | `{default!r}` | {shown} | {docs[field.name]} |")
+    head = ["| key | default | type | meaning |", "| --- | --- | --- | --- |"] if own else []
+    return [*head, *own, *nested]
+
+
+def section(cls: type, prefix: str) -> list[str]:
+    return ["", f"## {prefix}", "", (inspect.getdoc(cls) or "").split("\n")[0], "", *table(cls, prefix)]
+
+
+def render() -> str:
+    lines = [INTRODUCTION, *table(JobConfig, ""), *section(DataSource, "data.sources[i], validation.sources[i]")]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(render())
