@@ -389,6 +389,8 @@ def load_config(args: Sequence[str]) -> JobConfig:
         args=args,
         default=base,
         prog="run_train.sh",
+        description="Train the job that a TOML file and the keys below describe.\n\nExample:\n"
+        "  ./run_train.sh --job.config_file train_configs/debug_model.toml --training.steps 20 --compile.enable false",
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

@@ -1,0 +1,58 @@
+"""`titan-peer COMMAND ...`: finds the command's module and hands it the rest of the line; parsing only.
+
+Every command's module has `main(args: Sequence[str]) -> int`, which returns the exit status and prints its own `--help`.
+Modules are imported when their command is called, so that one command's optional libraries are not another's burden.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from titan_peer.errors import UserError
+
+# command: (module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: titan-peer COMMAND [--help] ...", "", "commands:"]
+    lines += [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "example: titan-peer train --job.config_file train_configs/debug_model.toml --training.steps 20"]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name; returns the exit status (2 for bad input)."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    # the longest name that fits: "data inspect" before "data"
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS and len(words) >= length:
+            break
+    else:
+        print(f"error: no command {words[0]!r}\n{usage()}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("titan_peer").setLevel(logging.INFO)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(words[length:])
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
