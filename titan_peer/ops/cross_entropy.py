@@ -41,11 +41,9 @@ _compiled_loss_and_logit_gradient = torch.compile(_chunk_loss_and_logit_gradient
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    """Fewest equal chunks of at most `chunk_size` tokens, so that every chunk has the same compiled shape."""
-    n = max(1, -(-num_tokens // chunk_size))
-    while num_tokens % n:
-        n += 1
-    return n
+    """Fewest chunks of at most `chunk_size` tokens; equal ones (one compiled shape) if that takes at most twice as many."""
+    fewest = max(1, -(-num_tokens // chunk_size))
+    return next((n for n in range(fewest, 2 * fewest + 1) if num_tokens % n == 0), fewest)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
