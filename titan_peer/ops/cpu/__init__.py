@@ -164,36 +164,25 @@ def rowwise_adamw_(
 
 
 def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    (T, H, _), C = queries.shape, len(sub_keys)
+    T, H, _ = queries.shape
     sizes = [keys.shape[1] for keys in sub_keys]
     best_k = [min(k, n) for n in sizes]
     ranks = torch.tensor(reference.candidate_ranks(tuple(best_k), k), dtype=torch.int32)
     values, indices = torch.empty(T, H, k), torch.empty(T, H, k, dtype=torch.int64)
     slice_size = min(max(16, _SCORE_ELEMENTS // (H * max(sizes))), max(T, 1))
     parts = queries.split([keys.shape[2] for keys in sub_keys], dim=-1)
-    scores = [torch.empty(H * slice_size * n, dtype=queries.dtype) for n in sizes]
-    best = [(torch.empty(H * slice_size * b), torch.empty(H * slice_size * b, dtype=torch.int32)) for b in best_k]
-    pointers = [torch.tensor([pair[i].data_ptr() for pair in best], dtype=torch.int64) for i in (0, 1)]
+    scores = [torch.empty(H * n * slice_size, dtype=queries.dtype) for n in sizes]
     for t in range(0, T, slice_size):
         tokens = min(slice_size, T - t)
-        for part, keys, n, b, buffer, (best_values, best_places) in zip(parts, sub_keys, sizes, best_k, scores, best):
-            made = buffer[: H * tokens * n].view(H, tokens, n)
-            head_queries = part[t : t + tokens].transpose(0, 1)
-            head_keys = keys.transpose(1, 2).expand(H, -1, -1)
-            torch.bmm(head_queries, head_keys, out=made)
-            _call("titan_peer_topk", _float(made), H * tokens, n, b, best_values, best_places)
-        _call(
-            "titan_peer_combine",
-            *pointers,
-            torch.tensor(best_k),
-            torch.tensor(sizes),
-            C,
-            ranks,
-            ranks.shape[0],
-            *(H, tokens, k),
-            values[t : t + tokens],
-            indices[t : t + tokens],
-        )
+        made = []
+        for part, keys, n, buffer in zip(parts, sub_keys, sizes, scores):
+            axis_scores = buffer[: H * n * tokens].view(H, n, tokens)
+            torch.bmm(keys.expand(H, -1, -1), part[t : t + tokens].permute(1, 2, 0), out=axis_scores)
+            made.append(_float(axis_scores))
+        pointers = torch.tensor([axis_scores.data_ptr() for axis_scores in made], dtype=torch.int64)
+        shape = (len(sub_keys), ranks, ranks.shape[0], H, tokens, k)
+        results = (values[t : t + tokens], indices[t : t + tokens])
+        _call("titan_peer_retrieve", pointers, torch.tensor(best_k), torch.tensor(sizes), *shape, *results)
     return values, indices
 
 
@@ -203,7 +192,7 @@ def retrieve_backward(
     T, H, Q = queries.shape
     # Flat, so that an axis' part is a matter of where the data starts: the kernel steps from query to query by Q.
     flat_queries, flat_dqueries, dvalues = _float(queries).view(-1), torch.empty(T * H * Q), _float(dvalues)
-    dkeys = []
+    dkeys, places = [], torch.empty(indices.shape, dtype=torch.int32)
     stride_below, start = math.prod(keys.shape[1] for keys in sub_keys), 0
     for keys in sub_keys:
         wide_keys = _float(keys)
@@ -211,7 +200,7 @@ def retrieve_backward(
         stride_below //= keys.shape[1]
         shape = (T, H, indices.shape[2], *keys.shape, Q, stride_below)
         parts = (flat_queries[start:], wide_keys, flat_dqueries[start:], gradient)
-        _call("titan_peer_retrieve_backward", dvalues, indices.contiguous(), *parts, *shape)
+        _call("titan_peer_retrieve_backward", dvalues, indices.contiguous(), *parts, places, *shape)
         dkeys.append(gradient.to(keys.dtype))
         start += keys.shape[2]
     return flat_dqueries.view(T, H, Q).to(queries.dtype), dkeys

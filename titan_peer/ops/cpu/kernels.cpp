@@ -73,61 +73,150 @@ inline void add_scaled(float* __restrict y, const Row* __restrict row, float a, 
     for (int64_t i = 0; i < n; ++i) y[i] += a * widen(row[i]);
 }
 
+// Four rows at a time: x is read once for all of them, and the sums do not wait for one another.
+template <class Row>
+inline void dot4(const Row* __restrict r0, const Row* __restrict r1, const Row* __restrict r2, const Row* __restrict r3,
+                 const float* __restrict x, int64_t n, float* out) {
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < n; ++i) {
+        s0 += widen(r0[i]) * x[i];
+        s1 += widen(r1[i]) * x[i];
+        s2 += widen(r2[i]) * x[i];
+        s3 += widen(r3[i]) * x[i];
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+
+template <class Row>
+inline void add_scaled4(float* __restrict y, const Row* __restrict r0, const Row* __restrict r1,
+                        const Row* __restrict r2, const Row* __restrict r3, const float* a, int64_t n) {
+    const float a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+        y[i] += (a0 * widen(r0[i]) + a1 * widen(r1[i])) + (a2 * widen(r2[i]) + a3 * widen(r3[i]));
+}
+
+// exp to 2 units in the last place, as plain arithmetic so that loops over it become vector code.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float whole = std::nearbyint(x * 1.44269504f);
+    const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // |r| <= ln(2) / 2
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = (int32_t(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+
 enum Activation { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
 
-inline float sigmoid(float z) { return 1.0f / (1.0f + std::exp(-z)); }
+inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
 
-inline float activate(float z, int activation) {
-    switch (activation) {
-        case kGelu: return 0.5f * z * (1.0f + std::erf(z * 0.70710678f));
-        case kGeluTanh: return 0.5f * z * (1.0f + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
-        case kRelu: return z > 0 ? z : 0;
-        default: return z * sigmoid(z);
+// The activation of z and its derivative; Kind is a constant so that loops hold no branch.
+template <int Kind>
+inline void activate(float z, float& value, float& slope) {
+    if (Kind == kGelu) {
+        // normal distribution by Abramowitz and Stegun 7.1.26: absolute error 1e-7
+        const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(z));
+        const float bell = exponential(-0.5f * z * z);
+        const float poly = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        const float tail = 0.5f * poly * bell;
+        const float cdf = z < 0 ? tail : 1.0f - tail;
+        value = z * cdf;
+        slope = cdf + z * 0.39894228f * bell;
+    } else if (Kind == kGeluTanh) {
+        const float u = 0.79788456f * (z + 0.044715f * z * z * z);
+        const float s = sigmoid(2.0f * u);  // tanh u = 2 s - 1
+        value = z * s;
+        slope = s + 2.0f * z * s * (1.0f - s) * 0.79788456f * (1.0f + 3 * 0.044715f * z * z);
+    } else if (Kind == kRelu) {
+        value = z > 0 ? z : 0;
+        slope = z > 0 ? 1.0f : 0.0f;
+    } else {
+        const float s = sigmoid(z);
+        value = z * s;
+        slope = s * (1.0f + z * (1.0f - s));
     }
 }
 
-inline float derivative(float z, int activation) {
+template <int Kind>
+inline void activate_all(const float* __restrict z, float* __restrict values, float* __restrict slopes, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) activate<Kind>(z[i], values[i], slopes[i]);
+}
+
+inline void activate_all(const float* z, float* values, float* slopes, int64_t n, int activation) {
     switch (activation) {
-        case kGelu:
-            return 0.5f * (1.0f + std::erf(z * 0.70710678f)) + z * 0.39894228f * std::exp(-0.5f * z * z);
-        case kGeluTanh: {
-            float t = std::tanh(0.79788456f * (z + 0.044715f * z * z * z));
-            return 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * 0.79788456f * (1.0f + 3 * 0.044715f * z * z);
-        }
-        case kRelu: return z > 0 ? 1.0f : 0.0f;
-        default: {
-            float s = sigmoid(z);
-            return s * (1.0f + z * (1.0f - s));
-        }
+        case kGelu: return activate_all<kGelu>(z, values, slopes, n);
+        case kGeluTanh: return activate_all<kGeluTanh>(z, values, slopes, n);
+        case kRelu: return activate_all<kRelu>(z, values, slopes, n);
+        default: return activate_all<kSilu>(z, values, slopes, n);
     }
 }
 
-constexpr int kAhead = 4;  // experts whose rows are asked for before they are needed
+// The rows of one token's experts: K * E of them, `width` numbers each, expert by expert.
+template <class Row>
+struct Rows {
+    const Row* table;
+    const int64_t* chosen;
+    int64_t K, E, width;
+
+    const Row* operator[](int64_t i) const {
+        return E == 1 ? table + chosen[i] * width : table + (chosen[i / E] * E + i % E) * width;
+    }
+    // How many rows are asked for before they are needed: as many as fit into a part of the nearest cache.
+    int64_t ahead() const { return std::min<int64_t>(std::max<int64_t>(16384 / (width * sizeof(Row)), 4), 16); }
+    void ask_for(int64_t first, int64_t last) const {
+        for (int64_t i = first; i < std::min(last, K * E); ++i) prefetch((*this)[i], width * sizeof(Row));
+    }
+    // out[i] = row i . x
+    void dots(const float* x, float* out) const {
+        const int64_t n = K * E;
+        int64_t i = 0, lead = ahead();
+        ask_for(0, lead);
+        for (; i + 4 <= n; i += 4) {
+            ask_for(i + lead, i + lead + 4);
+            dot4((*this)[i], (*this)[i + 1], (*this)[i + 2], (*this)[i + 3], x, width, out + i);
+        }
+        for (; i < n; ++i) out[i] = dot((*this)[i], x, width);
+    }
+    // y = sum of factors[i] * row i
+    void weighted_sum(const float* factors, float* y) const {
+        const int64_t n = K * E;
+        int64_t i = 0, lead = ahead();
+        std::fill(y, y + width, 0.0f);
+        ask_for(0, lead);
+        for (; i + 4 <= n; i += 4) {
+            ask_for(i + lead, i + lead + 4);
+            add_scaled4(y, (*this)[i], (*this)[i + 1], (*this)[i + 2], (*this)[i + 3], factors + i, width);
+        }
+        for (; i < n; ++i) add_scaled(y, (*this)[i], factors[i], width);
+    }
+};
 
 template <class Row>
 int forward(const float* x, const int64_t* indices, const float* gates, const Row* down, const Row* up, float* y,
             float* z, int64_t T, int64_t K, int64_t N, int64_t E, int64_t D, int64_t O, int activation, int threads) {
     for (int64_t i = 0; i < T * K; ++i)
         if (uint64_t(indices[i]) >= uint64_t(N)) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < T; ++t) {
-        const int64_t* chosen = indices + t * K;
-        const float* xt = x + t * D;
-        float* yt = y + t * O;
-        float* zt = z + t * K * E;
-        for (int64_t j = 0; j < std::min<int64_t>(kAhead, K); ++j) prefetch(down + chosen[j] * E * D, E * D * sizeof(Row));
-        for (int64_t j = 0; j < K; ++j) {
-            if (j + kAhead < K) prefetch(down + chosen[j + kAhead] * E * D, E * D * sizeof(Row));
-            for (int64_t e = 0; e < E; ++e) zt[j * E + e] = dot(down + (chosen[j] * E + e) * D, xt, D);
-        }
-        std::fill(yt, yt + O, 0.0f);
-        for (int64_t j = 0; j < std::min<int64_t>(kAhead, K); ++j) prefetch(up + chosen[j] * E * O, E * O * sizeof(Row));
-        for (int64_t j = 0; j < K; ++j) {
-            if (j + kAhead < K) prefetch(up + chosen[j + kAhead] * E * O, E * O * sizeof(Row));
-            for (int64_t e = 0; e < E; ++e) {
-                float hidden = gates[t * K + j] * activate(zt[j * E + e], activation);
-                add_scaled(yt, up + (chosen[j] * E + e) * O, hidden, O);
-            }
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> hidden(K * E), slopes(K * E);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < T; ++t) {
+            const int64_t* chosen = indices + t * K;
+            float* zt = z + t * K * E;
+            Rows<Row>{down, chosen, K, E, D}.dots(x + t * D, zt);
+            activate_all(zt, hidden.data(), slopes.data(), K * E, activation);
+            for (int64_t i = 0; i < K * E; ++i) hidden[i] *= gates[t * K + i / E];
+            Rows<Row>{up, chosen, K, E, O}.weighted_sum(hidden.data(), y + t * O);
         }
     }
     return 0;
@@ -137,31 +226,26 @@ template <class Row>
 void backward(const float* dy, const int64_t* indices, const float* gates, const float* z, const Row* down,
               const Row* up, float* dx, float* dgates, float* dz, float* hidden, int64_t T, int64_t K, int64_t E,
               int64_t D, int64_t O, int activation, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < T; ++t) {
-        const int64_t* chosen = indices + t * K;
-        const float* dyt = dy + t * O;
-        float* dxt = dx + t * D;
-        for (int64_t j = 0; j < std::min<int64_t>(kAhead, K); ++j) prefetch(up + chosen[j] * E * O, E * O * sizeof(Row));
-        for (int64_t j = 0; j < K; ++j) {
-            if (j + kAhead < K) prefetch(up + chosen[j + kAhead] * E * O, E * O * sizeof(Row));
-            float gate = gates[t * K + j], dgate = 0;
-            for (int64_t e = 0; e < E; ++e) {
-                int64_t i = (t * K + j) * E + e;
-                float u = dot(up + (chosen[j] * E + e) * O, dyt, O);
-                float a = activate(z[i], activation);
-                dgate += u * a;
-                hidden[i] = gate * a;
-                dz[i] = gate * u * derivative(z[i], activation);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> dots(K * E), slopes(K * E);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < T; ++t) {
+            const int64_t* chosen = indices + t * K;
+            const int64_t first = t * K * E;
+            Rows<Row>{up, chosen, K, E, O}.dots(dy + t * O, dots.data());
+            activate_all(z + first, hidden + first, slopes.data(), K * E, activation);
+            for (int64_t j = 0; j < K; ++j) {
+                const float gate = gates[t * K + j];
+                float dgate = 0;
+                for (int64_t i = j * E; i < (j + 1) * E; ++i) {
+                    dgate += dots[i] * hidden[first + i];
+                    hidden[first + i] *= gate;
+                    dz[first + i] = gate * dots[i] * slopes[i];
+                }
+                dgates[t * K + j] = dgate;
             }
-            dgates[t * K + j] = dgate;
-        }
-        std::fill(dxt, dxt + D, 0.0f);
-        for (int64_t j = 0; j < std::min<int64_t>(kAhead, K); ++j) prefetch(down + chosen[j] * E * D, E * D * sizeof(Row));
-        for (int64_t j = 0; j < K; ++j) {
-            if (j + kAhead < K) prefetch(down + chosen[j + kAhead] * E * D, E * D * sizeof(Row));
-            for (int64_t e = 0; e < E; ++e)
-                add_scaled(dxt, down + (chosen[j] * E + e) * D, dz[(t * K + j) * E + e], D);
+            Rows<Row>{down, chosen, K, E, D}.weighted_sum(dz + first, dx + t * D);
         }
     }
 }
@@ -269,6 +353,148 @@ inline void topk_row(const float* scores, int64_t n, int64_t k, float* values, i
         if (!(best > threshold)) continue;
         for (int64_t i = base; i < end; ++i)
             if (scores[i] > threshold) insert(scores[i], int32_t(i));
+    }
+}
+
+// Top-k of 16 tokens at once, a token a vector lane: sorting networks have no branches to mispredict, which is what a
+// token-by-token selection spends most of its time on. An entry is a score and the place it came from.
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+struct Entry {
+    Floats score;
+    Ints place;
+};
+
+// Put the larger into a. A NaN compares false and stays where it is, so no place is ever lost or doubled.
+inline void order(Entry& a, Entry& b) {
+    const Ints swap = a.score < b.score;
+    const Floats low = swap ? a.score : b.score;
+    const Ints low_place = swap ? a.place : b.place;
+    a.score = swap ? b.score : a.score;
+    a.place = swap ? b.place : a.place;
+    b.score = low;
+    b.place = low_place;
+}
+
+// A bitonic sequence of K entries (K a power of two) into descending order.
+template <int K>
+inline void merge_bitonic(Entry* e) {
+#pragma GCC unroll 16
+    for (int step = K / 2; step > 0; step /= 2)
+#pragma GCC unroll 64
+        for (int i = 0; i < K; ++i)
+            if (!(i & step)) order(e[i], e[i + step]);
+}
+
+// Batcher's odd-even merge sort, descending.
+template <int K>
+inline void sort_entries(Entry* e) {
+#pragma GCC unroll 8
+    for (int p = 1; p < K; p *= 2)
+#pragma GCC unroll 8
+        for (int q = p; q > 0; q /= 2)
+#pragma GCC unroll 64
+            for (int j = q % p; j + q < K; j += 2 * q)
+#pragma GCC unroll 64
+                for (int i = 0; i < q; ++i)
+                    if (i + j + q < K && (i + j) / (2 * p) == (i + j + q) / (2 * p)) order(e[i + j], e[i + j + q]);
+}
+
+// The K best of `count` entries, descending, in best[0..K); make(i) gives the i-th.
+template <int K, class Make>
+inline void best_entries(int64_t count, Make make, Entry* best) {
+    const Entry nothing = {Floats{} - INFINITY, Ints{}};
+    for (int64_t base = 0; base < count; base += K) {
+        Entry block[K];
+        for (int i = 0; i < K; ++i) block[i] = base + i < count ? make(base + i) : nothing;
+        sort_entries<K>(block);
+        if (base == 0) {
+            std::copy(block, block + K, best);
+            continue;
+        }
+        // the larger of each pair from opposite ends: the K best of both, as a bitonic sequence
+        for (int i = 0; i < K; ++i) order(best[i], block[K - 1 - i]);
+        merge_bitonic<K>(best);
+    }
+}
+
+// Lanes that hold a token; the rest of a tail is filled with zeros.
+inline Floats load(const float* from, int64_t lanes) {
+    Floats v{};
+    if (lanes == kLanes)
+        std::memcpy(&v, from, sizeof v);
+    else
+        std::memcpy(&v, from, 4 * lanes);
+    return v;
+}
+
+// Scores of axis c lie at scores[c], [H, sizes[c], tokens]; results go to values and indices, [tokens, H, k], k <= K.
+template <int K>
+void retrieve(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C, const int32_t* ranks,
+              int64_t M, int64_t H, int64_t tokens, int64_t k, float* values, int64_t* indices, int threads) {
+    const int64_t groups = (tokens + kLanes - 1) / kLanes;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Entry> axes(C * K);
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < H * groups; ++item) {
+            const int64_t h = item / groups, t = item % groups * kLanes;
+            const int64_t lanes = std::min<int64_t>(kLanes, tokens - t);
+            for (int64_t c = 0; c < C; ++c) {
+                const float* axis = scores[c] + h * sizes[c] * tokens + t;
+                auto score = [&](int64_t i) { return Entry{load(axis + i * tokens, lanes), Ints{} + int32_t(i)}; };
+                best_entries<K>(sizes[c], score, &axes[c * K]);
+            }
+            auto sum = [&](int64_t m) {
+                Entry e = axes[ranks[m * C]];
+                for (int64_t c = 1; c < C; ++c) {
+                    const Entry& next = axes[c * K + ranks[m * C + c]];
+                    e.score += next.score;
+                    e.place = e.place * int32_t(sizes[c]) + next.place;
+                }
+                return e;
+            };
+            Entry best[K];
+            best_entries<K>(M, sum, best);
+            for (int64_t lane = 0; lane < lanes; ++lane)
+                for (int64_t j = 0; j < k; ++j) {
+                    values[((t + lane) * H + h) * k + j] = best[j].score[lane];
+                    indices[((t + lane) * H + h) * k + j] = best[j].place[lane];
+                }
+        }
+    }
+}
+
+// The same for any k and any number of experts, token by token.
+void retrieve_any(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C,
+                  const int32_t* ranks, int64_t M, int64_t H, int64_t tokens, int64_t k, float* values,
+                  int64_t* indices, int threads) {
+    const int64_t widest = *std::max_element(sizes, sizes + C);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> row(std::max(widest, M)), top(k), best(C * k);
+        std::vector<int32_t> which(k), places(C * k);
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < H * tokens; ++item) {
+            const int64_t h = item / tokens, t = item % tokens;
+            for (int64_t c = 0; c < C; ++c) {
+                for (int64_t i = 0; i < sizes[c]; ++i) row[i] = scores[c][(h * sizes[c] + i) * tokens + t];
+                topk_row(row.data(), sizes[c], best_k[c], &best[c * k], &places[c * k]);
+            }
+            for (int64_t m = 0; m < M; ++m) {
+                row[m] = 0;
+                for (int64_t c = 0; c < C; ++c) row[m] += best[c * k + ranks[m * C + c]];
+            }
+            topk_row(row.data(), M, k, top.data(), which.data());
+            for (int64_t j = 0; j < k; ++j) {
+                int64_t index = 0;
+                for (int64_t c = 0; c < C; ++c) index = index * sizes[c] + places[c * k + ranks[which[j] * C + c]];
+                values[(t * H + h) * k + j] = top[j];
+                indices[(t * H + h) * k + j] = index;
+            }
+        }
     }
 }
 
@@ -390,72 +616,53 @@ void titan_peer_rowwise_adamw(int64_t param_dtype, int64_t moment_dtype, void* p
 }
 
 // Each of `rows` score rows [n] of an axis: its k best, descending.
-void titan_peer_topk(const float* scores, int64_t rows, int64_t n, int64_t k, float* values, int32_t* places,
-                     int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) topk_row(scores + r * n, n, k, values + r * k, places + r * k);
-}
 
-// The k best sums over C axes. Axis c's best lie at best_values[c], [rows, best_k[c]]; candidate ranks [M, C].
-// Rows come as [H, tokens]; results go to values / indices [tokens, H, k].
-void titan_peer_combine(const float* const* best_values, const int32_t* const* best_places, const int64_t* best_k,
-                        const int64_t* sizes, int64_t C, const int32_t* ranks, int64_t M, int64_t H, int64_t tokens,
-                        int64_t k, float* values, int64_t* indices, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> sums(M), top(k);
-        std::vector<int32_t> which(k);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t h = 0; h < H; ++h) {
-                const int64_t r = h * tokens + t;
-                for (int64_t m = 0; m < M; ++m) {
-                    float sum = 0;
-                    for (int64_t c = 0; c < C; ++c) sum += best_values[c][r * best_k[c] + ranks[m * C + c]];
-                    sums[m] = sum;
-                }
-                topk_row(sums.data(), M, k, top.data(), which.data());
-                for (int64_t j = 0; j < k; ++j) {
-                    int64_t index = 0;
-                    for (int64_t c = 0; c < C; ++c)
-                        index = index * sizes[c] + best_places[c][r * best_k[c] + ranks[which[j] * C + c]];
-                    values[(t * H + h) * k + j] = top[j];
-                    indices[(t * H + h) * k + j] = index;
-                }
-            }
-    }
+// The k best sums over C axes. Axis c's scores lie at scores[c], [H, sizes[c], tokens], and best_k[c] of them can matter;
+// candidate ranks [M, C]. Results go to values and indices, [tokens, H, k].
+void titan_peer_retrieve(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C,
+                         const int32_t* ranks, int64_t M, int64_t H, int64_t tokens, int64_t k, float* values,
+                         int64_t* indices, int64_t threads) {
+    double experts = 1;
+    for (int64_t c = 0; c < C; ++c) experts *= double(sizes[c]);
+    auto run = [&](auto kernel) {
+        kernel(scores, best_k, sizes, C, ranks, M, H, tokens, k, values, indices, int(threads));
+    };
+    if (experts > 2147483647.0 || k > 32) return run(retrieve_any);
+    k <= 2 ? run(retrieve<2>) : k <= 4 ? run(retrieve<4>) : k <= 8 ? run(retrieve<8>) : k <= 16 ? run(retrieve<16>) : run(retrieve<32>);
 }
 
 // One axis of the retrieval's backward. keys and dkeys [key_sets, n, Q]; queries and dqueries are [T, H, stride] with
-// this axis' Q numbers at their start; stride_below is the product of the sizes of the axes after this one.
+// this axis' Q numbers at their start; stride_below is the product of the sizes of the axes after this one. Work space:
+// places [T, H, k], the chosen sub-keys, since the divisions that find them would cost more than the rest.
 void titan_peer_retrieve_backward(const float* dvalues, const int64_t* indices, const float* queries,
-                                  const float* keys, float* dqueries, float* dkeys, int64_t T, int64_t H, int64_t k,
-                                  int64_t key_sets, int64_t n, int64_t Q, int64_t stride, int64_t stride_below,
-                                  int64_t threads) {
+                                  const float* keys, float* dqueries, float* dkeys, int32_t* places, int64_t T,
+                                  int64_t H, int64_t k, int64_t key_sets, int64_t n, int64_t Q, int64_t stride,
+                                  int64_t stride_below, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < T; ++t)
-        for (int64_t h = 0; h < H; ++h) {
-            float* dq = dqueries + (t * H + h) * stride;
-            const float* head_keys = keys + (key_sets > 1 ? h : 0) * n * Q;
-            std::fill(dq, dq + Q, 0.0f);
-            for (int64_t j = 0; j < k; ++j) {
-                const int64_t pair = (t * H + h) * k + j;
-                add_scaled(dq, head_keys + indices[pair] / stride_below % n * Q, dvalues[pair], Q);
-            }
-        }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t set = 0; set < key_sets; ++set) {
-        float* set_gradient = dkeys + set * n * Q;
-        std::fill(set_gradient, set_gradient + n * Q, 0.0f);
-        const int64_t first = key_sets > 1 ? set : 0, last = key_sets > 1 ? set + 1 : H;
-        for (int64_t t = 0; t < T; ++t)
-            for (int64_t h = first; h < last; ++h)
-                for (int64_t j = 0; j < k; ++j) {
-                    const int64_t pair = (t * H + h) * k + j;
-                    add_scaled(set_gradient + indices[pair] / stride_below % n * Q, queries + (t * H + h) * stride,
-                               dvalues[pair], Q);
-                }
+    for (int64_t item = 0; item < T * H; ++item) {
+        const float* head_keys = keys + (key_sets > 1 ? item % H : 0) * n * Q;
+        const float* dv = dvalues + item * k;
+        int32_t* place = places + item * k;
+        for (int64_t j = 0; j < k; ++j) place[j] = int32_t(uint64_t(indices[item * k + j]) / stride_below % n);
+        float* dq = dqueries + item * stride;
+        std::fill(dq, dq + Q, 0.0f);
+        auto key = [&](int64_t j) { return head_keys + place[j] * Q; };
+        int64_t j = 0;
+        for (; j + 4 <= k; j += 4) add_scaled4(dq, key(j), key(j + 1), key(j + 2), key(j + 3), dv + j, Q);
+        for (; j < k; ++j) add_scaled(dq, key(j), dv[j], Q);
     }
+    std::fill(dkeys, dkeys + key_sets * n * Q, 0.0f);
+    constexpr int64_t kTokens = 32;  // a block of tokens, so that neighbouring heads' queries are read while near
+#pragma omp parallel num_threads(threads)
+    for (int64_t block = 0; block < T; block += kTokens)
+#pragma omp for schedule(static) nowait  // the same thread owns a set in every block: no barrier, one order of sums
+        for (int64_t set = 0; set < key_sets; ++set) {
+            const int64_t first = key_sets > 1 ? set : 0, last = key_sets > 1 ? set + 1 : H;
+            for (int64_t t = block; t < std::min(block + kTokens, T); ++t)
+                for (int64_t item = t * H + first; item < t * H + last; ++item)
+                    for (int64_t j = item * k; j < (item + 1) * k; ++j)
+                        add_scaled(dkeys + (set * n + places[j]) * Q, queries + item * stride, dvalues[j], Q);
+        }
 }
 
 }  // extern "C"
