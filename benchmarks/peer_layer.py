@@ -9,7 +9,9 @@ Examples:
     python benchmarks/peer_layer.py --experts 1048576 --contenders titan_peer pytorch_peer
     python benchmarks/peer_layer.py --device cuda --tokens 16384 --dtype bfloat16
 
-`pytorch_peer` is lucidrains' PEER-pytorch (pip install PEER-pytorch) with torch.optim.AdamW(fused=True).
+`pytorch_peer` is lucidrains' PEER-pytorch (pip install PEER-pytorch) with torch.optim.AdamW(fused=True), as its README
+uses it; `pytorch_peer_compiled` puts torch.compile on it. titan_peer's layers and the dense feed-forwards are compiled, as
+titan_peer's trainer does by default.
 """
 
 from __future__ import annotations
@@ -110,10 +112,14 @@ CONTENDERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], nn.Module]]
     "titan_peer_small_state": ("titan_peer, bf16 first moment, one second moment a row", _own_layer(PEER)),
     "titan_peer_dense": ("titan_peer, dense AdamW", _own_layer(PEER)),
     "pytorch_peer": ("PEER-pytorch", _pytorch_peer),
+    "pytorch_peer_compiled": ("PEER-pytorch, compiled", _pytorch_peer),
     "gather": ("gather + einsum", _own_layer(GatherPEER)),
     "ffn_equal_flops": ("dense FFN, equal FLOPs", _feed_forward(_equal_flops_width)),
     "ffn_4x": ("dense FFN, 4x width", _feed_forward(lambda options, _: 4 * options.dim)),
 }
+
+
+NOT_COMPILED = ("pytorch_peer", "gather")
 
 
 class Step:
@@ -134,6 +140,8 @@ class Step:
             self.rowwise = RowwiseAdamW([experts], **ADAMW, **state)  # type: ignore[list-item, arg-type]
             tables = set(experts.parameters())  # type: ignore[union-attr, operator]
             rest = [p for p in rest if p not in tables]
+        if contender not in NOT_COMPILED:
+            self.layer.compile()
         self.adamw = torch.optim.AdamW(rest, **ADAMW, fused=True)
         self.touched_rows = 0
 
