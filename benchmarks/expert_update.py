@@ -1,0 +1,128 @@
+"""Is the row-wise AdamW of expert tables as good as the dense one? The same model, text and order of batches, both ways.
+
+Trains the debug job with more experts than a step can touch, once a variant, and compares training and validation loss.
+No timing: the runs may share the machine.
+
+Examples:
+    python benchmarks/expert_update.py                       # 2,000 steps, three variants: most of an hour on two cores
+    python benchmarks/expert_update.py --steps 20 --output /tmp/trial
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from report import RESULTS, device_name, markdown_table, versions, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = {
+    "dense": ("dense AdamW", ["--optimizer.expert_update", "dense"]),
+    "rowwise": ("row-wise AdamW", ["--optimizer.expert_update", "rowwise"]),
+    "rowwise_small_state": (
+        "row-wise AdamW, bf16 first moment, one second moment a row",
+        ["--optimizer.expert_moment_dtype", "bfloat16", "--optimizer.expert_second_moment", "row"],
+    ),
+}
+
+
+def job(options: argparse.Namespace, variant: str, folder: Path) -> list[str]:
+    """The command that trains one variant."""
+    side = round(options.experts**0.5)
+    settings: dict[str, object] = {
+        "job.config_file": ROOT / "train_configs/debug_model.toml",
+        "job.dump_folder": folder,
+        "model.peer.num_experts": options.experts,
+        "training.steps": options.steps,
+        "training.local_batch_size": 4,
+        "training.mixed_precision_param": "float32",
+        "optimizer.lr": options.lr,
+        "lr_scheduler.warmup_steps": options.steps // 20,
+        "lr_scheduler.decay_ratio": 0.3,
+        "checkpoint.enable": "false",
+        "metrics.log_freq": 1,
+        "validation.freq": max(1, options.steps // 10),
+        "validation.steps": 30,
+    }
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    words += ["--model.peer.product_key_dim", str(side), str(side)]
+    return [sys.executable, "-m", "titan_peer.train", *words, *VARIANTS[variant][1]]
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {key: {r["step"]: r[key] for r in records if key in r} for key in ("loss", "validation_loss")}
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def _plot(found: dict[str, dict[str, dict[int, float]]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for variant, curve in found.items():
+        steps = list(curve["loss"])
+        window = max(1, len(steps) // 40)
+        axes[0].plot(steps, _smooth(list(curve["loss"].values()), window), label=VARIANTS[variant][0])
+        axes[1].plot(*zip(*curve["validation_loss"].items()), marker="o", label=VARIANTS[variant][0])
+    axes[0].set(xlabel="step", ylabel="training loss, running mean (nats a token)")
+    axes[1].set(xlabel="step", ylabel="validation loss (nats a token)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--experts", type=int, default=65536, help="a square number")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table, JSON and plot")
+    options = parser.parse_args()
+
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for variant in options.variants:
+            folder = Path(scratch) / variant
+            subprocess.run(job(options, variant, folder), check=True, cwd=ROOT)
+            found[variant] = curves(folder)
+
+    tail = max(1, options.steps // 20)
+    rows, base = [], None
+    for variant, curve in found.items():
+        training = sum(list(curve["loss"].values())[-tail:]) / tail
+        validation = list(curve["validation_loss"].values())[-1]
+        base = base or validation
+        difference = f"{100 * (validation / base - 1):+.2f} %"
+        rows.append([VARIANTS[variant][0], f"{training:.4f}", f"{validation:.4f}", difference])
+    header = [
+        "expert tables' update",
+        f"training loss, mean of last {tail} steps",
+        "validation loss",
+        "against the first",
+    ]
+    setting = (
+        f"debug model with {options.experts:,} experts a layer, {options.steps:,} steps of 4 x 256 tokens of the bundled "
+        f"text, learning rate {options.lr:g}, float32"
+    )
+    text = f"{setting}.\n\n{markdown_table(header, rows)}"
+    stem = write_results("expert-update", "cpu", text, {"setting": setting, "curves": found}, options.output)
+    _plot(found, stem.with_suffix(".png"), f"{setting}\n{device_name('cpu')}; {versions()}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
