@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
@@ -111,9 +112,33 @@ def test_low_precision_is_within_one_percent_of_float64(dtype: torch.dtype, tabl
     assert (y.double() - exact).norm() / exact.norm() < 1e-2
 
 
+@pytest.mark.parametrize("backend", [cpu, reference])
+def test_the_parts_of_a_table_cut_in_three_add_up_to_the_whole(backend: ModuleType) -> None:
+    """What expert parallelism rests on: negative indices leave their places out, everywhere."""
+    x, indices, gates, down, up, dy = inputs(33, 9, 50, 2, 24, 20)
+    y, z = reference.peer_forward(x, indices, gates, down, up, "gelu")
+    whole = (y, *reference.peer_backward(dy, x, indices, gates, z, down, up, "gelu"))
+    parts = []
+    for first, last in ((0, 13), (13, 17), (17, 50)):
+        local = torch.where((indices >= first) & (indices < last), indices - first, -1)
+        tables = (down[first:last], up[first:last])
+        y, z = backend.peer_forward(x, local, gates, *tables, "gelu")
+        dx, dgates, dz, hidden = backend.peer_backward(dy, x, local, gates, z, *tables, "gelu")
+        parts.append((y, dx, dgates, dz, hidden))
+        pairs = backend.sort_pairs(local, last - first)
+        gradient = torch.zeros_like(tables[0])
+        backend.table_gradient(pairs, dz, x, gradient)
+        expected = torch.zeros_like(down)
+        all_pairs = reference.sort_pairs(indices, 50)
+        reference.table_gradient(all_pairs, whole[3], x, expected)
+        torch.testing.assert_close(gradient, expected[first:last], rtol=1e-4, atol=1e-4)
+    for part, expected in zip(zip(*parts), whole):
+        torch.testing.assert_close(sum(part), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_index_outside_the_tables_is_an_error() -> None:
     x, indices, gates, down, up, _ = inputs(4, 2, 5, 1, 8, 8)
-    with pytest.raises(IndexError, match="must be from 0 to 4"):
+    with pytest.raises(IndexError, match="must be at most 4"):
         peer_experts(x, indices + 5, gates, down, up)
 
 

@@ -31,7 +31,8 @@ def peer_experts(
 
     Args:
         x: [T, D]; float32, bfloat16, float16 (or float64, on the reference path).
-        indices: int64 [T, K]; an expert may occur more than once.
+        indices: int64 [T, K]; an expert may occur more than once. A negative index leaves its place out: it adds
+            nothing, costs no memory traffic and its gate gets no gradient (another process has that expert).
         gates: [T, K].
         expert_down: [N, E, D]; its dtype may differ from x's (float32 tables with bfloat16 x).
         expert_up: [N, E, D_out].
@@ -40,7 +41,7 @@ def peer_experts(
     Returns:
         [T, D_out], dtype of x; sums are float32.
     Raises:
-        ValueError: a shape or the activation does not fit. IndexError: an index outside the tables.
+        ValueError: a shape or the activation does not fit. IndexError: an index beyond the tables (CPU).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")

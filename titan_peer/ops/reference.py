@@ -168,9 +168,10 @@ def peer_forward(
     y = torch.empty(T, up.shape[2], dtype=x.dtype, device=x.device)
     z = torch.empty(T, K, down.shape[1], dtype=dtype, device=x.device)
     for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
-        z[rows] = torch.einsum("td,tked->tke", x[rows].to(dtype), down[indices[rows]].to(dtype))
-        hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)
-        y[rows] = torch.einsum("tke,tkeo->to", hidden, up[indices[rows]].to(dtype)).to(x.dtype)
+        present, chosen = (indices[rows] >= 0).unsqueeze(-1), indices[rows].clamp_min(0)
+        z[rows] = torch.einsum("td,tked->tke", x[rows].to(dtype), down[chosen].to(dtype)) * present
+        hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)  # act(0) = 0 where none is present
+        y[rows] = torch.einsum("tke,tkeo->to", hidden, up[chosen].to(dtype)).to(x.dtype)
     return y, z
 
 
@@ -185,10 +186,11 @@ def peer_backward(
     wide_gates = gates.to(dtype).unsqueeze(-1)
     T, K = indices.shape
     for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
-        u = torch.einsum("to,tkeo->tke", dy[rows].to(dtype), up[indices[rows]].to(dtype))
+        present, chosen = (indices[rows] >= 0).unsqueeze(-1), indices[rows].clamp_min(0)
+        u = torch.einsum("to,tkeo->tke", dy[rows].to(dtype), up[chosen].to(dtype)) * present
         dgates[rows] = (u * activated[rows]).sum(-1).to(gates.dtype)
         dz[rows] = wide_gates[rows] * u * activation_derivative(z[rows], activation)
-        dx[rows] = torch.einsum("tke,tked->td", dz[rows], down[indices[rows]].to(dtype)).to(x.dtype)
+        dx[rows] = torch.einsum("tke,tked->td", dz[rows], down[chosen].to(dtype)).to(x.dtype)
     return dx, dgates, dz, wide_gates * activated
 
 
@@ -196,8 +198,11 @@ def peer_backward(
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
-    """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert."""
+    """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert; pairs of
+    negative index are left out."""
     sorted_experts, order = indices.reshape(-1).sort(stable=True)
+    absent = int((sorted_experts < 0).sum())
+    sorted_experts, order = sorted_experts[absent:], order[absent:]
     row_ids, counts = torch.unique_consecutive(sorted_experts, return_counts=True)
     run_starts = F.pad(counts.cumsum(0), (1, 0))
     num_rows = torch.tensor(row_ids.numel(), device=indices.device)

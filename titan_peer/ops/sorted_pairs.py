@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class SortedPairs(NamedTuple):
-    """The P = T*K pairs of an index tensor [T, K], stably sorted by expert; a run is the pairs of one expert."""
+    """The P pairs of an index tensor [T, K] (T*K less those of negative index), stably sorted by expert; a run is the
+    pairs of one expert."""
 
     order: Tensor
     """int32 [P]: flat positions t*K + j."""

@@ -63,7 +63,7 @@ def peer_forward(
         kernel, dtype, _float(x), indices.contiguous(), _float(gates), *tables, y, z, *shape, _ACTIVATIONS[activation]
     )
     if outside:
-        raise IndexError(f"indices: from {int(indices.min())} to {int(indices.max())}; must be from 0 to {N - 1}")
+        raise IndexError(f"indices: up to {int(indices.max())}; must be at most {N - 1}")
     return y.to(x.dtype), z
 
 
@@ -102,7 +102,7 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
         row_ids,
         run_starts,
     )
-    return SortedPairs(order, row_ids[:R], run_starts[: R + 1], torch.tensor(R))
+    return SortedPairs(order[: int(run_starts[R])], row_ids[:R], run_starts[: R + 1], torch.tensor(R))
 
 
 def _factors(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor, tuple[int, ...]]:

@@ -201,22 +201,45 @@ struct Rows {
     }
 };
 
+// A token's experts that are there: a negative index marks a place that is left out.
+struct Present {
+    std::vector<int64_t> place, chosen;
+
+    explicit Present(int64_t K) : place(K), chosen(K) {}
+    int64_t find(const int64_t* indices, int64_t K) {
+        int64_t count = 0;
+        for (int64_t j = 0; j < K; ++j) {
+            place[count] = j;
+            chosen[count] = indices[j];
+            count += indices[j] >= 0;
+        }
+        return count;
+    }
+};
+
 template <class Row>
 int forward(const float* x, const int64_t* indices, const float* gates, const Row* down, const Row* up, float* y,
             float* z, int64_t T, int64_t K, int64_t N, int64_t E, int64_t D, int64_t O, int activation, int threads) {
     for (int64_t i = 0; i < T * K; ++i)
-        if (uint64_t(indices[i]) >= uint64_t(N)) return 1;
+        if (indices[i] >= N) return 1;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> hidden(K * E), slopes(K * E);
+        Present present(K);
+        std::vector<float> dots(K * E), hidden(K * E), slopes(K * E);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < T; ++t) {
-            const int64_t* chosen = indices + t * K;
+            const int64_t count = present.find(indices + t * K, K);
+            const int64_t* chosen = present.chosen.data();
+            Rows<Row>{down, chosen, count, E, D}.dots(x + t * D, dots.data());
+            activate_all(dots.data(), hidden.data(), slopes.data(), count * E, activation);
             float* zt = z + t * K * E;
-            Rows<Row>{down, chosen, K, E, D}.dots(x + t * D, zt);
-            activate_all(zt, hidden.data(), slopes.data(), K * E, activation);
-            for (int64_t i = 0; i < K * E; ++i) hidden[i] *= gates[t * K + i / E];
-            Rows<Row>{up, chosen, K, E, O}.weighted_sum(hidden.data(), y + t * O);
+            if (count < K) std::fill(zt, zt + K * E, 0.0f);
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t e = 0; e < E; ++e) {
+                    zt[present.place[i] * E + e] = dots[i * E + e];
+                    hidden[i * E + e] *= gates[t * K + present.place[i]];
+                }
+            Rows<Row>{up, chosen, count, E, O}.weighted_sum(hidden.data(), y + t * O);
         }
     }
     return 0;
@@ -228,24 +251,35 @@ void backward(const float* dy, const int64_t* indices, const float* gates, const
               int64_t D, int64_t O, int activation, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> dots(K * E), slopes(K * E);
+        Present present(K);
+        std::vector<float> dots(K * E), values(K * E), slopes(K * E);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < T; ++t) {
-            const int64_t* chosen = indices + t * K;
-            const int64_t first = t * K * E;
-            Rows<Row>{up, chosen, K, E, O}.dots(dy + t * O, dots.data());
-            activate_all(z + first, hidden + first, slopes.data(), K * E, activation);
-            for (int64_t j = 0; j < K; ++j) {
+            const int64_t count = present.find(indices + t * K, K);
+            const int64_t* chosen = present.chosen.data();
+            const float* zt = z + t * K * E;
+            float *dzt = dz + t * K * E, *hidden_t = hidden + t * K * E, *dgates_t = dgates + t * K;
+            Rows<Row>{up, chosen, count, E, O}.dots(dy + t * O, dots.data());
+            activate_all(zt, values.data(), slopes.data(), K * E, activation);
+            if (count < K) {
+                std::fill(dzt, dzt + K * E, 0.0f);
+                std::fill(hidden_t, hidden_t + K * E, 0.0f);
+                std::fill(dgates_t, dgates_t + K, 0.0f);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t j = present.place[i];
                 const float gate = gates[t * K + j];
                 float dgate = 0;
-                for (int64_t i = j * E; i < (j + 1) * E; ++i) {
-                    dgate += dots[i] * hidden[first + i];
-                    hidden[first + i] *= gate;
-                    dz[first + i] = gate * dots[i] * slopes[i];
+                for (int64_t e = 0; e < E; ++e) {
+                    const float u = dots[i * E + e];
+                    dgate += u * values[j * E + e];
+                    hidden_t[j * E + e] = gate * values[j * E + e];
+                    // written back in place of u: the compact form of dz, for the weighted sum
+                    dots[i * E + e] = dzt[j * E + e] = gate * u * slopes[j * E + e];
                 }
-                dgates[t * K + j] = dgate;
+                dgates_t[j] = dgate;
             }
-            Rows<Row>{down, chosen, K, E, D}.weighted_sum(dz + first, dx + t * D);
+            Rows<Row>{down, chosen, count, E, D}.weighted_sum(dots.data(), dx + t * D);
         }
     }
 }
@@ -525,7 +559,7 @@ void titan_peer_backward(int64_t dtype, const float* dy, const int64_t* indices,
     dtype == 0 ? run(float()) : dtype == 1 ? run(bfloat16()) : run(float16());
 }
 
-// Stable radix sort of the P pairs by expert; cost follows P and the digits of N, never N. Returns the number of runs.
+// Stable radix sort of the P pairs by expert, without those of negative index; cost follows P and the digits of N, never N. Returns the number of runs.
 // Work space: keys and swap, [2, P] each.
 int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint32_t* keys, int32_t* swap,
                               int32_t* order, int32_t* row_ids, int32_t* run_starts) {
@@ -534,10 +568,13 @@ int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint
     while (digits * kBits < 32 && (int64_t(1) << (digits * kBits)) < N) ++digits;
     uint32_t *key_in = keys, *key_out = keys + P;
     int32_t *place_in = swap, *place_out = swap + P;
+    int64_t present = 0;
     for (int64_t i = 0; i < P; ++i) {
-        key_in[i] = uint32_t(indices[i]);
-        place_in[i] = int32_t(i);
+        key_in[present] = uint32_t(indices[i]);
+        place_in[present] = int32_t(i);
+        present += indices[i] >= 0;
     }
+    P = present;
     std::vector<int64_t> start(kBuckets);
     for (int digit = 0; digit < digits; ++digit) {
         const int shift = digit * kBits;
