@@ -160,14 +160,20 @@ class Parallelism:
     """Replicas of the model (with a shard degree: of each shard group)."""
     data_parallel_shard_degree: int = -1
     """Processes over which parameters, gradients and optimizer states are sharded; -1: all that are left."""
+    expert_parallel_degree: int = 1
+    """Processes that together hold the expert tables, each a part; must divide the number of processes. 1: each process
+    holds them whole."""
+    timeout_seconds: int = 600
+    """How long a collective may wait for a process before the job ends."""
 
 
 @dataclass
 class ActivationCheckpoint:
     """Recompute activations in the backward pass instead of keeping them."""
 
-    mode: Literal["none", "full", "selective"] = "none"
-    """none; full: every block; selective: every n-th block."""
+    mode: Literal["none", "full", "selective", "selective_op"] = "none"
+    """none; full: every block; selective: every n-th block; selective_op: every block, but the outputs of attention and
+    of PEER's retrieval are kept."""
     every_n_layers: int = 2
     """selective: recompute every n-th block."""
 
@@ -422,6 +428,8 @@ def check(config: JobConfig) -> None:
         "checkpoint.interval",
         "activation_checkpoint.every_n_layers",
         "parallelism.data_parallel_replicate_degree",
+        "parallelism.expert_parallel_degree",
+        "parallelism.timeout_seconds",
     ):
         section, name = key.split(".")
         require(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")

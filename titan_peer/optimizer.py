@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_peer.config import LRScheduler
 from titan_peer.config import Optimizer as OptimizerConfig
-from titan_peer.model import Experts
+from titan_peer.expert_parallel import exchange_row_gradients, factors_move_fewer_bytes
+from titan_peer.model import PEER, Experts
 from titan_peer.ops import RowGradients, rowwise_adamw_
 
 
@@ -42,6 +45,18 @@ def learning_rate_factor(step: int, total_steps: int, config: LRScheduler) -> fl
     else:
         left = 1 - math.sqrt(done)
     return config.min_lr_factor + (1 - config.min_lr_factor) * left
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor, which is the tensor itself where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
+    """Have the tables' gradients recorded as factors; the collectors live as long as the returned list."""
+    for module in experts:
+        module.rowwise = True
+    return [RowGradients(local(module.expert_down), local(module.expert_up)) for module in experts]
 
 
 class RowwiseAdamW(torch.optim.Optimizer):
@@ -69,17 +84,16 @@ class RowwiseAdamW(torch.optim.Optimizer):
     ) -> None:
         tables = [table for module in experts for table in (module.expert_down, module.expert_up)]
         super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.collectors: list[RowGradients] = []
-        for module in experts:
-            module.rowwise = True
-            self.collectors.append(RowGradients(module.expert_down.data, module.expert_up.data))
+        self.collectors = collect_row_gradients(experts)
         for table in tables:
-            row_shape = table.shape if second_moment == "element" else table.shape[:1]
-            row_dtype = moment_dtype if second_moment == "element" else torch.float32
             self.state[table] = {
                 "step": torch.tensor(0.0),
                 "exp_avg": torch.zeros_like(table, dtype=moment_dtype),
-                "exp_avg_sq": torch.zeros(row_shape, dtype=row_dtype, device=table.device),
+                "exp_avg_sq": (
+                    torch.zeros_like(table, dtype=moment_dtype)
+                    if second_moment == "element"
+                    else torch.zeros_like(table[:, 0, 0].detach(), dtype=torch.float32)
+                ),
             }
 
     @torch.no_grad()
@@ -99,9 +113,9 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     continue
                 pairs, weights, vectors = collector.table_factors(which)
                 rowwise_adamw_(
-                    table.data,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
+                    local(table),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
                     pairs,
                     weights,
                     vectors,
@@ -147,18 +161,24 @@ def _gains(model: nn.Module) -> set[Tensor]:
     return {parameter for norm in norms for parameter in norm.parameters()}
 
 
-def _expert_modules(model: nn.Module) -> list[Experts]:
-    return [module for module in model.modules() if isinstance(module, Experts)]
-
-
 class Optimizers:
-    """All optimizers of a model behind one step, one clipping and one schedule."""
+    """All optimizers of a model behind one step, one clipping and one schedule.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.config = config
-        self.model = model
-        experts = _expert_modules(model)
-        tables: set[Tensor] = {table for module in experts for table in module.parameters()}
+    Args:
+        expert_mesh: (expert_replica, ep), where there are several processes: those with equal experts exchange gradients.
+        tokens_per_step: of one process, all micro-batches; decides what processes exchange for a dense update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        expert_mesh: DeviceMesh | None = None,
+        tokens_per_step: int = 0,
+    ) -> None:
+        self.config, self.model, self.expert_mesh = config, model, expert_mesh
+        self.experts = [module for module in model.modules() if isinstance(module, Experts)]
+        tables: set[Tensor] = {table for module in self.experts for table in module.parameters()}
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(
             _parameter_groups(model, config, tables), lr=config.lr, betas=betas, eps=config.eps, fused=True
@@ -172,9 +192,11 @@ class Optimizers:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         self.rowwise: RowwiseAdamW | None = None
-        if experts and config.expert_update == "rowwise":
+        self.collectors: list[RowGradients] = []
+        """Where the factored gradients of the current step are: of the row-wise update, or on their way to a dense one."""
+        if self.experts and config.expert_update == "rowwise":
             self.rowwise = RowwiseAdamW(
-                experts,
+                self.experts,
                 lr=config.lr * config.expert_lr_factor,
                 betas=betas,
                 eps=config.eps,
@@ -182,11 +204,48 @@ class Optimizers:
                 moment_dtype=getattr(torch, config.expert_moment_dtype),
                 second_moment=config.expert_second_moment,
             )
+            self.collectors = self.rowwise.collectors
+        elif self.experts and self._replicas > 1 and self._factors_are_smaller(tokens_per_step):
+            self.collectors = collect_row_gradients(self.experts)
 
     @property
-    def collectors(self) -> list[RowGradients]:
-        """Where the row-wise gradients of the current step are."""
-        return self.rowwise.collectors if self.rowwise is not None else []
+    def _replicas(self) -> int:
+        """Processes with the same experts as this one, itself included."""
+        return self.expert_mesh.size(0) if self.expert_mesh is not None else 1
+
+    @property
+    def _parts(self) -> int:
+        """Processes that hold the experts together."""
+        return self.expert_mesh.size(1) if self.expert_mesh is not None else 1
+
+    def _factors_are_smaller(self, tokens_per_step: int) -> bool:
+        table = self.experts[0].expert_down
+        rows, expert_hidden_size, dim = local(table).shape
+        peer = next(module for module in self.model.modules() if isinstance(module, PEER))
+        places = peer.num_heads * peer.num_experts_per_tok
+        return factors_move_fewer_bytes(tokens_per_step * self._parts, places, expert_hidden_size, dim, rows)
+
+    def exchange_expert_gradients(self) -> None:
+        """Sum the tables' gradients over the processes that hold the same experts. Call once a step, before clipping."""
+        if self.expert_mesh is None:
+            return
+        group = self.expert_mesh["expert_replica"].get_group()
+        if self.collectors and self._replicas > 1:
+            exchange_row_gradients(self.collectors, group, compact=self._parts > 1)
+        elif not self.collectors and self._replicas > 1:
+            for module in self.experts:
+                for table in module.parameters():
+                    if table.grad is not None:
+                        dist.all_reduce(local(table.grad), group=group)
+
+    def _gradients_from_factors(self) -> None:
+        """For the dense update: the exchanged factors as dense gradients."""
+        for module, collector in zip(self.experts, self.collectors):
+            for which, table in (("down", module.expert_down), ("up", module.expert_up)):
+                table.grad = torch.zeros_like(table)
+                if not collector.is_empty:
+                    collector.write_dense(which, local(table.grad))  # type: ignore[arg-type]
+            collector.clear()
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self.adamw.param_groups:
@@ -199,21 +258,42 @@ class Optimizers:
 
         Args:
             max_norm: 0 does not clip.
-            row_scale: what recorded row gradients are multiplied with to be on the scale of the dense ones.
+            row_scale: what gradients of expert tables, which are sums over processes, are multiplied with to be on the
+                scale of the others, which are means.
         Returns:
             The gradient's norm before clipping, 0-d float32.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        dense_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.rowwise is None:
+            if self.collectors:
+                self._gradients_from_factors()
+            if row_scale != 1.0:
+                for module in self.experts:
+                    for table in module.parameters():
+                        if table.grad is not None:
+                            local(table.grad).mul_(row_scale)
+        tables = [table for module in self.experts for table in module.parameters() if table.grad is not None]
+        dense = [p for p in self.model.parameters() if p.grad is not None and not any(p is table for table in tables)]
+        dense_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None], foreach=True)
         if isinstance(dense_norm, DTensor):
             dense_norm = dense_norm.full_tensor()
-        squares = [dense_norm.float().square()]
-        squares += [c.norm_squared().float() * row_scale**2 for c in self.collectors if not c.is_empty]
-        norm = torch.stack(squares).sum().sqrt()
+        device = local(self.experts[0].expert_down).device if self.experts else dense_norm.device
+        square = dense_norm.float().square().to(device)
+        table_squares = [local(table.grad).float().norm().square() for table in tables if table.grad is not None]
+        if self.rowwise is not None:
+            table_squares += [c.norm_squared().float() * row_scale**2 for c in self.collectors if not c.is_empty]
+        if self.experts:
+            of_tables = torch.stack([torch.zeros((), device=device), *table_squares]).sum()
+            if self._parts > 1 and self.expert_mesh is not None:
+                dist.all_reduce(of_tables, group=self.expert_mesh["ep"].get_group())
+            square = square + of_tables
+        norm = square.sqrt()
         row_clip: Tensor | float = row_scale
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm, foreach=True)
-            row_clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) * row_scale
+            torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm.to(dense_norm.device), foreach=True)
+            clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for table in tables:
+                local(table.grad).mul_(clip)  # type: ignore[arg-type]
+            row_clip = clip * row_scale
         self.adamw.step()
         if self.rowwise is not None:
             self.rowwise.step(grad_scale=row_clip)

@@ -1,14 +1,20 @@
-"""Everything put on a model from outside, in one fixed order: float8, activation checkpointing, compile, FSDP2.
+"""Everything put on a model from outside, in one fixed order: expert parallel, float8, activation checkpointing,
+compile, FSDP2. The model file knows nothing of processes.
 
-The model file knows nothing of processes. Data parallelism here: all dense parameters are sharded by FSDP2 (HSDP with a
-replicate degree). Expert tables with row-wise updates are not gathered or reduced at all: every process holds them, and
-processes exchange the factors of their gradients, whose size follows the tokens, not the experts.
+All processes are data-parallel ones: each has its own sequences. Dense parameters are sharded by FSDP2 (HSDP with a
+replicate degree). Expert tables are never gathered: they are sharded over expert-parallel groups, and the groups that
+hold the same experts exchange gradients, as factors whose size follows the tokens or as dense tables.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +23,17 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 
-from titan_peer.config import Float8, JobConfig, Parallelism
+from titan_peer.config import ActivationCheckpoint, Float8, JobConfig, Parallelism
 from titan_peer.errors import UserError
+from titan_peer.expert_parallel import ExpertParallel
 from titan_peer.model import Experts, QueryBatchNorm, Transformer
-from titan_peer.ops import RowGradients
 
 
 @dataclass(frozen=True)
@@ -33,20 +45,27 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None
     """(dp_replicate, dp_shard); None for a single process."""
+    expert_mesh: DeviceMesh | None
+    """(expert_replica, ep): processes of a column hold the same experts, those of a row together hold all."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def expert_parallel_degree(self) -> int:
+        return self.expert_mesh.size(1) if self.expert_mesh is not None else 1
 
 
 def init_world(parallelism: Parallelism) -> World:
     """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU); a single process needs none.
 
     Raises:
-        UserError: the parallel degrees do not multiply to the number of processes.
+        UserError: the parallel degrees do not fit the number of processes.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    expert = parallelism.expert_parallel_degree
     if shard == -1:
         shard = max(world_size // replicate, 1)
     if replicate * shard != world_size:
@@ -54,15 +73,22 @@ def init_world(parallelism: Parallelism) -> World:
             f"parallelism.data_parallel_replicate_degree x data_parallel_shard_degree = {replicate} x {shard}: "
             f"must equal the number of processes, {world_size}"
         )
+    if world_size % expert:
+        raise UserError(
+            f"parallelism.expert_parallel_degree = {expert}: must divide the number of processes, {world_size}"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size == 1:
-        return World(rank, world_size, device, None)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return World(rank, world_size, device, None, None)
+    timeout = datetime.timedelta(seconds=parallelism.timeout_seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(rank, world_size, device, mesh)
+    expert_shape = (world_size // expert, expert)
+    expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("expert_replica", "ep"))
+    return World(rank, world_size, device, mesh, expert_mesh)
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -102,10 +128,53 @@ def apply_float8(model: Transformer, config: Float8) -> int:
     return converted
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str, every_n_layers: int) -> None:
+@contextmanager
+def _buffers_kept(block: nn.Module) -> Iterator[None]:
+    """Recomputing a block must not count its batch a second time in the running statistics."""
+    saved = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+# The ops whose outputs selective checkpointing by op keeps: the dear ones, and retrieval, whose outputs are small.
+_KEPT_OPS = (
+    "titan_peer::product_key_retrieve",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = getattr(op, "_schema", None) is not None and op._schema.name in _KEPT_OPS
+        keep = keep or op is torch._higher_order_ops.flex_attention
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint, compiled: bool) -> None:
+    """Wrap blocks so that their activations are recomputed in the backward pass."""
     for i, block in enumerate(model.layers):
-        if mode == "full" or (mode == "selective" and i % every_n_layers == 0):
+        if config.mode == "none" or (config.mode == "selective" and i % config.every_n_layers):
+            continue
+        if config.mode == "selective_op":
+            model.layers[i] = checkpoint_wrapper(block, context_fn=_selective_contexts, preserve_rng_state=True)
+        elif compiled:  # the compiler writes a buffer once, however often it recomputes
             model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=True)
+        else:
+            contexts = partial(_recompute_contexts, block)
+            model.layers[i] = checkpoint_wrapper(block, context_fn=contexts, preserve_rng_state=True)
+
+
+def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _buffers_kept(block)
 
 
 def apply_compile(model: Transformer) -> None:
@@ -115,8 +184,14 @@ def apply_compile(model: Transformer) -> None:
     model.compile_loss = True
 
 
-def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype, rowwise: bool) -> None:
-    """Shard parameters with FSDP2, a block at a time; make batch-norm statistics global."""
+def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            parallelize_module(module, mesh, ExpertParallel())
+
+
+def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
+    """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global."""
     group = mesh._flatten("dp").get_group() if mesh.ndim > 1 else mesh.get_group()
 
     def average(moments: Tensor) -> Tensor:
@@ -125,35 +200,29 @@ def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
             module.average_over_replicas = average
-    ignored: set[nn.Parameter] = set()
-    if rowwise:
-        ignored = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    tables = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     # rope and router scores stay float32: inputs are not cast
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=tables)
+    fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=policy,
+        ignored_params=tables,
+        reshard_after_forward=False,
+    )
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
-    """Put the job's plans on a model that is on its device with its initial weights."""
+    """Put the job's plans on a model that is still on the meta device."""
+    if world.expert_mesh is not None and world.expert_parallel_degree > 1:
+        apply_expert_parallel(model, world.expert_mesh["ep"])
     if config.float8.enable:
         apply_float8(model, config.float8)
-    checkpointing = config.activation_checkpoint
-    apply_activation_checkpointing(model, checkpointing.mode, checkpointing.every_n_layers)
+    apply_activation_checkpointing(model, config.activation_checkpoint, config.compile.enable)
     if config.compile.enable:
         apply_compile(model)
     if world.mesh is not None:
         dtype = compute_dtype(config.training.mixed_precision_param, world.device)
-        apply_data_parallel(model, world.mesh, dtype, rowwise=config.optimizer.expert_update == "rowwise")
-
-
-def exchange_row_gradients(collectors: list[RowGradients]) -> None:
-    """Give every process the row-gradient factors of all, so that all update their tables alike."""
-    for collector in collectors:
-        gathered = []
-        for factor in collector.factors():
-            parts = [torch.empty_like(factor) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, factor.contiguous())
-            gathered.append(torch.cat(parts))
-        collector.replace(*gathered)
+        apply_data_parallel(model, world.mesh, dtype)

@@ -33,7 +33,8 @@ from titan_peer.ops import backend_report
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, learning_rate_factor
-from titan_peer.parallelize import World, compute_dtype, exchange_row_gradients, init_world, parallelize
+from titan_peer.parallelize import World, compute_dtype, init_world, parallelize
+from titan_peer.sharded_init import sharded_init
 
 logger = logging.getLogger("titan_peer")
 
@@ -65,12 +66,14 @@ class Trainer:
             model = Transformer(config.model)
         self.size = model_size(model, training.seq_len)
         self._prepare_dump_folder()
-        model.to_empty(device=self.device)
-        model.init_weights()
         model.loss_chunk_size = training.loss_chunk_size
         parallelize(model, config, world)
+        model.to_empty(device=self.device)
+        with sharded_init(config.debug.seed):
+            model.init_weights()
         self.model = model
-        self.optimizers = Optimizers(model, config.optimizer)
+        tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
+        self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
         self.dtype = compute_dtype(training.mixed_precision_param, self.device)
 
         self.step, self.tokens_seen = 0, 0
@@ -244,8 +247,7 @@ class Trainer:
 
         lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
         self.optimizers.set_learning_rate(lr)
-        if n_processes > 1:
-            exchange_row_gradients(self.optimizers.collectors)
+        self.optimizers.exchange_expert_gradients()
         grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
 
         sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])

@@ -108,6 +108,10 @@ class RowGradients:
         down = backend.row_norm_squared(*self.table_factors("down"))
         return down + backend.row_norm_squared(*self.table_factors("up"))
 
+    def write_dense(self, which: Literal["down", "up"], out: Tensor) -> None:
+        """One table's gradient into `out`, [N, E, D], which is zero."""
+        backend_for(self.expert_down).table_gradient(*self.table_factors(which), out)
+
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
         """row_ids [R], gradient rows of expert_down [R, E, D] and of expert_up [R, E, D_out]: to look at, not to train."""
         backend = backend_for(self.expert_down)
