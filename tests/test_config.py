@@ -10,7 +10,8 @@ import torch
 
 from titan_peer.config import JobConfig, load_config
 from titan_peer.errors import UserError
-from titan_peer.model import Transformer, model_size
+from titan_peer.model import Transformer
+from titan_peer.model_size import model_size
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = sorted((ROOT / "train_configs").glob("*.toml"))

@@ -568,38 +568,3 @@ class Transformer(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.init_weights(residual_scale)
         self.norm.reset_parameters()
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts that describe a model, all for one token of a sequence of a given length."""
-
-    total_parameters: int
-    active_parameters: int
-    """Parameters that take part in one token's forward pass: chosen experts only, one embedding row, the whole head."""
-    forward_flops: int
-    """Floating-point operations of the forward pass (2 a multiply-add), attention over the whole sequence counted."""
-
-    @property
-    def training_flops(self) -> int:
-        """Forward and backward: three times the forward pass."""
-        return 3 * self.forward_flops
-
-
-def model_size(model: Transformer, seq_len: int) -> ModelSize:
-    """Parameters and FLOPs a token at sequences of `seq_len`; works on the meta device."""
-    args, peer, mla = model.args, model.args.peer, model.args.mla
-    total = sum(p.numel() for p in model.parameters())
-    experts_per_layer = peer.num_heads * peer.num_experts_per_tok * peer.expert_hidden_size * 2 * args.dim
-    tables = sum(p.numel() for name, p in model.named_parameters() if ".expert_" in name)
-    n_peer = sum(args.has_peer(layer) for layer in range(args.n_layers))
-    embedding = model.tok_embeddings.weight.numel()
-    active = total - tables + n_peer * experts_per_layer - (0 if args.tie_embeddings else embedding - args.dim)
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    sub_keys = 0
-    for module in model.modules():
-        if isinstance(module, PEER):
-            sub_keys += sum(peer.num_heads * keys.shape[1] * keys.shape[2] for keys in module.sub_keys)
-    attention = args.n_layers * mla.n_heads * seq_len * (mla.qk_head_dim + mla.v_head_dim)
-    forward = 2 * (linear + sub_keys + n_peer * experts_per_layer + attention)
-    return ModelSize(total, active, forward)

@@ -28,7 +28,8 @@ from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.metrics import MetricsLogger, peak_memory_gib, plot_loss
-from titan_peer.model import Transformer, model_size
+from titan_peer.model import Transformer
+from titan_peer.model_size import model_size
 from titan_peer.ops import backend_report
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
