@@ -64,7 +64,7 @@ def _forward(
     all_indices = all_gather_tensor(indices.int().contiguous(), 0, group).long()
     is_mine = (all_indices >= first) & (all_indices < last)
     mine = torch.where(is_mine, all_indices - first, -1)
-    tables = (module.expert_down.to_local(), module.expert_up.to_local())  # type: ignore[operator]
+    tables = (module.expert_down.to_local(), module.expert_up.to_local())  # type: ignore[operator,attr-defined]
     y = peer_experts(all_x, mine, all_gates, *tables, module.activation, rowwise=module.rowwise)
     return reduce_scatter_tensor_autograd(y, "sum", 0, group)  # type: ignore[no-any-return]
 

@@ -52,12 +52,13 @@ def _fill_normal(
     rows_a_chunk = max(1, _CHUNK_ELEMENTS * shape[0] // max(tensor.numel(), 1))
     first, last = offset[0], offset[0] + local.shape[0]
     columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], local.shape[1:]))
-    generator = torch.Generator(local.device)
+    chunk_generator = torch.Generator(local.device)
     for chunk in range(first // rows_a_chunk, -(-last // rows_a_chunk)):
         start, stop = chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, shape[0])
-        generator.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, call, chunk)).encode()).digest()[:7], "little"))
+        chunk_seed = hashlib.sha256(repr((seed, call, chunk)).encode()).digest()[:7]
+        chunk_generator.manual_seed(int.from_bytes(chunk_seed, "little"))
         values = torch.empty(stop - start, *shape[1:], dtype=local.dtype, device=local.device)
-        values.normal_(mean, std, generator=generator)
+        values.normal_(mean, std, generator=chunk_generator)
         low, high = max(start, first), min(stop, last)
         local[low - first : high - first].copy_(values[(slice(low - start, high - start), *columns)])
     return tensor
