@@ -1,22 +1,17 @@
-"""Save, find, verify, load and retain checkpoints.
+"""Save, find, verify, load and retain checkpoints; open one for inference.
 
-A checkpoint is the folder `step-N`: tensors in torch.distributed.checkpoint's format, `train_state.json` (step, tokens,
-data position) and, written last, `manifest.json` with the size and CRC-32 of every other file. It is written under a
-hidden name and renamed when all of it is on disk, so `step-N` is complete or not there. A load verifies the manifest
-first. Only tensors are stored, and the one pickled file of the format is read by an unpickler that knows nothing but
-that format's own types.
+A checkpoint is written under a hidden name and renamed when all of it is on disk, so `step-N` is complete or not there.
+A load verifies the manifest first. Only tensors are stored, and the one pickled file of the format is read by an unpickler
+that knows nothing but that format's own types (checkpoint_files.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import pickle
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,114 +21,47 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from titan_peer.checkpoint_files import (
+    CONFIG,
+    TOKENIZER,
+    TRAIN_STATE,
+    DamagedCheckpointError,
+    SafeReader,
+    manifest_entries,
+    map_tensor,
+    mismatch,
+    read_tokenizer_files,
+    saved_steps,
+    stored_shapes,
+    stored_tokenizer_path,
+    sync,
+    verify,
+    write_manifest,
+)
+from titan_peer.config import JobConfig, load_config
+from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.model import Transformer, rope_table
 from titan_peer.optimizer import Optimizers
 
 logger = logging.getLogger("titan_peer")
 
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 _PARTIAL_FOLDER = re.compile(r"\.step-\d+\.partial")
-MANIFEST, TRAIN_STATE = "manifest.json", "train_state.json"
-
-
-class DamagedCheckpointError(Exception):
-    """A checkpoint folder whose files are not what its manifest says."""
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the checkpoint format's index; refuses every type that is not part of that format."""
-
-    _ALLOWED = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self._ALLOWED or module.startswith("torch.distributed.checkpoint."):
-            return super().find_class(module, name)
-        raise DamagedCheckpointError(f"its .metadata asks for {module}.{name}, which no checkpoint contains")
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _sync(path: Path) -> None:
-    """Have the file's or folder's content on disk before what follows."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(folder: Path) -> None:
-    entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1))
-    _sync(manifest)
-    _sync(folder)
-
-
-def verify(folder: Path) -> None:
-    """Raise DamagedCheckpointError unless every file is there with the size and CRC-32 of the manifest."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from None
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise DamagedCheckpointError(f"{path} has {size:,} bytes, its manifest says {entry['bytes']:,}")
-        if _crc32(path) != entry["crc32"]:
-            raise DamagedCheckpointError(f"{path} has another CRC-32 than its manifest says")
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
 
 
 class Checkpointer:
     """The checkpoints of one job."""
 
-    def __init__(self, folder: Path, keep_latest_k: int, model: nn.Module, optimizers: Optimizers) -> None:
-        self.folder, self.keep_latest_k = folder, keep_latest_k
+    def __init__(self, job: JobConfig, model: nn.Module, optimizers: Optimizers) -> None:
+        self.folder = Path(job.job.dump_folder) / job.checkpoint.folder
+        self.keep_latest_k = job.checkpoint.keep_latest_k
         self.model, self.optimizers = model, optimizers
+        self._job_toml = job.to_toml()
+        # read now: the checkpoint must hold the tokenizer the job began with
+        self._tokenizer_files = read_tokenizer_files(job.model.tokenizer_path)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
 
     def save(self, step: int, train_state: dict[str, Any]) -> Path:
@@ -152,11 +80,16 @@ class Checkpointer:
             )
         if self.is_first:
             (partial / TRAIN_STATE).write_text(json.dumps(train_state, indent=1))
-            _write_manifest(partial)
+            (partial / CONFIG).write_text(self._job_toml)
+            if self._tokenizer_files:
+                (partial / TOKENIZER).mkdir()
+            for name, content in self._tokenizer_files.items():
+                (partial / TOKENIZER / name).write_bytes(content)
+            write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
             if final.exists():  # a damaged one that a resume passed over
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             self._drop_old()
         self._wait_for_all()
         return final
@@ -190,21 +123,11 @@ class Checkpointer:
 
     def _load(self, folder: Path) -> dict[str, Any]:
         train_state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text())
-        reader = _Reader(folder)
-        stored = reader.read_metadata().state_dict_metadata
         tensors = self._tensors()
         # Random states belong to a process; with other processes than at the save, those without one keep their seed.
+        stored = stored_shapes(SafeReader(folder))
         tensors = {name: t for name, t in tensors.items() if name in stored or not name.startswith("rng.")}
-        for name, tensor in tensors.items():
-            size = tuple(getattr(stored.get(name), "size", ()))
-            if name not in stored or size != tuple(tensor.shape):
-                found = f"shape {list(size)}" if name in stored else "nothing"
-                raise UserError(
-                    f"{folder}: {name}: the job wants shape {list(tensor.shape)}, the checkpoint has {found}; "
-                    "resume with the model and optimizer settings of the run that saved it"
-                )
-        with _without_single_process_warning():
-            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        _read_tensors(folder, tensors, "resume with the model and optimizer settings of the run that saved it")
         for name, tensor in tensors.items():
             if name.startswith("rng."):
                 _set_random_state(name, tensor)
@@ -230,6 +153,20 @@ class Checkpointer:
             dist.barrier()
 
 
+def _read_tensors(folder: Path, tensors: dict[str, Tensor], advice: str, *, no_dist: bool | None = None) -> None:
+    """Fill tensors, by name, from a checkpoint; they keep their dtype and sharding.
+
+    Raises:
+        UserError: the checkpoint lacks one of them or has it in another shape; the message ends with `advice`.
+    """
+    reader = SafeReader(folder)
+    problem = mismatch({name: tensor.shape for name, tensor in tensors.items()}, stored_shapes(reader))
+    if problem is not None:
+        raise UserError(f"{folder}: {problem}; {advice}")
+    with _without_single_process_warning():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized() if no_dist is None else no_dist)
+
+
 @contextmanager
 def _without_single_process_warning() -> Iterator[None]:
     """A single process is meant; the library warns of it at every save."""
@@ -253,3 +190,82 @@ def _set_random_state(name: str, state: Tensor) -> None:
         torch.cuda.set_rng_state(state)
     else:
         torch.set_rng_state(state)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def load_model_for_inference(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mmap_tables: bool = False,
+) -> tuple[Transformer, JobConfig, Tokenizer]:
+    """Open `<dump_folder>/checkpoint/step-N`: the model in eval mode, the job that trained it, its tokenizer.
+
+    Every process loads the whole model; nothing is compiled or sharded.
+
+    Args:
+        device: where the parameters are put.
+        dtype: of the parameters; None takes float32, the dtype they were trained in. Buffers stay float32.
+        mmap_tables: on a CPU, use the expert tables where they lie in the checkpoint's files, read when they are used and
+            shared by all processes that do so. Tables keep the dtype they are stored in; checksums, which would read
+            everything, are not compared, sizes are. Not for tables that several processes saved in parts.
+    Raises:
+        UserError: the folder is no checkpoint, or is damaged; the message names the file.
+    """
+    folder, device = Path(folder), torch.device(device)
+    if mmap_tables and device.type != "cpu":
+        raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
+    _require_checkpoint(folder)
+    try:
+        verify(folder, checksums=not mmap_tables)
+    except DamagedCheckpointError as damage:
+        raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
+    job = load_config(["--job.config_file", str(folder / CONFIG)])
+    tokenizer = load_tokenizer(stored_tokenizer_path(folder, job.model.tokenizer_path))
+    with torch.device("meta"):
+        model = Transformer(job.model)
+    weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if job.model.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
+    model.requires_grad_(False).eval()
+    return model, job, tokenizer
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if (folder / TRAIN_STATE).is_file():
+        return
+    inside = next((f for f in (folder, folder / "checkpoint") if saved_steps(f)), None)
+    if inside is not None:
+        raise UserError(
+            f"{folder}: is not a checkpoint itself; the newest in it is {inside / f'step-{saved_steps(inside)[-1]}'}"
+        )
+    why = f"has no {TRAIN_STATE}" if folder.is_dir() else "is not there" if not folder.exists() else "is not a folder"
+    raise UserError(f"{folder}: {why}; give a folder <job.dump_folder>/checkpoint/step-N")
+
+
+def _inference_weights(
+    folder: Path, model: Transformer, device: torch.device, dtype: torch.dtype, mmap_tables: bool
+) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a model on the meta device, with the checkpoint's values."""
+    reader = SafeReader(folder)
+    parameters = {name for name, _ in model.named_parameters()}
+    tied = {"output.weight"} if model.args.tie_embeddings else set()
+    weights: dict[str, Tensor] = {}
+    mapped: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if mmap_tables and name.rpartition(".")[2] in ("expert_down", "expert_up"):
+            table = map_tensor(reader, f"model.{name}")
+            if table is not None:
+                mapped[name] = table
+                continue
+            logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
+        if name not in tied:
+            weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
+    _read_tensors(folder, {f"model.{name}": t for name, t in weights.items()}, "is it of this version?", no_dist=True)
+    return weights | mapped

@@ -78,8 +78,7 @@ class Trainer:
         self.dtype = compute_dtype(training.mixed_precision_param, self.device)
 
         self.step, self.tokens_seen = 0, 0
-        folder = self.dump_folder / config.checkpoint.folder
-        self.checkpointer = Checkpointer(folder, config.checkpoint.keep_latest_k, model, self.optimizers)
+        self.checkpointer = Checkpointer(config, model, self.optimizers)
         if config.checkpoint.enable:
             self._resume()
         self.saved_step = self.step

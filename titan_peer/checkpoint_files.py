@@ -1,0 +1,253 @@
+"""What a checkpoint folder is on disk: its files, the manifest that proves them whole, and reading them safely.
+
+`step-N` holds tensors in torch.distributed.checkpoint's format (`.metadata`, `*.distcp`), `train_state.json` (step, tokens,
+data position), `config.toml` (the resolved job), the files of its tokenizer in `tokenizer/` and, written last,
+`manifest.json` with the size and CRC-32 of every other file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+MANIFEST, TRAIN_STATE, CONFIG, TOKENIZER = "manifest.json", "train_state.json", "config.toml", "tokenizer"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
+
+_ZIP_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+ManifestEntries = dict[str, dict[str, int]]
+"""File, relative to the checkpoint's folder -> {"bytes": size, "crc32": checksum}."""
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint folder whose files are not what its manifest says."""
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Manifest
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def sync(path: Path) -> None:
+    """Have the file's or folder's content on disk before what follows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest_entries(folder: Path, paths: Iterable[Path]) -> ManifestEntries:
+    """Sync files to disk and describe them for the manifest."""
+    entries = {}
+    for path in sorted(paths):
+        sync(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    return entries
+
+
+def write_manifest(folder: Path, entries: ManifestEntries) -> None:
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    sync(manifest)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync(path)
+    sync(folder)
+
+
+def verify(folder: Path, *, checksums: bool = True, share: slice = slice(None)) -> None:
+    """Raise DamagedCheckpointError unless every file is there with the size and CRC-32 of the manifest.
+
+    Args:
+        checksums: False compares sizes only, which reads nothing but the manifest.
+        share: the files to look at, of the manifest's sorted list; processes divide the work by it.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        entries = sorted((name, entry["bytes"], entry["crc32"]) for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from None
+    for name, size, checksum in entries[share]:
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise DamagedCheckpointError(f"{path} has {found:,} bytes, its manifest says {size:,}")
+            if checksums and _crc32(path) != checksum:
+                raise DamagedCheckpointError(f"{path} has another CRC-32 than its manifest says")
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def read_tokenizer_files(tokenizer_path: str) -> dict[str, bytes]:
+    """Content of the files that `model.tokenizer_path` names, by name; empty for a tokenizer without files."""
+    path = Path(tokenizer_path)
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    if not path.is_dir():
+        return {}
+    return {p.name: p.read_bytes() for pattern in _TOKENIZER_FILES for p in path.glob(pattern) if p.is_file()}
+
+
+def stored_tokenizer_path(folder: Path, tokenizer_path: str) -> str:
+    """Where a checkpoint keeps the tokenizer that its job names `tokenizer_path`."""
+    stored = folder / TOKENIZER
+    if not stored.is_dir():
+        return tokenizer_path
+    same_name = stored / Path(tokenizer_path).name
+    return str(same_name if same_name.is_file() else stored)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the checkpoint format's index; refuses every type that is not part of that format."""
+
+    _ALLOWED = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorProperties",
+                    "TensorStorageMetadata",
+                    "BytesStorageMetadata",
+                    "ChunkStorageMetadata",
+                    "_MEM_FORMAT_ENCODING",
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise DamagedCheckpointError(f"its .metadata asks for {module}.{name}, which no checkpoint contains")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader of a folder, but its pickled index goes through an unpickler that knows only the format's types."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def stored_shapes(reader: SafeReader) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a checkpoint, by name."""
+    items = reader.read_metadata().state_dict_metadata.items()
+    return {name: tuple(item.size) for name, item in items if hasattr(item, "size")}
+
+
+def mismatch(wanted: dict[str, Sequence[int]], stored: dict[str, tuple[int, ...]]) -> str | None:
+    """The first tensor that a checkpoint lacks or has in another shape, as a phrase; None when all fit."""
+    for name, shape in wanted.items():
+        if stored.get(name) != tuple(shape):
+            found = f"shape {list(stored[name])}" if name in stored else "nothing"
+            return f"{name}: the job wants shape {list(shape)}, the checkpoint has {found}"
+    return None
+
+
+def map_tensor(reader: SafeReader, name: str) -> torch.Tensor | None:
+    """A stored tensor as a copy-on-write view of its file: pages are read when they are used.
+
+    None where the tensor is stored in several parts, as several processes save a sharded one.
+    """
+    metadata = reader.read_metadata()
+    item = metadata.state_dict_metadata[name]
+    if not isinstance(item, TensorStorageMetadata) or len(item.chunks) != 1:
+        return None
+    info = metadata.storage_data[MetadataIndex(name, item.chunks[0].offsets, 0)]
+    nbytes = math.prod(item.size) * item.properties.dtype.itemsize
+    with (Path(reader.path) / info.relative_path).open("rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        # Each tensor is a zip archive inside the file, with the numbers as they are in the one record data/0.
+        file.seek(info.offset)
+        with zipfile.ZipFile(_Window(file, info.offset, info.length)) as archive:
+            record = next(record for record in archive.infolist() if record.filename.endswith("/data/0"))
+        assert record.compress_type == zipfile.ZIP_STORED and record.file_size == nbytes
+        file.seek(info.offset + record.header_offset)
+        header = file.read(_ZIP_LOCAL_HEADER.size)
+    name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(header)[-2:]
+    start = info.offset + record.header_offset + _ZIP_LOCAL_HEADER.size + name_length + extra_length
+    flat = torch.frombuffer(view, dtype=item.properties.dtype, count=math.prod(item.size), offset=start)
+    return flat.view(item.size)
+
+
+class _Window(io.RawIOBase):
+    """Bytes start..start+length of a file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._position, 0)
+        self._file.seek(self._start + self._position)
+        block = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(block)
+        return block
