@@ -191,9 +191,15 @@ class Float8:
     """float8 matmuls by torchao (extra: float8)."""
 
     enable: bool = False
-    """Convert the linear layers of blocks whose dims are multiples of 16."""
-    recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """Convert the linear layers of blocks whose dims are multiples of 16; never the head."""
+    recipe_name: Literal["tensorwise", "rowwise"] = "tensorwise"
     """Granularity of the scales."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers whose name contains one of these stay as they are, for instance attention.wo or layers.0."""
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP gathers weights in float8, half the bytes of bfloat16 (tensorwise only)."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Make all gathered weights' scales at once after each step (needs enable_fsdp_float8_all_gather)."""
     emulate: bool = False
     """Compute in higher precision but round as float8 does: for devices without it."""
 
@@ -204,6 +210,8 @@ class Metrics:
 
     log_freq: int = 10
     """Steps between log lines and records in metrics.jsonl; the first and last step are always logged."""
+    heartbeat_seconds: int = 60
+    """Log a sign of life whenever nothing has ended for so long; 0: never."""
     enable_tensorboard: bool = False
     """Also write TensorBoard files to <dump_folder>/tensorboard (extra: logging)."""
     enable_wandb: bool = False
@@ -436,6 +444,7 @@ def check(config: JobConfig) -> None:
     for key in (
         "training.max_norm",
         "training.gc_freq",
+        "metrics.heartbeat_seconds",
         "optimizer.lr",
         "optimizer.weight_decay",
         "optimizer.expert_lr_factor",
@@ -488,5 +497,29 @@ def check(config: JobConfig) -> None:
                 f"optimizer.{key}",
                 f'needs optimizer.expert_update = "rowwise"; dense allows only "{default}"',
             )
+    float8 = config.float8
+    if float8.enable:
+        tokens = training.local_batch_size * training.seq_len
+        require(
+            tokens % 16 == 0,
+            "training.local_batch_size",
+            f"times training.seq_len = {training.seq_len} must be a multiple of 16 with float8.enable",
+        )
+        require(
+            not float8.enable_fsdp_float8_all_gather or float8.recipe_name == "tensorwise",
+            "float8.enable_fsdp_float8_all_gather",
+            f'needs float8.recipe_name = "tensorwise", not "{float8.recipe_name}"',
+        )
+        require(
+            not float8.precompute_float8_dynamic_scale_for_fsdp or float8.enable_fsdp_float8_all_gather,
+            "float8.precompute_float8_dynamic_scale_for_fsdp",
+            "needs float8.enable_fsdp_float8_all_gather = true",
+        )
+    experts, parts = config.model.peer.num_experts, config.parallelism.expert_parallel_degree
+    require(
+        parts < 1 or -(-experts // parts) * (parts - 1) < experts,
+        "parallelism.expert_parallel_degree",
+        f"leaves a process without any of model.peer.num_experts = {experts:,}",
+    )
     if found:
         raise UserError("\n".join(found))

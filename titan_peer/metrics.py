@@ -7,12 +7,14 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from titan_peer.config import Metrics
 from titan_peer.errors import UserError
@@ -196,12 +198,38 @@ class MetricsLogger:
             self.progress = Progress(total_steps, resumed_step)
         self.start_step, self.start_time = resumed_step, time.perf_counter()
         self._window_start, self._window_tokens, self._window_first_step = self.start_time, 0, resumed_step
+        self._waited_seconds = 0.0
 
     def count(self, tokens: int) -> None:
         """Count a finished step's tokens (all processes together)."""
         self._window_tokens += tokens
         if self.progress is not None:
             self.progress.advance()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective of a training step in which this process waits for the slowest one."""
+        start = time.perf_counter()
+        yield
+        self._waited_seconds += time.perf_counter() - start
+
+    def _straggler(self, seconds: float, steps: int) -> Record:
+        """Which process had the most seconds a step of its own, not spent in `waiting`, and how many more than the median
+        one. Called by every process."""
+        if not dist.is_initialized():
+            return {}
+        own = torch.tensor([(seconds - self._waited_seconds) / steps], dtype=torch.float64)
+        of_all = torch.empty(dist.get_world_size(), dtype=torch.float64)
+        self._waited_seconds = 0.0
+        with self.waiting():
+            dist.all_gather_into_tensor(of_all, own)
+        slowest = int(of_all.argmax())
+        excess = (of_all[slowest] - of_all.median()).item()
+        return {
+            "slowest_rank": slowest,
+            "slowest_rank_seconds": round(of_all[slowest].item(), 4),
+            "slowest_rank_excess_seconds": round(excess, 4),
+        }
 
     def due(self, step: int) -> bool:
         return step == self.start_step + 1 or step % self.config.log_freq == 0 or step == self.total_steps
@@ -211,7 +239,8 @@ class MetricsLogger:
         now = time.perf_counter()
         seconds = now - self._window_start
         tokens_per_second = self._window_tokens / seconds
-        seconds_per_step = seconds / max(step - self._window_first_step, 1)
+        steps = max(step - self._window_first_step, 1)
+        seconds_per_step = seconds / steps
         record: Record = {
             "step": step,
             "loss": loss,
@@ -231,6 +260,10 @@ class MetricsLogger:
             mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.num_devices)
             record["mfu"] = round(mfu, 5)
             line += f"  mfu {100 * mfu:.1f}%"
+        straggler = self._straggler(seconds, steps)
+        record.update(straggler)
+        if straggler:
+            line += f"  slowest rank {straggler['slowest_rank']} +{straggler['slowest_rank_excess_seconds']:.3f} s"
         line += f"  left {_duration(seconds_per_step * (self.total_steps - step))}"
         self._emit(record, line)
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step

@@ -305,11 +305,11 @@ class MLA(nn.Module):
 class QueryBatchNorm(nn.Module):
     """Batch norm of queries over all tokens, with running statistics for evaluation.
 
-    `average_over_replicas` is put in from outside when a batch is spread over processes: it averages a tensor over
-    them (with gradients), which makes the statistics those of the global micro-batch.
+    `gather_from_replicas` is put in from outside when a batch is spread over R processes: it stacks a tensor of all of
+    them (with gradients) to [R, ...], which makes the statistics those of the global micro-batch.
     """
 
-    average_over_replicas: Callable[[Tensor], Tensor] | None = None
+    gather_from_replicas: Callable[[Tensor], Tensor] | None = None
     running_mean: Tensor
     running_var: Tensor
 
@@ -325,10 +325,12 @@ class QueryBatchNorm(nn.Module):
         """queries [T, H, query_dim] -> the same shape and dtype; statistics in the dtype of the buffers, float32."""
         q = queries.to(self.running_mean.dtype)
         if self.training:
-            moments = torch.stack([q.mean(0), q.square().mean(0)])
-            if self.average_over_replicas is not None:
-                moments = self.average_over_replicas(moments)
-            mean, var = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
+            own_mean = q.mean(0)
+            moments = torch.stack([own_mean, (q - own_mean).square().mean(0)])  # centred: E[q^2] - mean^2 would cancel
+            moments = moments[None] if self.gather_from_replicas is None else self.gather_from_replicas(moments)
+            means, variances = moments.unbind(1)  # [R, H, query_dim]
+            mean = means.mean(0)
+            var = variances.mean(0) + (means - mean).square().mean(0)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var, self.momentum)
@@ -562,9 +564,8 @@ class Transformer(nn.Module):
         nn.init.normal_(self.tok_embeddings.weight, std=args.init_std)
         if not args.tie_embeddings:
             nn.init.normal_(self.output.weight, std=args.init_std)
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.init_weights(args.init_std, residual_scale)
+        for block in self.layers:  # perhaps wrapped, for instance to recompute its activations
+            block.init_weights(args.init_std, residual_scale)  # type: ignore[operator]
         if self.shared_experts is not None:
             self.shared_experts.init_weights(residual_scale)
         self.norm.reset_parameters()

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from titan_peer.config import LRScheduler
 from titan_peer.config import Optimizer as OptimizerConfig
-from titan_peer.expert_parallel import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.model import PEER, Experts
 from titan_peer.ops import RowGradients, rowwise_adamw_
+from titan_peer.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
 
 
 def learning_rate_factor(step: int, total_steps: int, config: LRScheduler) -> float:
@@ -219,11 +219,12 @@ class Optimizers:
         return self.expert_mesh.size(1) if self.expert_mesh is not None else 1
 
     def _factors_are_smaller(self, tokens_per_step: int) -> bool:
-        table = self.experts[0].expert_down
-        rows, expert_hidden_size, dim = local(table).shape
-        peer = next(module for module in self.model.modules() if isinstance(module, PEER))
-        places = peer.num_heads * peer.num_experts_per_tok
-        return factors_move_fewer_bytes(tokens_per_step * self._parts, places, expert_hidden_size, dim, rows)
+        """Whether the dense update should get its gradients as factors: known before the first backward pass."""
+        rows, expert_hidden_size, dim = local(self.experts[0].expert_down).shape
+        peers = [module for module in self.model.modules() if isinstance(module, PEER)]
+        tokens = tokens_per_step * self._parts * len(peers) // len(self.experts)
+        factors = factor_bytes(tokens, peers[0].num_heads * peers[0].num_experts_per_tok, expert_hidden_size, dim)
+        return factors_move_fewer_bytes(factors, 2 * 4 * rows * expert_hidden_size * dim, self._replicas)
 
     def exchange_expert_gradients(self) -> None:
         """Sum the tables' gradients over the processes that hold the same experts. Call once a step, before clipping."""

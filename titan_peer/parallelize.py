@@ -10,29 +10,21 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    create_selective_checkpoint_contexts,
-)
 
-from titan_peer.config import ActivationCheckpoint, Float8, JobConfig, Parallelism
+from titan_peer.activation_checkpoint import apply_activation_checkpointing
+from titan_peer.config import JobConfig, Parallelism
 from titan_peer.errors import UserError
 from titan_peer.expert_parallel import ExpertParallel
+from titan_peer.float8 import apply_float8
 from titan_peer.model import Experts, QueryBatchNorm, Transformer
 
 
@@ -102,81 +94,6 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def apply_float8(model: Transformer, config: Float8) -> int:
-    """Make the blocks' linear layers whose dims fit compute in float8; returns how many."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError(
-            "float8.enable = true: needs torchao; install it with: pip install 'titan_peer[float8]'"
-        ) from None
-    import dataclasses
-
-    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name(config.recipe), emulate=config.emulate)
-    converted = 0
-
-    def fits(module: nn.Module, name: str) -> bool:
-        nonlocal converted
-        ok = isinstance(module, nn.Linear) and all(size % 16 == 0 for size in module.weight.shape)
-        converted += ok
-        return ok
-
-    for block in model.layers:
-        convert_to_float8_training(block, config=recipe, module_filter_fn=fits)
-    if converted == 0:
-        raise UserError("float8.enable = true: no linear layer of the blocks has both dims a multiple of 16")
-    return converted
-
-
-@contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    """Recomputing a block must not count its batch a second time in the running statistics."""
-    saved = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
-
-
-# The ops whose outputs selective checkpointing by op keeps: the dear ones, and retrieval, whose outputs are small.
-_KEPT_OPS = (
-    "titan_peer::product_key_retrieve",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
-)
-
-
-def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = getattr(op, "_schema", None) is not None and op._schema.name in _KEPT_OPS
-        keep = keep or op is torch._higher_order_ops.flex_attention
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint, compiled: bool) -> None:
-    """Wrap blocks so that their activations are recomputed in the backward pass."""
-    for i, block in enumerate(model.layers):
-        if config.mode == "none" or (config.mode == "selective" and i % config.every_n_layers):
-            continue
-        if config.mode == "selective_op":
-            model.layers[i] = checkpoint_wrapper(block, context_fn=_selective_contexts, preserve_rng_state=True)
-        elif compiled:  # the compiler writes a buffer once, however often it recomputes
-            model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=True)
-        else:
-            contexts = partial(_recompute_contexts, block)
-            model.layers[i] = checkpoint_wrapper(block, context_fn=contexts, preserve_rng_state=True)
-
-
-def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _buffers_kept(block)
-
-
 def apply_compile(model: Transformer) -> None:
     """Compile every block in place, without graph breaks, and the loss. Equal blocks share one compilation."""
     for block in model.layers:
@@ -194,12 +111,12 @@ def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch
     """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global."""
     group = mesh._flatten("dp").get_group() if mesh.ndim > 1 else mesh.get_group()
 
-    def average(moments: Tensor) -> Tensor:
-        return all_gather_tensor_autograd(moments[None], gather_dim=0, group=group).mean(0)
+    def gather(moments: Tensor) -> Tensor:
+        return all_gather_tensor_autograd(moments[None], gather_dim=0, group=group)  # type: ignore[no-any-return]
 
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
-            module.average_over_replicas = average
+            module.gather_from_replicas = gather
     tables = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     # rope and router scores stay float32: inputs are not cast
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -219,8 +136,8 @@ def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
     if world.expert_mesh is not None and world.expert_parallel_degree > 1:
         apply_expert_parallel(model, world.expert_mesh["ep"])
     if config.float8.enable:
-        apply_float8(model, config.float8)
-    apply_activation_checkpointing(model, config.activation_checkpoint, config.compile.enable)
+        apply_float8(model, config.float8, sharded=world.mesh is not None)
+    apply_activation_checkpointing(model, config.activation_checkpoint, compiled=config.compile.enable)
     if config.compile.enable:
         apply_compile(model)
     if world.mesh is not None:

@@ -27,6 +27,8 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.float8 import precompute_scales_after_step
+from titan_peer.heartbeat import Heartbeat
 from titan_peer.metrics import MetricsLogger, peak_memory_gib, plot_loss
 from titan_peer.model import Transformer
 from titan_peer.model_size import model_size
@@ -75,6 +77,7 @@ class Trainer:
         self.model = model
         tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
         self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
+        precompute_scales_after_step(model, self.optimizers.adamw, config.float8)
         self.dtype = compute_dtype(training.mixed_precision_param, self.device)
 
         self.step, self.tokens_seen = 0, 0
@@ -93,6 +96,7 @@ class Trainer:
             job=dataclasses.asdict(config),
             enabled=world.is_first,
         )
+        self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
         self.stop_signal = 0
 
     # ---- set-up
@@ -207,6 +211,7 @@ class Trainer:
         self.model.train()
         while self.step < config.training.steps:
             self.step += 1
+            self.heartbeat.beat(f"step {self.step}")
             loss, grad_norm, lr, stop = self.train_step(batches)
             self._require_finite(loss, grad_norm, lr)
             if self.metrics.due(self.step):
@@ -234,7 +239,8 @@ class Trainer:
         config, n_processes = self.config, self.world.world_size
         micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
         learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
-        learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
+        with self.metrics.waiting():
+            learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
 
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
@@ -251,7 +257,8 @@ class Trainer:
         grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
 
         sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])
-        sums = self._sum_over_processes(sums)
+        with self.metrics.waiting():
+            sums = self._sum_over_processes(sums)
         tokens = config.training.global_batch_size * config.training.seq_len
         self.tokens_seen += tokens
         self.metrics.count(tokens)
@@ -261,6 +268,7 @@ class Trainer:
     def validate(self) -> None:
         """Mean loss, perplexity and bits per byte on the held-out text."""
         assert self.validation_loader is not None
+        self.heartbeat.beat(f"validation after step {self.step}")
         start = time.perf_counter()
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learnt tokens, bytes
@@ -288,6 +296,7 @@ class Trainer:
         self.metrics.exclude(seconds)
 
     def save_checkpoint(self) -> None:
+        self.heartbeat.beat(f"saving the checkpoint of step {self.step}")
         start = time.perf_counter()
         state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
         folder = self.checkpointer.save(self.step, state)
@@ -341,6 +350,7 @@ class Trainer:
             logger.info(word)
 
     def _finish(self) -> None:
+        self.heartbeat.close()
         self.metrics.close()
         if self.world.is_first:
             plot = self.dump_folder / "loss.png"
