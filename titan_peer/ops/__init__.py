@@ -1,13 +1,14 @@
 """Hand-written computation: product-key retrieval, the expert operator, row-wise table updates.
 
-Each public function has a plain PyTorch reference (`reference.py`, the specification; also what runs on GPUs so far) and a
-CPU path (`cpu/`, C++); `backends.py` says which serves which device, and `backend_report` tells it in words.
+Each public function has three forms: a plain PyTorch reference (`reference.py`, the specification), a CPU path (`cpu/`, C++)
+and a GPU path (`triton/`). `backends.py` says which serves which device, and `backend_report` tells it in words.
 """
 
 from titan_peer.ops.backends import backend_report
 from titan_peer.ops.peer_experts import peer_experts
 from titan_peer.ops.product_keys import product_key_retrieve, product_key_topk
 from titan_peer.ops.row_gradients import RowGradients, rowwise_adamw_
+from titan_peer.ops.settings import set_table_gradient
 
 __all__ = [
     "RowGradients",
@@ -16,4 +17,5 @@ __all__ = [
     "product_key_retrieve",
     "product_key_topk",
     "rowwise_adamw_",
+    "set_table_gradient",
 ]

@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from titan_peer.errors import UserError
 from titan_peer.ops import reference
 
 logger = logging.getLogger("titan_peer")
 
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
 
 @cache
 def _choose(device_type: str) -> tuple[ModuleType, str]:
-    if device_type == "cpu":
-        from titan_peer.ops import cpu
+    """The module for a kind of device, and a line that says what it is and, if it is not the fast one, why.
 
-        problem = cpu.unavailable_reason()
-        if problem is None:
-            return cpu, f"C++ kernels ({torch.get_num_threads()} threads)"
-        return reference, f"plain PyTorch, several times slower than the C++ kernels: {problem}"
-    return reference, f"plain PyTorch: there are no kernels for {device_type}"
+    The environment's TITAN_PEER_BACKEND names another than the device's own.
+    """
+    wanted = os.environ.get("TITAN_PEER_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise UserError(f"TITAN_PEER_BACKEND = {wanted}: must be one of {', '.join(BACKENDS)}")
+    if wanted == "reference":
+        return reference, "plain PyTorch, as TITAN_PEER_BACKEND = reference asks"
+    if wanted == "cpu" or (wanted == "auto" and device_type == "cpu"):
+        module, name, problem = _cpu(device_type)
+    else:
+        module, name, problem = _triton(device_type)
+    if problem is None:
+        return module, name
+    if wanted != "auto":
+        raise UserError(f"TITAN_PEER_BACKEND = {wanted}: {problem}")
+    return reference, f"plain PyTorch, several times slower than kernels: {problem}"
+
+
+def _cpu(device_type: str) -> tuple[ModuleType, str, str | None]:
+    from titan_peer.ops import cpu
+
+    problem = cpu.unavailable_reason() if device_type == "cpu" else f"C++ kernels do not run on {device_type}"
+    return cpu, f"C++ kernels ({torch.get_num_threads()} threads)", problem
+
+
+def _triton(device_type: str) -> tuple[ModuleType, str, str | None]:
+    if importlib.util.find_spec("triton") is None:
+        return reference, "", "Triton is not installed (pip install 'triton>=3.6')"
+    from titan_peer.ops import triton
+
+    return triton, triton.description(), triton.unavailable_reason(device_type)
 
 
 def backend_report(device: torch.device) -> str:

@@ -93,10 +93,8 @@ def _backward_op(
         if rowwise:
             RowGradients.of(down).record(indices, dz, hidden, x, dy)
             return dx, dgates, down.new_empty(0), up.new_empty(0)
-        pairs = backend.sort_pairs(indices, down.shape[0])
         ddown, dup = torch.zeros_like(down), torch.zeros_like(up)
-        backend.table_gradient(pairs, dz, x, ddown)
-        backend.table_gradient(pairs, hidden, dy, dup)
+        backend.dense_gradients(indices, [(dz, x, ddown), (hidden, dy, dup)])
         return dx, dgates, ddown, dup
 
 

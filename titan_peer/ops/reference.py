@@ -230,12 +230,18 @@ def _gradient_rows(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Iter
         first = last
 
 
-def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor) -> None:
-    """Gradient rows into `out`: compact [R, E, D] if it has as many rows as were touched, else dense [N, E, D] of zeros."""
-    compact = out.shape[0] == pairs.row_ids.numel()
+def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
+    """Gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other."""
     for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
         where = rows if compact else pairs.row_ids[rows].long()
         out[where] = gradient.to(out.dtype)
+
+
+def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Dense gradients of tables of equal N, from (weights [T, K, E], vectors [T, D], out [N, E, D] of zeros) of each."""
+    pairs = sort_pairs(indices, factors[0][2].shape[0])
+    for weights, vectors, out in factors:
+        table_gradient(pairs, weights, vectors, out)
 
 
 def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class RowGradients:
             pairs, weights, vectors = self.table_factors(which)
             num_rows = int(pairs.num_rows)
             out = torch.zeros(num_rows, *table.shape[1:], dtype=torch.float32, device=table.device)
-            backend.table_gradient(pairs, weights, vectors, out)
+            backend.table_gradient(pairs, weights, vectors, out, compact=True)
             rows.append(out)
         return self.sorted().row_ids[: rows[0].shape[0]], rows[0], rows[1]
 

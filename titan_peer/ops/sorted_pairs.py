@@ -9,7 +9,11 @@ from torch import Tensor
 
 class SortedPairs(NamedTuple):
     """The P pairs of an index tensor [T, K] (T*K less those of negative index), stably sorted by expert; a run is the
-    pairs of one expert."""
+    pairs of one expert.
+
+    On a GPU, where P and R are known to the device alone, tensors are as long as P and R could get; read num_rows and
+    run_starts[num_rows] there.
+    """
 
     order: Tensor
     """int32 [P]: flat positions t*K + j."""

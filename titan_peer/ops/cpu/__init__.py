@@ -110,14 +110,19 @@ def _factors(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> tuple[int,
     return pairs.row_ids.numel(), _float(weights), _float(vectors), (K, E, vectors.shape[1])
 
 
-def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor) -> None:
+def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
     R, weights, vectors, shape = _factors(pairs, weights, vectors)
-    compact = out.shape[0] == R
     wide = out if out.dtype == torch.float32 else torch.zeros(out.shape)
     runs = (pairs.order, pairs.row_ids, pairs.run_starts, R)
     _call("titan_peer_table_gradient", *runs, weights, vectors, wide, int(compact), *shape)
     if wide is not out:
         out.copy_(wide)
+
+
+def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    pairs = sort_pairs(indices, factors[0][2].shape[0])
+    for weights, vectors, out in factors:
+        table_gradient(pairs, weights, vectors, out)
 
 
 def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""Kernels of the row-wise AdamW step: each touched row is read, given its gradient made from factors, and written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from titan_peer.ops.triton.rows import gradient_block
+
+
+@triton.jit
+def mix(h):
+    """A hash of uint32 in which every bit depends on all (the finaliser of MurmurHash3)."""
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def narrow(value, noise, dtype: tl.constexpr):
+    """float32 -> dtype; bfloat16 up or down by 16 bits of noise, so that the expected value is exact."""
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)
+        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        # a NaN's bits are all ones on NVIDIA GPUs: adding to them would make it a zero
+        return tl.where(value == value, rounded, value).to(tl.bfloat16)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def updated(param, exp_avg, gradient, rate, decay, beta1):
+    """New weights and first moment of a block; rate is the step size over the denominator."""
+    exp_avg += (1.0 - beta1) * (gradient - exp_avg)
+    return param * decay - rate * exp_avg, exp_avg
+
+
+@triton.jit
+def block_noise(seed, row, i):
+    """Two uint32 for each element: 48 bits of them round a weight and two moments."""
+    key = mix(row.to(tl.uint32) ^ mix(seed.to(tl.uint32)))
+    first = mix(i.to(tl.uint32) * 0x9E3779B1 ^ key)
+    return first, first * 0x2C1B3C6D ^ (first >> 15)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def adamw_element(
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    order_ptr,
+    row_id_ptr,
+    run_start_ptr,
+    num_rows_ptr,
+    weight_ptr,
+    vector_ptr,
+    grad_scale_ptr,
+    vector_stride,
+    decay,
+    step_size,
+    beta1,
+    beta2,
+    root_correction,
+    eps,
+    seed,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """AdamW with a second moment an element, on the touched rows of [N, E, D].
+
+    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of a touched row.
+    Reads: the block of weights and both moments, its pairs' places, weights and vectors. Writes: the block of all three.
+    """
+    blocks: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks)
+    grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
+    for unit in range(tl.program_id(0).to(tl.int64), units, tl.num_programs(0)):
+        d = unit % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+        e = unit // blocks % E
+        run = unit // (blocks * E)
+        inside = d < D
+        row = tl.load(row_id_ptr + run)
+        place = (row.to(tl.int64) * E + e) * D + d
+        param = tl.load(param_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        exp_avg = tl.load(exp_avg_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        first, last = tl.load(run_start_ptr + run), tl.load(run_start_ptr + run + 1)
+        gradient = grad_scale * gradient_block(
+            order_ptr, weight_ptr, vector_ptr, vector_stride, first, last, e, d, K, E, D, BLOCK_P, BLOCK_D
+        )
+        exp_avg_sq = exp_avg_sq * beta2 + (1.0 - beta2) * gradient * gradient
+        rate = step_size / (tl.sqrt(exp_avg_sq) / root_correction + eps)
+        param, exp_avg = updated(param, exp_avg, gradient, rate, decay, beta1)
+        noise, more_noise = block_noise(seed, row, e * D + d)
+        tl.store(param_ptr + place, narrow(param, noise, param_ptr.dtype.element_ty), mask=inside)
+        tl.store(exp_avg_ptr + place, narrow(exp_avg, noise >> 16, exp_avg_ptr.dtype.element_ty), mask=inside)
+        tl.store(exp_avg_sq_ptr + place, narrow(exp_avg_sq, more_noise, exp_avg_sq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def adamw_row(
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    order_ptr,
+    row_id_ptr,
+    run_start_ptr,
+    num_rows_ptr,
+    weight_ptr,
+    vector_ptr,
+    grad_scale_ptr,
+    vector_stride,
+    decay,
+    step_size,
+    beta1,
+    beta2,
+    root_correction,
+    eps,
+    seed,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """AdamW with one second moment a row, the mean square of its gradient, on the touched rows of [N, E, D].
+
+    Grid: any number of programs. A program owns every num_programs-th touched row, all E * D numbers of it. A row of one
+    block has its gradient made once; one of several blocks twice, first for the mean square.
+    Reads: weights and first moment of the row, one second moment, the factors. Writes: the same.
+    """
+    blocks: tl.constexpr = E * tl.cdiv(D, BLOCK_D)
+    num_rows = tl.load(num_rows_ptr).to(tl.int64)
+    grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
+    for run in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        row = tl.load(row_id_ptr + run)
+        first, last = tl.load(run_start_ptr + run), tl.load(run_start_ptr + run + 1)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + row)
+        gradient = tl.zeros([BLOCK_D], dtype=tl.float32)
+        square = 0.0
+        for block in range(blocks):
+            e = block % E
+            d = block // E * BLOCK_D + tl.arange(0, BLOCK_D)
+            gradient = grad_scale * gradient_block(
+                order_ptr, weight_ptr, vector_ptr, vector_stride, first, last, e, d, K, E, D, BLOCK_P, BLOCK_D
+            )
+            square += tl.sum(gradient * gradient, axis=0)
+        exp_avg_sq = exp_avg_sq * beta2 + (1.0 - beta2) * (square / (E * D))
+        tl.store(exp_avg_sq_ptr + row, exp_avg_sq)
+        rate = step_size / (tl.sqrt(exp_avg_sq) / root_correction + eps)
+        for block in range(blocks):
+            e = block % E
+            d = block // E * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = d < D
+            place = (row.to(tl.int64) * E + e) * D + d
+            param = tl.load(param_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            exp_avg = tl.load(exp_avg_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            if blocks > 1:
+                gradient = grad_scale * gradient_block(
+                    order_ptr, weight_ptr, vector_ptr, vector_stride, first, last, e, d, K, E, D, BLOCK_P, BLOCK_D
+                )
+            param, exp_avg = updated(param, exp_avg, gradient, rate, decay, beta1)
+            noise, _ = block_noise(seed, row, e * D + d)
+            tl.store(param_ptr + place, narrow(param, noise, param_ptr.dtype.element_ty), mask=inside)
+            tl.store(exp_avg_ptr + place, narrow(exp_avg, noise >> 16, exp_avg_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,170 @@
+"""How kernels are launched: block sizes and warps by problem, from a tuning file or else by rule.
+
+A problem is (kernel, D, K, E, dtype, whether the table fits the device's cache). `titan-peer tune` measures candidates and
+writes the fastest into a JSON file in the cache folder (TITAN_PEER_CACHE_DIR), by device; nothing needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from titan_peer.ops.cpu.build import cache_folder
+
+logger = logging.getLogger("titan_peer")
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""TRITON_INTERPRET=1: kernels run as numpy code, on CPU tensors."""
+
+_L2_WITHOUT_A_GPU = 32 << 20
+
+
+class Problem(NamedTuple):
+    """What a launch depends on; the key of the tuning file."""
+
+    kernel: str
+    """experts_forward, experts_backward, table_gradient, row_norm, adamw or best_sub_keys."""
+    D: int
+    """Numbers of a row that are read together: model dim, or dim of a sub-key."""
+    K: int
+    """Places a token: heads x k (table kernels: k of a head where they serve sub-keys)."""
+    E: int
+    dtype: torch.dtype
+    """Of the table."""
+    in_cache: bool
+    """The table fits the device's L2."""
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel} D={self.D} K={self.K} E={self.E} {dtype} {'cache' if self.in_cache else 'memory'}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to launch a kernel."""
+
+    block: int
+    """Rows (experts_*), pairs (table_gradient, row_norm, adamw) or queries (best_sub_keys) a program takes at a time."""
+    num_warps: int
+    num_stages: int = 1
+    """Iterations whose loads are in flight (experts_*): above 1 the compiler copies ahead into shared memory."""
+    variant: str = ""
+    """table_gradient: sorted or atomic; best_sub_keys: tiles or matmul. Empty: by rule."""
+
+
+def problem(kernel: str, table: Tensor, K: int, E: int, D: int) -> Problem:
+    l2 = _device_properties(table.device).l2_bytes
+    return Problem(kernel, D, K, E, table.dtype, table.numel() * table.element_size() <= l2)
+
+
+class _Device(NamedTuple):
+    name: str
+    num_sms: int
+    l2_bytes: int
+
+
+@functools.cache
+def _device_properties(device: torch.device) -> _Device:
+    if device.type != "cuda":
+        return _Device("interpreter", 1, _L2_WITHOUT_A_GPU)
+    properties = torch.cuda.get_device_properties(device)
+    return _Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def num_programs(device: torch.device, num_warps: int, most: int) -> int:
+    """Programs of a persistent kernel: 32 warps a multiprocessor, at most one a unit of work."""
+    return max(1, min(most, _device_properties(device).num_sms * max(1, 32 // num_warps)))
+
+
+def num_splits(device: torch.device, programs: int, most: int) -> int:
+    """Into how many parts the work of `programs` programs is cut so that there are four a multiprocessor."""
+    wanted = 4 * _device_properties(device).num_sms
+    return max(1, min(most, triton.next_power_of_2(triton.cdiv(wanted, max(programs, 1)))))
+
+
+# ---- by rule
+
+
+def _warps_for(D: int, element_size: int) -> int:
+    """One 16-byte load of a row a thread, in whole warps, up to eight."""
+    return max(1, min(8, triton.next_power_of_2(D) * element_size // (16 * 32)))
+
+
+def by_rule(p: Problem) -> Launch:
+    """A launch that needs no tuning run."""
+    width = triton.next_power_of_2(p.D)
+    if p.kernel.startswith("experts_"):
+        # 8 KiB of each table in flight a program: with some ten programs a multiprocessor far beyond what hides latency
+        block = max(1, min(8, 8192 // (width * p.dtype.itemsize), triton.next_power_of_2(p.K * p.E)))
+        return Launch(block, _warps_for(p.D, p.dtype.itemsize))
+    if p.kernel == "best_sub_keys":
+        return Launch(64 if width <= 128 else 32, 4)
+    # Table kernels: half the table's rows are used twice or more in a step of the size they are built for.
+    block = 4 if width > 256 else 8
+    return Launch(block, max(1, min(8, width // 256)))
+
+
+# ---- from the tuning file
+
+
+def tuning_file() -> Path:
+    return cache_folder() / "triton-tuning.json"
+
+
+def _section(device: torch.device) -> str:
+    return f"{_device_properties(device).name}, triton {triton.__version__}"
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): kernels are launched by rule", path, error)
+        return {}
+
+
+@functools.cache
+def _tuned(device: torch.device) -> dict[str, Launch]:
+    path, found = tuning_file(), {}
+    for key, launch in _read(path).get(_section(device), {}).items():
+        try:
+            found[key] = Launch(**launch)  # type: ignore[arg-type]
+        except TypeError:
+            logger.warning("%s: %s is not a launch and is passed over", path, key)
+    return found
+
+
+def launch_for(p: Problem, device: torch.device) -> Launch:
+    return _tuned(device).get(str(p)) or _cached_rule(p)
+
+
+_cached_rule = functools.lru_cache(maxsize=256)(by_rule)
+
+
+def is_tuned(device: torch.device) -> bool:
+    return bool(_tuned(device))
+
+
+def save(best: dict[Problem, Launch], device: torch.device) -> Path:
+    """Add launches to the tuning file, which is replaced as a whole; later launches of this process use them."""
+    path = tuning_file()
+    content = _read(path)
+    content.setdefault(_section(device), {}).update({str(p): asdict(launch) for p, launch in best.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as scratch:
+        json.dump(content, scratch, indent=1)
+    Path(scratch.name).replace(path)
+    _tuned.cache_clear()
+    return path
