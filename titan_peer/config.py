@@ -20,7 +20,7 @@ from typing import Any, Literal
 import tomli_w
 import tyro
 
-from titan_peer.data.sources import DataSource
+from titan_peer.data.sources import DataSource, source_problems
 from titan_peer.errors import UserError
 from titan_peer.model import ModelArgs
 
@@ -116,8 +116,30 @@ class Data:
 
     sources: list[DataSource] = field(default_factory=list)
     """The streams of the mix: one [[data.sources]] table each."""
+    mix_by: Literal["tokens", "documents"] = "tokens"
+    """What the sources' weights are parts of."""
     shuffle: bool = True
     """Shuffle documents, anew every epoch; seeded by debug.seed."""
+    shuffle_buffer_size: int = 1000
+    """Documents of a source and stream that are shuffled together; the order of larger parts is shuffled as well."""
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
+    """How documents become sequences. concat: one after the other, cut every seq_len tokens; best_fit: together where
+    they fit whole, the rest padded; pad: one a sequence."""
+    add_bos: bool = True
+    """Begin every document with the tokenizer's begin token, if it has one."""
+    add_eos: bool = True
+    """End every document with the tokenizer's end token, if it has one."""
+    mask_document_borders: bool = True
+    """The last token of a document has nothing to predict; false: it is to predict the first one of the next document."""
+    num_streams: int = 0
+    """Parallel readers' shares of the data; processes x workers should divide it. It decides the order of the data and
+    stays what it is over a job. 0: as many, up to 8, as have enough documents each."""
+    num_workers: int = 0
+    """Worker processes, of each training process, that read and tokenise; 0: the training process does it itself."""
+    prefetch_factor: int = 2
+    """Batches that a worker makes ahead."""
+    network_retries: int = 5
+    """Times that a failed request to a Hugging Face dataset is repeated, after 1, 2, 4 ... seconds."""
 
 
 @dataclass
@@ -129,11 +151,11 @@ class Validation:
     freq: int = 100
     """Steps between validations."""
     steps: int = -1
-    """Batches of a validation; -1 takes the whole held-out set."""
+    """Batches of a validation, of each held-out set; -1 takes the whole set."""
     local_batch_size: int = 8
     """Sequences a process takes at a time."""
     sources: list[DataSource] = field(default_factory=list)
-    """Held-out text: one [[validation.sources]] table each."""
+    """Held-out sets, each reported by its name: one [[validation.sources]] table each. Its weight has no meaning."""
 
 
 @dataclass
@@ -432,6 +454,8 @@ def check(config: JobConfig) -> None:
         "training.loss_chunk_size",
         "validation.freq",
         "validation.local_batch_size",
+        "data.shuffle_buffer_size",
+        "data.prefetch_factor",
         "metrics.log_freq",
         "checkpoint.interval",
         "activation_checkpoint.every_n_layers",
@@ -451,6 +475,9 @@ def check(config: JobConfig) -> None:
         "optimizer.expert_weight_decay",
         "lr_scheduler.warmup_steps",
         "checkpoint.keep_latest_k",
+        "data.num_streams",
+        "data.num_workers",
+        "data.network_retries",
         "debug.seed",
     ):
         section, name = key.split(".")
@@ -484,6 +511,7 @@ def check(config: JobConfig) -> None:
     require(
         config.validation.steps >= 1 or config.validation.steps == -1, "validation.steps", "must be at least 1 or -1"
     )
+    found += source_problems("data", config.data.sources) + source_problems("validation", config.validation.sources)
     require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
     if config.validation.enable:
         require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -163,6 +164,33 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
+class HeldOutLoss(NamedTuple):
+    """Sums over held-out text."""
+
+    loss_sum: float  # nats
+    tokens: float  # learnt tokens
+    num_bytes: float  # UTF-8 bytes they stand for
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.tokens, 1)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss_sum / math.log(2) / max(self.num_bytes, 1)
+
+    def record(self, prefix: str) -> Record:
+        return {
+            f"{prefix}loss": self.loss,
+            f"{prefix}perplexity": self.perplexity,
+            f"{prefix}bits_per_byte": self.bits_per_byte,
+        }
+
+
 class MetricsLogger:
     """Turns a step's numbers into one console line and one record in every sink (first process only).
 
@@ -234,7 +262,9 @@ class MetricsLogger:
     def due(self, step: int) -> bool:
         return step == self.start_step + 1 or step % self.config.log_freq == 0 or step == self.total_steps
 
-    def log_step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int) -> None:
+    def log_step(
+        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, data: Record | None = None
+    ) -> None:
         """Report a step; speed is over the steps since the last report."""
         now = time.perf_counter()
         seconds = now - self._window_start
@@ -251,6 +281,7 @@ class MetricsLogger:
             "seconds_per_step": round(seconds_per_step, 4),
             "peak_memory_gib": round(peak_memory_gib(self.device), 3),
             "elapsed_seconds": round(now - self.start_time, 2),
+            **(data or {}),
         }
         line = (
             f"step {step:>6}/{self.total_steps}  loss {loss:8.4f}  grad_norm {grad_norm:8.4f}  lr {lr:.3e}  "
@@ -268,20 +299,18 @@ class MetricsLogger:
         self._emit(record, line)
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step
 
-    def log_validation(
-        self, step: int, *, loss: float, perplexity: float, bits_per_byte: float, seconds: float
-    ) -> None:
-        record: Record = {
-            "step": step,
-            "validation_loss": loss,
-            "validation_perplexity": perplexity,
-            "validation_bits_per_byte": bits_per_byte,
-        }
+    def log_validation(self, step: int, *, overall: HeldOutLoss, sets: dict[str, HeldOutLoss], seconds: float) -> None:
+        """Report the loss over all held-out text and on each set of it."""
+        record: Record = {"step": step, **overall.record("validation_")}
         line = (
-            f"step {step:>6}/{self.total_steps}  validation_loss {loss:.4f}  perplexity {perplexity:.2f}  "
-            f"bits/byte {bits_per_byte:.4f}  ({seconds:.1f} s)"
+            f"step {step:>6}/{self.total_steps}  validation_loss {overall.loss:.4f}  "
+            f"perplexity {overall.perplexity:.2f}  bits/byte {overall.bits_per_byte:.4f}"
         )
-        self._emit(record, line)
+        for name, held_out in sets.items():
+            record.update(held_out.record(f"validation/{name}_"))
+            if len(sets) > 1:
+                line += f"  {name} {held_out.loss:.4f}"
+        self._emit(record, f"{line}  ({seconds:.1f} s)")
 
     def exclude(self, seconds: float) -> None:
         """Take time that was not training (validation, checkpoints) out of the speed of the current window."""

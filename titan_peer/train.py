@@ -29,7 +29,7 @@ from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
-from titan_peer.metrics import MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
 from titan_peer.model import Transformer
 from titan_peer.model_size import model_size
 from titan_peer.ops import backend_report
@@ -40,6 +40,10 @@ from titan_peer.parallelize import World, compute_dtype, init_world, parallelize
 from titan_peer.sharded_init import sharded_init
 
 logger = logging.getLogger("titan_peer")
+
+
+class EndOfDataError(Exception):
+    """The sources have ended (data.sources[i].max_epochs) before training.steps."""
 
 
 class NonFiniteLossError(Exception):
@@ -133,9 +137,9 @@ class Trainer:
         self.accumulation_steps = training.global_batch_size // sequences
 
     def _training_loader(self) -> Any:
-        data, training = self.config.data, self.config.training
+        training = self.config.training
         return build_dataloader(
-            sources=data.sources,
+            data=self.config.data,
             tokenizer=self.tokenizer,
             seq_len=training.seq_len,
             global_batch_size=training.global_batch_size,
@@ -143,7 +147,7 @@ class Trainer:
             dp_rank=self.world.rank,
             dp_world_size=self.world.world_size,
             seed=self.config.debug.seed,
-            shuffle=data.shuffle,
+            pin_memory=self.device.type == "cuda",
         )
 
     def _validation_loader(self) -> Any:
@@ -155,6 +159,7 @@ class Trainer:
             local_batch_size=validation.local_batch_size,
             dp_rank=self.world.rank,
             dp_world_size=self.world.world_size,
+            data=self.config.data,
         )
 
     def _prepare_dump_folder(self) -> None:
@@ -212,10 +217,21 @@ class Trainer:
         while self.step < config.training.steps:
             self.step += 1
             self.heartbeat.beat(f"step {self.step}")
-            loss, grad_norm, lr, stop = self.train_step(batches)
+            try:
+                loss, grad_norm, lr, stop = self.train_step(batches)
+            except EndOfDataError:
+                self._end_early()
+                break
             self._require_finite(loss, grad_norm, lr)
             if self.metrics.due(self.step):
-                self.metrics.log_step(self.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=self.tokens_seen)
+                self.metrics.log_step(
+                    self.step,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    lr=lr,
+                    tokens_seen=self.tokens_seen,
+                    data=self.loader.statistics(),
+                )
             is_last = self.step == config.training.steps
             if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
                 self.validate()
@@ -241,6 +257,8 @@ class Trainer:
         learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
         with self.metrics.waiting():
             learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
+        if learnt_tokens == 0:
+            raise EndOfDataError
 
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
@@ -266,31 +284,31 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Mean loss, perplexity and bits per byte on the held-out text."""
+        """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
         assert self.validation_loader is not None
         self.heartbeat.beat(f"validation after step {self.step}")
         start = time.perf_counter()
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, learnt tokens, bytes
+        sets = self.validation_loader.sets
+        sums = torch.zeros(len(sets), 3, dtype=torch.float64)  # loss, learnt tokens, bytes of each
         # Compiling a second, inference-only graph on a CPU takes longer than it saves.
         stance = "force_eager" if self.device.type == "cpu" else "default"
         with torch.compiler.set_stance(stance):
-            for i, batch in enumerate(self.validation_loader):
-                if i == self.config.validation.steps:
-                    break
-                with self._autocast():
-                    loss = self.model(*self._inputs(batch))
-                learnt = (batch["labels"] != IGNORE_INDEX).sum()
-                sums += torch.stack([loss.double().cpu(), learnt.double(), batch["num_bytes"].double()])
+            for set_sums, batches in zip(sums, sets.values()):
+                for i, batch in enumerate(batches):
+                    if i == self.config.validation.steps:
+                        break
+                    with self._autocast():
+                        loss = self.model(*self._inputs(batch))
+                    learnt = (batch["labels"] != IGNORE_INDEX).sum()
+                    set_sums += torch.stack([loss.double().cpu(), learnt.double(), batch["num_bytes"].double()])
         self.model.train()
-        loss_sum, tokens, num_bytes = self._sum_over_processes(sums).tolist()
-        loss = loss_sum / max(tokens, 1)
+        sums = self._sum_over_processes(sums)
         seconds = time.perf_counter() - start
         self.metrics.log_validation(
             self.step,
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            bits_per_byte=loss_sum / math.log(2) / max(num_bytes, 1),
+            overall=HeldOutLoss(*sums.sum(0).tolist()),
+            sets={name: HeldOutLoss(*set_sums.tolist()) for name, set_sums in zip(sets, sums)},
             seconds=seconds,
         )
         self.metrics.exclude(seconds)
@@ -341,6 +359,16 @@ class Trainer:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)
         self.stop_signal = signal_number
+
+    def _end_early(self) -> None:
+        """The step that found no data is none; what the steps before it made is validated and saved."""
+        self.step -= 1
+        if self.world.is_first:
+            logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
+        if self.validation_loader is not None and self.step % self.config.validation.freq:
+            self.validate()
+        if self.config.checkpoint.enable and self.saved_step != self.step:
+            self.save_checkpoint()
 
     def _say_how_to_resume(self) -> None:
         if self.world.is_first:

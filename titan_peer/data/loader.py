@@ -1,106 +1,437 @@
-"""Batches for a process, out of the one stream that all processes share."""
+"""Batches for a process, out of one sequence of sequences that does not depend on the number of processes or workers.
+
+The documents are read by a fixed number of streams (`data.num_streams`), each with a mix, shuffle and packing of its own.
+Sequence i of the job is the next one of stream i modulo the number of streams. A reader (a process, or a worker of one)
+makes every n-th sequence, so it reads only its own streams where the number of readers divides the number of streams; else
+some streams are read by several readers, each of which throws away what is not its. The state is the place of every
+stream after the last whole global batch, whoever read it: any number of processes and workers can go on from it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
+import os
+import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_peer.data.packing import PackedSequence, TokenStream, pack, pad_span
-from titan_peer.data.sources import DataSource, read_documents
+from titan_peer.config import Data
+from titan_peer.data.mixing import DocumentMixture, SequenceMixture, WeightedDraw
+from titan_peer.data.packing import PackedSequence, Packer, PackingFormat, make_packer
+from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.data.streams import DocumentEncoder, DocumentStream, State, require_same_tokenizer
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.errors import UserError
 
 Batch = dict[str, Tensor]
-"""tokens, labels (-100: not learnt) int64 [B, S]; document_ids int32 [B, S]; num_bytes float64 0-d."""
+"""tokens, labels (-100: not learnt) int64 [B, S]; document_ids, positions (in the document) int32 [B, S]; num_bytes
+float64 0-d, UTF-8 bytes of the text that the labels stand for."""
+
+_STATE_FORMAT = 1
 
 
-def _collate(sequences: Sequence[PackedSequence]) -> Batch:
-    return {
-        "tokens": torch.from_numpy(np.stack([s.tokens for s in sequences])),
-        "labels": torch.from_numpy(np.stack([s.labels for s in sequences])),
-        "document_ids": torch.from_numpy(np.stack([s.document_ids for s in sequences])),
+def collate(sequences: Sequence[PackedSequence], pin_memory: bool = False) -> Batch:
+    def stack(field: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(s, field) for s in sequences])).to(dtype)
+
+    batch = {
+        "tokens": stack("tokens", torch.int64),
+        "labels": stack("labels", torch.int64),
+        "document_ids": stack("document_ids", torch.int32),
+        "positions": stack("positions", torch.int32),
         "num_bytes": torch.tensor(sum(s.num_bytes for s in sequences), dtype=torch.float64),
     }
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
+
+
+class Pipeline:
+    """Makes the streams of a job: what one stream is, apart from its number."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        data: Data,
+        *,
+        seq_len: int,
+        seed: int,
+        num_streams: int,
+    ) -> None:
+        self.sources, self.data, self.seed, self.num_streams = sources, data, seed, num_streams
+        self.encoder = DocumentEncoder(tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
+        self.format = PackingFormat(
+            seq_len, len(sources), pad_token=tokenizer.eos_id or 0, mask_borders=data.mask_document_borders
+        )
+        for source in sources:
+            require_same_tokenizer(source, tokenizer)
+
+    def stream(self, stream: int) -> PackedStream:
+        documents = [
+            DocumentStream(
+                source,
+                number,
+                self.encoder,
+                stream=stream,
+                num_streams=self.num_streams,
+                seed=self.seed,
+                shuffle=self.data.shuffle,
+                buffer_size=self.data.shuffle_buffer_size,
+            )
+            for number, source in enumerate(self.sources)
+        ]
+        by_tokens = self.data.mix_by == "tokens"
+        unit = self.format.seq_len if by_tokens else 1
+        head_start = unit * np.random.default_rng([self.seed, stream]).random(len(self.sources))
+        configs = [source.config for source in self.sources]
+        draw = WeightedDraw([s.name for s in self.sources], [c.weight for c in configs], head_start.tolist())
+        stops = [c.at_end == "stop" for c in configs]
+        if by_tokens:
+            packers = [make_packer(self.data.packing, d, self.format) for d in documents]
+            return PackedStream(SequenceMixture(packers, draw, stops), documents)
+        mixture = DocumentMixture(documents, draw, stops)
+        return PackedStream(make_packer(self.data.packing, mixture, self.format), documents)
+
+
+class PackedStream:
+    """The sequences of one stream, counted."""
+
+    def __init__(self, sequences: SequenceMixture | Packer, documents: Sequence[DocumentStream]) -> None:
+        self.sequences, self.documents = sequences, documents
+        self.position = 0  # sequences made so far
+
+    def next(self) -> PackedSequence | None:
+        """The next sequence; None when all sources have ended."""
+        self.position += 1
+        return self.sequences.next()
+
+    def skipped(self) -> NDArray[np.int64]:
+        """Bad documents left out, of each source."""
+        return np.array([d.skipped for d in self.documents])
+
+    def state_dict(self) -> State:
+        return {"position": self.position, "sequences": self.sequences.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        self.position = state["position"]
+        self.sequences.load_state_dict(state["sequences"])
+
+
+class ReadSequence(NamedTuple):
+    """What a reader hands over."""
+
+    stream: int
+    sequence: PackedSequence
+    skipped: NDArray[np.int64]  # [sources], by this stream
+
+
+class ReadError(NamedTuple):
+    """A UserError on its way out of a worker process."""
+
+    message: str
+
+
+class SequenceReader(IterableDataset[ReadSequence | ReadError]):
+    """The sequences of one process, or of one worker of it.
+
+    Args:
+        first: number of the first sequence, counted over all processes.
+        streams: the states of the streams at that place.
+    """
+
+    def __init__(self, pipeline: Pipeline, rank: int, world_size: int, first: int, streams: dict[str, State]) -> None:
+        self.pipeline, self.rank, self.world_size = pipeline, rank, world_size
+        self.first, self.start = first, streams
+        self._streams: dict[int, PackedStream] = {}
+
+    def __iter__(self) -> Iterator[ReadSequence | ReadError]:
+        worker = get_worker_info()
+        worker_id, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        first = self.first + self.rank + self.world_size * worker_id
+        try:
+            for i in itertools.count(first, self.world_size * workers):
+                yield self._read(i)
+        except UserError as error:
+            yield ReadError(str(error))
+
+    def _read(self, number: int) -> ReadSequence:
+        """Sequence `number` of the job."""
+        position, which = divmod(number, self.pipeline.num_streams)
+        if which not in self._streams:
+            self._streams[which] = self.pipeline.stream(which)
+            if str(which) in self.start:
+                self._streams[which].load_state_dict(self.start[str(which)])
+        stream = self._streams[which]
+        while stream.position < position:  # those are other readers'
+            stream.next()
+        sequence = stream.next() or self.pipeline.format.empty()
+        return ReadSequence(which, sequence, stream.skipped())
+
+    def state_dict(self) -> dict[str, State]:
+        return {str(which): stream.state_dict() for which, stream in self._streams.items()}
+
+    def load_state_dict(self, state: dict[str, State]) -> None:
+        raise NotImplementedError("a reader begins from the states it was made with")
+
+
+def merge_streams(states: Sequence[dict[str, State]]) -> dict[str, State]:
+    """The states of all streams, from readers that may have come differently far in some of them."""
+    merged: dict[str, State] = {}
+    for state in states:
+        for which, stream in state.items():
+            if which not in merged or stream["position"] > merged[which]["position"]:
+                merged[which] = stream
+    return merged
 
 
 class TrainingLoader:
     """Endless micro-batches of one process.
 
-    A global batch is the next `global_batch_size` sequences of the stream, cut into micro-steps x processes x
-    local_batch_size in that order: what is learnt in a step does not depend on the number of processes.
+    A global batch is the next `global_batch_size` sequences of the job, dealt to the processes in turn. When the sources
+    have ended (data.sources[i].max_epochs), batches are padding from there on.
+
+    Raises (from next):
+        UserError: a document or file is bad, or the network has failed for good.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        pipeline: Pipeline,
         *,
-        seq_len: int,
         global_batch_size: int,
         local_batch_size: int,
         dp_rank: int,
         dp_world_size: int,
+        pin_memory: bool = False,
     ) -> None:
-        self.stream, self.seq_len = stream, seq_len
+        self.pipeline, self.data = pipeline, pipeline.data
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
-        self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
-        self.sequences_seen = 0  # of the whole stream, by all processes, up to the last whole global batch
+        self.dp_rank, self.dp_world_size, self.pin_memory = dp_rank, dp_world_size, pin_memory
+        self.sequences_seen = 0  # by all processes, up to the last whole global batch
         self._micro_step = 0
+        self._start(0, {}, {})
+
+    def _start(self, sequences_seen: int, streams: dict[str, State], tokens: dict[str, int]) -> None:
+        self.sequences_seen, self._start_streams = sequences_seen, streams
+        shape = (self.pipeline.num_streams, len(self.pipeline.sources))
+        self._tokens_before = np.array([tokens.get(s.name, 0) for s in self.pipeline.sources], dtype=np.int64)
+        self._tokens = np.zeros(shape[1], dtype=np.int64)  # by this process, since the start
+        self._skipped = np.zeros(shape, dtype=np.int64)
+        self._epochs = np.zeros(shape, dtype=np.int64)
+        self._loader: StatefulDataLoader | None = None
+        self._items: Iterator[ReadSequence | ReadError] = iter(())
+
+    def _open(self) -> StatefulDataLoader:
+        """Start reading; worker processes begin here, once the place to begin from is known."""
+        reader = SequenceReader(
+            self.pipeline, self.dp_rank, self.dp_world_size, self.sequences_seen, self._start_streams
+        )
+        workers = self.data.num_workers
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            return StatefulDataLoader(
+                reader,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=workers,
+                prefetch_factor=self.data.prefetch_factor * self.local_batch_size if workers else None,
+                multiprocessing_context="fork" if workers else None,
+                worker_init_fn=_prepare_worker if workers else None,
+                snapshot_every_n_steps=1,
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        per_micro_step = self.local_batch_size * self.dp_world_size
-        first = self.sequences_seen + self._micro_step * per_micro_step + self.dp_rank * self.local_batch_size
-        numbers = range(first, first + self.local_batch_size)
-        spans = [self.stream.span(i * self.seq_len, self.seq_len + 1) for i in numbers]
+        if self._loader is None:
+            self._loader = self._open()
+            self._items = iter(self._loader)
+        sequences = []
+        for item in itertools.islice(self._items, self.local_batch_size):
+            if isinstance(item, ReadError):
+                raise UserError(item.message)
+            sequences.append(item.sequence)
+            self._tokens += item.sequence.source_tokens
+            self._skipped[item.stream] = item.skipped
+            self._epochs[item.stream] = np.maximum(self._epochs[item.stream], item.sequence.epochs)
         self._micro_step += 1
-        if self._micro_step * per_micro_step == self.global_batch_size:
+        if self._micro_step * self.local_batch_size * self.dp_world_size == self.global_batch_size:
             self.sequences_seen += self.global_batch_size
             self._micro_step = 0
-        return _collate([pack(span) for span in spans])
+        return collate(sequences, self.pin_memory)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the stream; the same for all processes."""
-        return {"sequences_seen": self.sequences_seen, "seq_len": self.seq_len}
+    def statistics(self) -> dict[str, float | int]:
+        """Of each source: tokens so far, their share, the pass it is in, bad documents left out. Called by every process."""
+        tokens = torch.from_numpy(self._tokens.copy())
+        latest = torch.from_numpy(np.stack([self._skipped, self._epochs]))
+        if self.dp_world_size > 1:
+            dist.all_reduce(tokens)
+            dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+        totals = self._tokens_before + tokens.numpy()
+        record: dict[str, float | int] = {}
+        for i, source in enumerate(self.pipeline.sources):
+            record[f"data/{source.name}_tokens"] = int(totals[i])
+            record[f"data/{source.name}_share"] = round(float(totals[i] / max(totals.sum(), 1)), 5)
+            record[f"data/{source.name}_epoch"] = int(latest[1, :, i].max())
+            record[f"data/{source.name}_skipped"] = int(latest[0, :, i].sum())
+        return record
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the tokens that were seen, also with another sequence length or batch size."""
-        self.sequences_seen = state["sequences_seen"] * state["seq_len"] // self.seq_len
+    def state_dict(self) -> State:
+        """The place of every stream after the last global batch; the same for all processes, each of which must call it.
+
+        A few hundred bytes a stream and source, whatever has been read.
+        """
+        assert self._micro_step == 0, "a state is of whole global batches"
+        streams = merge_streams([self._start_streams, *_reader_states(self._loader)])
+        tokens = torch.from_numpy(self._tokens.copy())
+        if self.dp_world_size > 1:
+            dist.all_reduce(tokens)
+            streams = merge_streams(_gather(streams))
+        totals = self._tokens_before + tokens.numpy()
+        return {
+            "format": _STATE_FORMAT,
+            "sequences_seen": self.sequences_seen,
+            "num_streams": self.pipeline.num_streams,
+            "seq_len": self.pipeline.format.seq_len,
+            "packing": self.data.packing,
+            "mix_by": self.data.mix_by,
+            "sources": {
+                s.name: {"fingerprint": s.fingerprint(), "tokens": int(n)}
+                for s, n in zip(self.pipeline.sources, totals)
+            },
+            "streams": streams,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after what was seen, on any number of processes and workers, also with other weights or more sources.
+
+        Raises:
+            UserError: the data are not those of the checkpoint, or a setting was changed that places depend on.
+        """
+        self._settle_streams(state)
+        for key in ("packing", "mix_by"):
+            if getattr(self.data, key) != state[key]:
+                raise UserError(
+                    f"data.{key} = {getattr(self.data, key)!r}: the checkpoint was made with {state[key]!r}, and its place "
+                    "in the data means nothing otherwise"
+                )
+        seq_len = self.pipeline.format.seq_len
+        if self.data.packing == "best_fit" and seq_len != state["seq_len"]:
+            raise UserError(
+                f'training.seq_len = {seq_len}: with data.packing = "best_fit" a job goes on only with the checkpoint\'s '
+                f"{state['seq_len']}"
+            )
+        for source in self.pipeline.sources:
+            known = state["sources"].get(source.name)
+            if known is not None and known["fingerprint"] != source.fingerprint():
+                raise UserError(
+                    f"{source.key}.path = {source.config.path}: its files have changed since the checkpoint; give it another "
+                    f"{source.key}.name to read it from its beginning"
+                )
+        tokens = {name: entry["tokens"] for name, entry in state["sources"].items()}
+        self._start(state["sequences_seen"], state["streams"], tokens)
         self._micro_step = 0
+
+    def _settle_streams(self, state: State) -> None:
+        if state.get("format") != _STATE_FORMAT:
+            raise UserError("the checkpoint's place in the data was saved by another version and cannot be used")
+        saved, chosen = state["num_streams"], self.data.num_streams
+        if chosen not in (0, saved):
+            raise UserError(f"data.num_streams = {chosen}: the checkpoint was made with {saved}; give that, or 0")
+        if saved != self.pipeline.num_streams:
+            self.pipeline.num_streams = saved
+            for source in self.pipeline.sources:
+                source.divide(saved)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _prepare_worker(_worker_id: int) -> None:
+    """One thread a worker: there are several of them, and torch's and the tokenizer's pools do not survive the fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
+    """The states that the readers of this process had after the last sequence that was taken from each."""
+    if loader is None:
+        return []
+    state = loader.state_dict()
+    if "_snapshot" not in state:
+        return [state["dataset_state"]]
+    workers = state["_snapshot"]["_worker_snapshots"].values()
+    return [worker["dataset_state"] for worker in workers if worker["dataset_state"] is not None]
+
+
+def _gather(streams: dict[str, State]) -> list[dict[str, State]]:
+    """Every process's `streams`."""
+    mine = torch.frombuffer(bytearray(json.dumps(streams).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    longest = int(max(sizes).item())
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes)]
+
+
+class ValidationSet:
+    """One pass over a held-out source in its own order; every process gets equally many batches, the last ones padded.
+
+    What has been read is kept, so that later validations neither read nor tokenise.
+    """
+
+    def __init__(self, sequences: PackedStream, format: PackingFormat, batch_size: int, rank: int, world: int) -> None:
+        self._unread = self._read(sequences, format, batch_size, rank, world)
+        self._batches: list[list[PackedSequence]] = []
+
+    @staticmethod
+    def _read(
+        sequences: PackedStream, format: PackingFormat, batch_size: int, rank: int, world: int
+    ) -> Iterator[list[PackedSequence]]:
+        while True:
+            everyones = [s for _ in range(batch_size * world) if (s := sequences.next()) is not None]
+            if not everyones:
+                return
+            everyones += [format.empty()] * (batch_size * world - len(everyones))
+            yield everyones[rank * batch_size : (rank + 1) * batch_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in itertools.count():
+            if i == len(self._batches):
+                batch = next(self._unread, None)
+                if batch is None:
+                    return
+                self._batches.append(batch)
+            yield collate(self._batches[i])
 
 
 class ValidationLoader:
-    """One pass over held-out text in fixed order; every process gets equally many batches, the last ones padded."""
+    """The held-out sets by name; iterating goes through all of them."""
 
-    def __init__(
-        self, stream: TokenStream, *, seq_len: int, local_batch_size: int, dp_rank: int, dp_world_size: int, pad: int
-    ) -> None:
-        self.stream, self.seq_len, self.local_batch_size, self.pad = stream, seq_len, local_batch_size, pad
-        self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
-        num_sequences = -(-max(stream.tokens_per_epoch - 1, 1) // seq_len)
-        self.num_batches = -(-num_sequences // (local_batch_size * dp_world_size))
-
-    def __len__(self) -> int:
-        return self.num_batches
+    def __init__(self, sets: dict[str, ValidationSet]) -> None:
+        self.sets = sets
 
     def __iter__(self) -> Iterator[Batch]:
-        for i in range(self.num_batches):
-            first = (i * self.dp_world_size + self.dp_rank) * self.local_batch_size
-            yield _collate([self._sequence(first + j) for j in range(self.local_batch_size)])
-
-    def _sequence(self, number: int) -> PackedSequence:
-        start = min(number * self.seq_len, self.stream.tokens_per_epoch)
-        length = min(self.seq_len + 1, self.stream.tokens_per_epoch - start)
-        span = self.stream.span(start, length) if length else self.stream.span(0, 1)
-        return pack(pad_span(span, self.seq_len + 1, self.pad))
+        return itertools.chain.from_iterable(self.sets.values())
 
 
 def build_dataloader(
     *,
-    sources: Sequence[DataSource],
+    data: Data,
     tokenizer: Tokenizer,
     seq_len: int,
     global_batch_size: int,
@@ -108,21 +439,22 @@ def build_dataloader(
     dp_rank: int,
     dp_world_size: int,
     seed: int,
-    shuffle: bool = True,
+    pin_memory: bool = False,
 ) -> TrainingLoader:
     """The endless training batches of process `dp_rank` of `dp_world_size`.
 
     Raises:
         UserError: a source cannot be read.
     """
-    stream = TokenStream(read_documents(sources, "data"), tokenizer, seed=seed, shuffle=shuffle)
+    sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries)
+    pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
     return TrainingLoader(
-        stream,
-        seq_len=seq_len,
+        pipeline,
         global_batch_size=global_batch_size,
         local_batch_size=local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        pin_memory=pin_memory,
     )
 
 
@@ -134,19 +466,20 @@ def build_validation_dataloader(
     local_batch_size: int,
     dp_rank: int,
     dp_world_size: int,
+    data: Data | None = None,
 ) -> ValidationLoader:
-    """One pass over held-out text.
+    """One pass over each held-out source.
 
+    Args:
+        data: the training data's settings; packing and begin and end tokens are taken from it.
     Raises:
         UserError: a source cannot be read.
     """
-    stream = TokenStream(read_documents(sources, "validation"), tokenizer, seed=0, shuffle=False)
-    pad = tokenizer.eos_id or 0
-    return ValidationLoader(
-        stream,
-        seq_len=seq_len,
-        local_batch_size=local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        pad=pad,
-    )
+    settings = dataclasses.replace(data or Data(), shuffle=False, mix_by="tokens")
+    once = [dataclasses.replace(source, max_epochs=1, weight=1.0) for source in sources]
+    opened, _ = open_sources(once, "validation", num_streams=1, retries=settings.network_retries)
+    sets = {}
+    for source in opened:
+        pipeline = Pipeline([source], tokenizer, settings, seq_len=seq_len, seed=0, num_streams=1)
+        sets[source.name] = ValidationSet(pipeline.stream(0), pipeline.format, local_batch_size, dp_rank, dp_world_size)
+    return ValidationLoader(sets)

@@ -1,103 +1,217 @@
-"""Documents -> one endless stream of tokens -> sequences of equal length.
+"""Documents -> sequences of equal length.
 
-A document is [BOS] text [EOS]. The documents of an epoch, in an order that only seed and epoch decide, follow one another
-without padding, epoch after epoch; sequence i is the stream's tokens from i * seq_len on. So the place of any sequence is
-arithmetic: resuming needs one number and replays nothing, and any number of processes can share the stream.
+concat    documents one after the other, cut every seq_len tokens; no padding but at the end of the last epoch
+best_fit  documents longer than seq_len are cut into pieces; pieces are fitted whole into sequences, the fullest that has
+          room first (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830); what stays free is padding
+pad       one document, or piece of a longer one, a sequence
+
+In each mode every token of every document is the input of exactly one position. A position's label is the next token of
+its document, also where that token is the first of the next sequence.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.data.streams import Document, Documents, State
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
+PackingMode = Literal["concat", "best_fit", "pad"]
 
-class Span(NamedTuple):
-    """A stretch of the stream: what one sequence is made from."""
-
-    tokens: NDArray[np.int64]  # [S + 1], the last one only as a label
-    documents: NDArray[np.int64]  # [S + 1], a number for each token's document
-    bytes_per_label: NDArray[np.float64]  # [S + 1], UTF-8 bytes that a token, as a label, stands for
+# best_fit looks at this many sequences' worth of documents at a time.
+_SEQUENCES_AT_A_TIME = 64
 
 
 class PackedSequence(NamedTuple):
-    tokens: NDArray[np.int64]  # [S]
-    labels: NDArray[np.int64]  # [S]
-    document_ids: NDArray[np.int32]  # [S], 0, 1, 2 ... within the sequence
+    tokens: NDArray[np.int32]  # [S]
+    labels: NDArray[np.int32]  # [S], IGNORE_INDEX: not learnt
+    document_ids: NDArray[np.int32]  # [S], 0, 1, 2 ... within the sequence; each padding token its own
+    positions: NDArray[np.int32]  # [S], of a token within its document's part of the sequence
     num_bytes: float  # UTF-8 bytes of the text its labels stand for
-
-
-class TokenStream:
-    """The endless stream.
-
-    Args:
-        documents: texts.
-        shuffle: a new order of documents every epoch; else the order given.
-    """
-
-    def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, *, seed: int, shuffle: bool) -> None:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        encoded = [np.array([*bos, *ids, *eos], dtype=np.int32) for ids in tokenizer.encode_batch(documents)]
-        self.lengths = np.array([len(ids) for ids in encoded])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.tokens = np.concatenate(encoded)
-        # A document's first token is never a label; its bytes are spread evenly over the others.
-        num_bytes = np.array([len(text.encode()) for text in documents], dtype=np.float64)
-        self.bytes_per_label = num_bytes / np.maximum(self.lengths - 1, 1)
-        self.seed, self.shuffle = seed, shuffle
-        self._epoch = -1
+    source_tokens: NDArray[np.int64]  # [sources], tokens of each source, padding left out
+    epochs: NDArray[np.int64]  # [sources], epoch of each source's latest document; -1: none here
 
     @property
-    def tokens_per_epoch(self) -> int:
-        return len(self.tokens)
-
-    def _enter(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        n = len(self.lengths)
-        order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
-        lengths = self.lengths[order]
-        first = np.cumsum(lengths) - lengths  # where each document begins in this epoch
-        places = np.arange(self.tokens_per_epoch) + np.repeat(self.starts[order] - first, lengths)
-        self._epoch_tokens = self.tokens[places]
-        self._epoch_documents = np.repeat(order, lengths)
-        self._epoch = epoch
-
-    def span(self, start: int, length: int) -> Span:
-        """The stream's tokens from `start` on, across epochs if need be."""
-        parts = []
-        while length > 0:
-            epoch, offset = divmod(start, self.tokens_per_epoch)
-            self._enter(epoch)
-            taken = slice(offset, offset + length)
-            tokens, documents = self._epoch_tokens[taken], self._epoch_documents[taken]
-            # An epoch makes other documents of the same texts.
-            numbers = documents + epoch * len(self.lengths)
-            parts.append(Span(tokens.astype(np.int64), numbers, self.bytes_per_label[documents]))
-            start, length = start + len(tokens), length - len(tokens)
-        return Span(*map(np.concatenate, zip(*parts)))
+    def num_tokens(self) -> int:
+        return int(self.source_tokens.sum())
 
 
-def pack(span: Span) -> PackedSequence:
-    """A sequence and its labels; the first token of a document is no label, since nothing before it tells of it."""
-    tokens, documents, bytes_per_label = span
-    same_document = documents[1:] == documents[:-1]
-    labels = np.where(same_document, tokens[1:], IGNORE_INDEX)
-    document_ids = np.concatenate([[0], np.cumsum(~same_document[:-1])]).astype(np.int32)
-    return PackedSequence(tokens[:-1], labels, document_ids, float(bytes_per_label[1:][same_document].sum()))
+class Piece(NamedTuple):
+    """Tokens [start, stop) of a document."""
+
+    document: Document
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
-def pad_span(span: Span, length: int, token: int) -> Span:
-    """A span made longer by a last document of `token`s that is never learnt from (each token its own document)."""
-    missing = length - len(span.tokens)
-    return Span(
-        np.concatenate([span.tokens, np.full(missing, token, dtype=np.int64)]),
-        np.concatenate([span.documents, -1 - np.arange(missing)]),
-        np.concatenate([span.bytes_per_label, np.zeros(missing)]),
-    )
+class PackingFormat(NamedTuple):
+    """What all sequences of a job have in common."""
+
+    seq_len: int
+    num_sources: int
+    pad_token: int
+    mask_borders: bool = True
+    """The last token of a document has no label; else its label is the next document's first token."""
+
+    def sequence(self, pieces: Sequence[Piece], following: int | None = None) -> PackedSequence:
+        """The pieces one after the other, padded to seq_len.
+
+        Args:
+            following: with mask_borders false, the token that comes after the last piece if that ends its document.
+        """
+        tokens = np.full(self.seq_len, self.pad_token, np.int32)
+        labels = np.full(self.seq_len, IGNORE_INDEX, np.int32)
+        document_ids = np.zeros(self.seq_len, np.int32)
+        positions = np.zeros(self.seq_len, np.int32)
+        source_tokens = np.zeros(self.num_sources, np.int64)
+        epochs = np.full(self.num_sources, -1, np.int64)
+        num_bytes, end = 0.0, 0
+        for number, (document, start, stop) in enumerate(pieces):
+            begin, end = end, end + stop - start
+            tokens[begin:end] = document.tokens[start:stop]
+            known = document.tokens[start + 1 : stop + 1]
+            labels[begin : begin + len(known)] = known
+            document_ids[begin:end] = number
+            positions[begin:end] = np.arange(stop - start)
+            # a document's first token is never a label that tells of it: its bytes are spread evenly over the others
+            num_bytes += document.num_bytes * len(known) / max(len(document.tokens) - 1, 1)
+            source_tokens[document.source] += stop - start
+            epochs[document.source] = max(epochs[document.source], document.epoch)
+            if not self.mask_borders and stop == len(document.tokens):
+                after = pieces[number + 1].document.tokens[0] if number + 1 < len(pieces) else following
+                labels[end - 1] = IGNORE_INDEX if after is None else after
+        document_ids[end:] = np.arange(len(pieces), len(pieces) + self.seq_len - end)
+        return PackedSequence(tokens, labels, document_ids, positions, num_bytes, source_tokens, epochs)
+
+    def empty(self) -> PackedSequence:
+        """A sequence of padding."""
+        return self.sequence(())
+
+
+class InOrderPacker:
+    """concat and pad: documents as they come, one sequence after the other."""
+
+    def __init__(self, documents: Documents, format: PackingFormat, *, one_document: bool) -> None:
+        self.documents, self.format, self.one_document = documents, format, one_document
+        self._before = documents.state_dict()  # the place before the current document
+        self._current: Document | None = None
+        self._offset = 0  # tokens of it that are packed already
+        # With mask_borders false the document after the last must be looked at; it is the current one then.
+        self._ended = False
+
+    def next(self) -> PackedSequence | None:
+        """The next sequence, or None at the end and ever after."""
+        pieces: list[Piece] = []
+        free = self.format.seq_len
+        while free and self._have_document():
+            assert self._current is not None
+            stop = min(self._offset + free, len(self._current.tokens))
+            pieces.append(Piece(self._current, self._offset, stop))
+            free -= stop - self._offset
+            self._offset = stop
+            if self.one_document:
+                break
+        if not pieces:
+            return None
+        following = None
+        if not self.format.mask_borders and not self.one_document and self._have_document():
+            assert self._current is not None
+            following = int(self._current.tokens[0])
+        return self.format.sequence(pieces, following)
+
+    def _have_document(self) -> bool:
+        """Have a current document with tokens left; False at the end."""
+        while self._current is None or self._offset >= len(self._current.tokens):
+            self._before, self._offset = self.documents.state_dict(), 0
+            self._current = self.documents.next()
+            if self._current is None:
+                return False
+        return True
+
+    def state_dict(self) -> State:
+        return {"documents": self._before, "offset": self._offset}
+
+    def load_state_dict(self, state: State) -> None:
+        self.documents.load_state_dict(state["documents"])
+        self._before = self.documents.state_dict()
+        self._offset = state["offset"]
+        self._current = self.documents.next() if self._offset else None
+
+
+class BestFitPacker:
+    """best_fit: some dozens of sequences at a time, out of as many documents as make that many tokens."""
+
+    def __init__(self, documents: Documents, format: PackingFormat) -> None:
+        self.documents, self.format = documents, format
+        self._before = documents.state_dict()
+        self._bins: list[list[Piece]] = []
+        self._done = 0  # of the bins
+
+    def next(self) -> PackedSequence | None:
+        """The next sequence, or None at the end and ever after."""
+        if self._done == len(self._bins):
+            self._fill()
+            if not self._bins:
+                return None
+        self._done += 1
+        return self.format.sequence(self._bins[self._done - 1])
+
+    def _fill(self) -> None:
+        self._before, self._done = self.documents.state_dict(), 0
+        seq_len = self.format.seq_len
+        pieces: list[Piece] = []
+        tokens = 0
+        while tokens < _SEQUENCES_AT_A_TIME * seq_len and (document := self.documents.next()) is not None:
+            length = len(document.tokens)
+            pieces += [Piece(document, a, min(a + seq_len, length)) for a in range(0, length, seq_len)]
+            tokens += length
+        self._bins = best_fit_decreasing(pieces, seq_len)
+
+    def state_dict(self) -> State:
+        return {"documents": self._before, "bins": self._done, "seq_len": self.format.seq_len}
+
+    def load_state_dict(self, state: State) -> None:
+        self.documents.load_state_dict(state["documents"])
+        self._before, self._bins, self._done = self.documents.state_dict(), [], 0
+        if state["bins"]:
+            self._fill()
+            self._done = state["bins"]
+
+
+def best_fit_decreasing(pieces: Sequence[Piece], capacity: int) -> list[list[Piece]]:
+    """Put pieces into bins of `capacity` tokens, the longest first, each into the fullest bin that has room for it.
+
+    The bins, and the pieces in each, come in the order in which their pieces were given.
+    """
+    order = sorted(range(len(pieces)), key=lambda i: (-len(pieces[i]), i))
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for i in order:
+        length = len(pieces[i])
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            free, number = room.pop(place)
+        else:
+            free, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(i)
+        if free > length:
+            insort(room, (free - length, number))
+    return [[pieces[i] for i in members] for members in sorted(sorted(b) for b in bins)]
+
+
+Packer = InOrderPacker | BestFitPacker
+
+
+def make_packer(mode: PackingMode, documents: Documents, format: PackingFormat) -> Packer:
+    if mode == "best_fit":
+        return BestFitPacker(documents, format)
+    return InOrderPacker(documents, format, one_document=mode == "pad")

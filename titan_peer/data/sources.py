@@ -1,17 +1,26 @@
-"""Where documents come from: local JSONL and text files."""
+"""Where documents come from: `DataSource` is what a job says of one, `Source` reads it.
+
+A source is cut into chunks that can each be read without reading the others (a stretch of a JSONL file, a row group of a
+Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without going
+through what came before.
+"""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from titan_peer.data import formats, hub, tokenized
+from titan_peer.data.records import BadDocument, Divisible, RecordReader, TokenizedText
 from titan_peer.errors import UserError
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 
 
 @dataclass
@@ -19,19 +28,80 @@ class DataSource:
     """A set of documents."""
 
     path: str
-    """A file (.jsonl, .jsonl.gz, .txt), a folder of such files, or a glob pattern; a .txt file is one document."""
+    """A file, a folder or a glob pattern of .jsonl, .jsonl.gz, .jsonl.zst (also .json...), .parquet and .txt files (a
+    .txt file is one document), a folder made by `titan-peer data tokenize`, or the id of a Hugging Face dataset."""
     name: str = ""
-    """What reports call it; the path if empty."""
+    """What reports and checkpoints call it; the path if empty."""
+    subset: str = ""
+    """Hugging Face: the dataset's configuration."""
+    split: str = "train"
+    """Hugging Face: the split."""
+    streaming: bool = True
+    """Hugging Face: read over the network as training goes; false downloads the split first."""
     text_key: str = "text"
-    """The key of a JSON line that holds the document."""
+    """The key or column that holds the document."""
+    template: str = ""
+    """A Jinja template that makes the document from all columns, in place of text_key: "{{ title }}\\n{{ text }}"."""
+    weight: float = 1.0
+    """Its part of the mix, relative to the other sources' (data.mix_by says of what)."""
+    max_epochs: int = 0
+    """Passes over the source, each in a new order; 0: no limit."""
+    at_end: Literal["drop", "stop"] = "drop"
+    """After max_epochs: drop goes on with the other sources, stop ends the job."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """What to do with broken JSON, a missing key, wrong encoding, an empty or too large document, or a damaged file:
+    stop with its place, or leave it out and count it."""
+    max_document_bytes: int = 32 * 2**20
+    """Size above which a document counts as bad."""
 
 
-def _files(source: DataSource, key: str) -> list[Path]:
+JSON_SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (
+    *(s + c for s in JSON_SUFFIXES for c in ("", ".gz", ".zst")),
+    ".parquet",
+    ".txt",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+# A stream of its own for less than this would see too few documents to be like the others.
+_DOCUMENTS_PER_STREAM = 64
+MAX_STREAMS = 8
+
+
+def source_name(source: DataSource) -> str:
+    return source.name or source.path
+
+
+def source_problems(section: str, sources: Sequence[DataSource]) -> list[str]:
+    """What is impossible in the sources' keys, a message each."""
+    found = []
+    for i, source in enumerate(sources):
+        for name, ok, allowed in (
+            ("path", bool(source.path), "must not be empty"),
+            ("weight", 0 <= source.weight < float("inf"), "must be a number that is not negative"),
+            ("max_epochs", source.max_epochs >= 0, "must not be negative; 0 is no limit"),
+            ("max_document_bytes", source.max_document_bytes >= 1, "must be at least 1"),
+            ("at_end", source.at_end == "drop" or source.max_epochs > 0, "needs max_epochs of at least 1"),
+        ):
+            if not ok:
+                found.append(f"{section}.sources[{i}].{name} = {getattr(source, name)!r}: {allowed}")
+    if sources and not any(source.weight > 0 for source in sources):
+        found.append(f"{section}.sources: all weights are 0; at least one must be positive")
+    return found
+
+
+def local_files(source: DataSource, key: str) -> list[Path]:
+    """The files a local source consists of, in order.
+
+    Raises:
+        UserError: none is found, or one has an unknown suffix.
+    """
     path = Path(source.path)
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES)]
     else:
         found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source.path, recursive=True))]
+        found = [p for p in found if p.is_file()]
     if not found:
         raise UserError(f"{key}.path = {source.path}: no such file, folder with {', '.join(SUFFIXES)}, or match")
     unknown = [p for p in found if not p.name.endswith(SUFFIXES)]
@@ -40,42 +110,116 @@ def _files(source: DataSource, key: str) -> list[Path]:
     return found
 
 
-def _documents_of_file(file: Path, text_key: str, key: str) -> Iterator[str]:
-    if file.name.endswith(".txt"):
-        yield file.read_text(encoding="utf-8")
-        return
-    opener = gzip.open if file.name.endswith(".gz") else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{key}: {file}:{number}: is not JSON: {error}") from None
-            text = document.get(text_key) if isinstance(document, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"{key}: {file}:{number}: has no text under {key}.text_key = {text_key!r}")
-            yield text
+def _is_hub_id(path: str) -> bool:
+    return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES) and not Path(path).exists()
 
 
-def read_documents(sources: Sequence[DataSource], section: str = "data") -> list[str]:
-    """All non-empty documents of all sources, in the order of sources, files and lines.
+def _open_parts(source: DataSource, key: str, retries: int) -> Sequence[Divisible]:
+    reader = RecordReader(source.text_key, source.template, source.max_document_bytes, key)
+    if tokenized.is_tokenized(source.path):
+        return tokenized.open_shards(Path(source.path), key)
+    if _is_hub_id(source.path):
+        return hub.open_dataset(source.path, source.subset, source.split, source.streaming, reader, key, retries)
+    return [formats.open_file(path, reader, key) for path in local_files(source, key)]
+
+
+class Source:
+    """Reads one source of a job.
 
     Args:
-        section: of the job file, for error messages.
+        key: the place in the job file, such as "data.sources[0]", for error messages.
+        retries: of a request that fails on the network.
     Raises:
-        UserError: a path matches nothing, or a file cannot be read as what it should be.
+        UserError: nothing matches the path, or it cannot be opened.
     """
-    documents: list[str] = []
-    for i, source in enumerate(sources):
-        key = f"{section}.sources[{i}]"
-        before = len(documents)
-        for file in _files(source, key):
-            try:
-                documents += (text for text in _documents_of_file(file, source.text_key, key) if text)
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise UserError(f"{key}: {file}: cannot be read: {error}") from None
-        if len(documents) == before:
-            raise UserError(f"{key}.path = {source.path}: all its documents are empty")
-    return documents
+
+    def __init__(self, config: DataSource, key: str, retries: int = 5) -> None:
+        self.config, self.key, self.name = config, key, source_name(config)
+        self.parts = _open_parts(config, key, retries)
+        # From the name alone: a source added to or taken from the mix leaves the order of the others as it is.
+        self.seed = zlib.crc32(self.name.encode())
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made its documents' tokens; None for text."""
+        return getattr(self.parts[0], "tokenizer_fingerprint", None)
+
+    def sensible_streams(self) -> int:
+        """How many streams it can be read by with enough documents for each: a power of two up to MAX_STREAMS."""
+        streams, documents = 1, sum(part.approximate_documents() for part in self.parts)
+        while streams < MAX_STREAMS and documents >= 2 * streams * _DOCUMENTS_PER_STREAM:
+            streams *= 2
+        return streams
+
+    def divide(self, num_streams: int) -> None:
+        """Cut the source into chunks, enough that each of `num_streams` gets about equally much."""
+        wanted = 16 * num_streams
+        total = sum(part.size for part in self.parts)
+        for part in self.parts:
+            part.divide(max(-(-wanted * part.size // max(total, 1)), 1))
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._ends = np.cumsum([part.num_chunks for part in self.parts])
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self._ends[-1])
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed or gets another size: positions in it then mean nothing any more."""
+        described = ",".join(f"{part.size}/{part.num_chunks}" for part in self.parts)
+        return f"{zlib.crc32(described.encode()):08x}"
+
+    def order(self, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+        """The chunks in the order of an epoch."""
+        if not shuffle:
+            return np.arange(self.num_chunks)
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) > 1:  # streams are in one epoch or the next
+                self._orders.pop(min(self._orders))
+            rng = np.random.default_rng([seed, self.seed, epoch])
+            self._orders[seed, epoch] = rng.permutation(self.num_chunks)
+        return self._orders[seed, epoch]
+
+    def records(self, chunk: int, start: int = 0) -> Iterator[str | TokenizedText | BadDocument]:
+        part = int(np.searchsorted(self._ends, chunk, side="right"))
+        first = int(self._ends[part]) - self.parts[part].num_chunks
+        return self.parts[part].records(chunk - first, start)
+
+    def require_documents(self) -> None:
+        """Raise UserError unless there is at least one good document (or, under "error", if the first is bad)."""
+        first_bad: BadDocument | None = None
+        for chunk in range(self.num_chunks):
+            for record in self.records(chunk):
+                if not isinstance(record, BadDocument):
+                    return
+                if self.config.on_bad_document == "error":
+                    raise self.refusal(record)
+                first_bad = first_bad or record
+        why = f"all its documents are bad, the first is {first_bad}" if first_bad else "it has no documents"
+        raise UserError(f"{self.key}.path = {self.config.path}: {why}")
+
+    def refusal(self, bad: BadDocument) -> UserError:
+        return UserError(f'{self.key}: {bad}; {self.key}.on_bad_document = "skip" leaves such documents out')
+
+
+def open_sources(
+    configs: Sequence[DataSource], section: str, num_streams: int = 0, retries: int = 5
+) -> tuple[list[Source], int]:
+    """All sources of a section, ready to be read, and the number of streams they are read by (0 lets them choose).
+
+    Raises:
+        UserError: one cannot be opened, has no good document, or two have the same name.
+    """
+    names = [source_name(c) for c in configs]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UserError(
+                f"{section}.sources[{i}].name = {name!r}: is the name of sources[{names.index(name)}] already; "
+                "give each source a name of its own"
+            )
+    sources = [Source(config, f"{section}.sources[{i}]", retries) for i, config in enumerate(configs)]
+    num_streams = num_streams or min(source.sensible_streams() for source in sources)
+    for source in sources:
+        source.divide(num_streams)
+        source.require_documents()
+    return sources, num_streams

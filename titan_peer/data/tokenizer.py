@@ -1,7 +1,8 @@
-"""Tokenizers: any Hugging Face tokenizer.json, or the bytes of the text."""
+"""Tokenizers: any Hugging Face tokenizer.json, a tiktoken file, or the bytes of the text."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,8 @@ class Tokenizer(Protocol):
     """Begins a document, if the vocabulary has such a token."""
     eos_id: int | None
     """Ends a document, if the vocabulary has such a token."""
+    fingerprint: str
+    """The same for tokenizers that were read from the same file, and only for those."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without begin and end tokens; special tokens spelled out in a text stay text."""
@@ -30,12 +33,17 @@ class Tokenizer(Protocol):
         ...
 
 
+def fingerprint_of(file: Path) -> str:
+    return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
 class ByteTokenizer:
     """UTF-8 bytes, then a begin and an end token: 258 entries."""
 
     vocab_size: int = 258
     bos_id: int | None = 256
     eos_id: int | None = 257
+    fingerprint: str = "byte"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -52,6 +60,7 @@ class FileTokenizer:
     _EOS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|endoftext|>")
 
     def __init__(self, file: Path) -> None:
+        self.fingerprint = fingerprint_of(file)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -71,20 +80,78 @@ class FileTokenizer:
         return text
 
 
+class TiktokenTokenizer:
+    """A .tiktoken file (a line for each entry: its bytes in base 64, its rank), with a begin and an end token added.
+
+    The file does not say how text is split into words. Names with "r50k", "p50k" or "gpt2" are split as GPT-2 does, names
+    with "o200k" as GPT-4o does, all others as GPT-4 and Llama 3 do.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        ranks = load_tiktoken_bpe(str(file))
+        if not ranks:
+            raise ValueError("it has no entries")
+        first = max(ranks.values()) + 1
+        self._tokenizer = tiktoken.Encoding(
+            name=file.stem, pat_str=_split_pattern(file.stem), mergeable_ranks=ranks, special_tokens={}
+        )
+        self.bos_id: int | None = first
+        self.eos_id: int | None = first + 1
+        self.vocab_size = first + 2
+        self.fingerprint = fingerprint_of(file)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer.encode_ordinary_batch(list(texts), num_threads=2)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        assert self.bos_id is not None
+        return self._tokenizer.decode([i for i in ids if i < self.bos_id])
+
+
+_CONTRACTIONS = r"'(?i:[sdmt]|ll|ve|re)"
+_SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLIT_GPT4 = _CONTRACTIONS + (
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_SPLIT_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?:{_CONTRACTIONS})?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?:{_CONTRACTIONS})?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split_pattern(name: str) -> str:
+    if any(part in name for part in ("r50k", "p50k", "gpt2")):
+        return _SPLIT_GPT2
+    return _SPLIT_GPT4O if "o200k" in name else _SPLIT_GPT4
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of `model.tokenizer_path`.
 
     Args:
-        path: "byte", a tokenizer.json, or a folder that holds one.
+        path: "byte", a tokenizer.json, a folder that holds one, or a .tiktoken file.
     Raises:
-        UserError: there is no such file, or it is not a tokenizer.
+        UserError: there is no such file, it is not a tokenizer, or the library for it is missing.
     """
     if path == "byte":
         return ByteTokenizer()
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(f'model.tokenizer_path = {path}: there is no file {file}; give a tokenizer.json or "byte"')
+        raise UserError(
+            f'model.tokenizer_path = {path}: there is no file {file}; give a tokenizer.json, a .tiktoken file or "byte"'
+        )
+    is_tiktoken = file.suffix == ".tiktoken"
     try:
-        return FileTokenizer(file)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"model.tokenizer_path = {path}: {file} is not a tokenizer.json: {error}") from None
+        return TiktokenTokenizer(file) if is_tiktoken else FileTokenizer(file)
+    except ImportError:
+        raise UserError(
+            f"model.tokenizer_path = {path}: needs tiktoken; install it with: pip install 'titan_peer[data]'"
+        ) from None
+    except Exception as error:  # the libraries raise bare Exception
+        kind = ".tiktoken file" if is_tiktoken else "tokenizer.json"
+        raise UserError(f"model.tokenizer_path = {path}: {file} is not a {kind}: {error}") from None

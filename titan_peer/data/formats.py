@@ -1,0 +1,259 @@
+"""Local files as chunks of records: JSONL (plain, gzip, zstd), Parquet, plain text."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from titan_peer.data.records import BadDocument, Divisible, RecordReader
+from titan_peer.errors import UserError
+
+_MAX_CHUNK_BYTES = 2**20
+_SAMPLE_BYTES = 2**20
+
+
+def open_file(path: Path, reader: RecordReader, key: str) -> Divisible:
+    """The reader of a file by its suffix.
+
+    Raises:
+        UserError: it cannot be opened, or a library for its format is missing.
+    """
+    try:
+        if path.name.endswith(".txt"):
+            return TextFile(path, reader)
+        if path.name.endswith(".parquet"):
+            return ParquetFile(path, reader, key)
+        if path.name.endswith((".gz", ".zst")):
+            return CompressedJsonLines(path, reader, key)
+        return JsonLines(path, reader)
+    except OSError as error:
+        raise UserError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
+
+
+def import_pyarrow(path: Path, key: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{key}: {path}: needs pyarrow; install it with: pip install 'titan_peer[data]'") from None
+    return pyarrow
+
+
+class TextFile:
+    """A file of plain text: one document."""
+
+    num_chunks = 1
+
+    def __init__(self, path: Path, reader: RecordReader) -> None:
+        self.path, self.reader, self.size = path, reader, path.stat().st_size
+
+    def approximate_documents(self) -> float:
+        return 1
+
+    def divide(self, num_chunks: int) -> None:
+        pass
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        if start > 0:
+            return
+        where = str(self.path)
+        if self.size > self.reader.max_bytes:
+            yield self.reader.too_large(self.size, where)
+            return
+        try:
+            yield self.reader.from_text(self.path.read_text(encoding="utf-8"), where)
+        except UnicodeDecodeError as error:
+            yield BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
+        except OSError as error:
+            yield BadDocument(where, f"cannot be read: {error.strerror}")
+
+
+def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
+    """The next line, cut off after `limit` bytes, and its full length: a huge line is passed over, not held."""
+    line = file.readline(limit + 1)
+    length = len(line)
+    if length > limit and not line.endswith(b"\n"):
+        while rest := file.readline(_MAX_CHUNK_BYTES):
+            length += len(rest)
+            if rest.endswith(b"\n"):
+                break
+    return line, length
+
+
+class JsonLines:
+    """A plain JSONL file; a chunk is a stretch of bytes and owns the lines that begin in it, so nothing needs an index."""
+
+    def __init__(self, path: Path, reader: RecordReader) -> None:
+        self.path, self.reader, self.size = path, reader, path.stat().st_size
+        with path.open("rb") as file:
+            self._sample = file.read(_SAMPLE_BYTES).count(b"\n")
+        self.divide(1)
+
+    def approximate_documents(self) -> float:
+        return max(self._sample, 1) * max(self.size / _SAMPLE_BYTES, 1)
+
+    def divide(self, num_chunks: int) -> None:
+        self.chunk_bytes = min(max(-(-self.size // num_chunks), 1), _MAX_CHUNK_BYTES)
+
+    @property
+    def num_chunks(self) -> int:
+        return max(-(-self.size // self.chunk_bytes), 1)
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        position, end = chunk * self.chunk_bytes, min((chunk + 1) * self.chunk_bytes, self.size)
+        with self.path.open("rb") as file:
+            if position > 0:  # to the first line that begins in here, if one does
+                file.seek(position - 1)
+                rest = file.readline(end - position + 1)
+                if not rest.endswith(b"\n"):
+                    return
+                position += len(rest) - 1
+            number = 0
+            while position < end:
+                line, length = _read_line(file, self.reader.max_bytes)
+                if not length:  # the file has become shorter
+                    return
+                if not line.isspace():
+                    if number >= start:
+                        yield self._record(line, length, position)
+                    number += 1
+                position += length
+
+    def _record(self, line: bytes, length: int, position: int) -> str | BadDocument:
+        if length > self.reader.max_bytes:
+            document: str | BadDocument = self.reader.too_large(length, "")
+        else:
+            document = self.reader.from_json(line, "")
+        if isinstance(document, BadDocument):  # only now is its line number worth counting
+            return BadDocument(f"{self.path}:{self._line_number(position)}", document.reason)
+        return document
+
+    def _line_number(self, position: int) -> int:
+        number = 1
+        with self.path.open("rb") as file:
+            while position > 0 and (block := file.read(min(position, _MAX_CHUNK_BYTES))):
+                number += block.count(b"\n")
+                position -= len(block)
+        return number
+
+
+class CompressedJsonLines:
+    """JSONL in gzip or zstd. It can only be read from its beginning: chunk i of n is every n-th line from the i-th on."""
+
+    # Text of the web takes about a third of its bytes; only the number of streams depends on it.
+    _RATIO = 3
+
+    def __init__(self, path: Path, reader: RecordReader, key: str) -> None:
+        self.path, self.reader, self.size = path, reader, path.stat().st_size
+        self.num_chunks = 1
+        if path.name.endswith(".zst"):
+            self._pyarrow = import_pyarrow(path, key)
+        self._documents = 0.0
+        sampled, lines = 0, 0
+        try:
+            with self._open() as file:
+                sample = file.read(_SAMPLE_BYTES)
+            sampled, lines = len(sample), sample.count(b"\n")
+        except (EOFError, OSError, zlib.error):
+            pass  # whoever reads it says so
+        self._documents = max(lines, 1) * max(self._RATIO * self.size / max(sampled, 1), 1)
+
+    def approximate_documents(self) -> float:
+        return self._documents
+
+    def divide(self, num_chunks: int) -> None:
+        # Each chunk decompresses the whole file, so no more of them than there are streams to read it.
+        self.num_chunks = max(num_chunks // 16, 1)
+
+    def _open(self) -> IO[bytes]:
+        if self.path.name.endswith(".gz"):
+            return cast(IO[bytes], gzip.open(self.path, "rb"))
+        # pyarrow, unlike zstandard, tells a file that was cut off from one that ends
+        return io.BufferedReader(self._pyarrow.input_stream(str(self.path), compression="zstd"), 2**18)
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        number, line_number = -1, 0
+        try:
+            with self._open() as file:
+                while True:
+                    line, length = _read_line(file, self.reader.max_bytes)
+                    if not length:
+                        return
+                    line_number += 1
+                    if line.isspace():
+                        continue
+                    number += 1
+                    if number % self.num_chunks != chunk or number // self.num_chunks < start:
+                        continue
+                    where = f"{self.path}:{line_number}"
+                    if length > self.reader.max_bytes:
+                        yield self.reader.too_large(length, where)
+                    else:
+                        yield self.reader.from_json(line, where)
+        except (EOFError, OSError, zlib.error) as error:
+            where = f"{self.path}:{line_number + 1}"
+            yield BadDocument(where, f"the file is damaged or cut off from here on: {error}")
+
+
+class ParquetFile:
+    """A Parquet file; a chunk is a row group or a part of a large one."""
+
+    def __init__(self, path: Path, reader: RecordReader, key: str) -> None:
+        self.path, self.reader = path, reader
+        self._pyarrow = import_pyarrow(path, key)
+        self.damage = ""
+        self._groups: list[int] = []
+        try:
+            with self._open() as file:
+                metadata = file.metadata
+                self._groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+                self._columns = [c for c in reader.columns if c in file.schema_arrow.names]
+        except (self._pyarrow.ArrowInvalid, self._pyarrow.ArrowException, OSError) as error:
+            self.damage = f"is not a whole Parquet file: {error}"
+        self.size = sum(self._groups)
+        self.divide(1)
+
+    def _open(self) -> Any:
+        return self._pyarrow.parquet.ParquetFile(self.path)
+
+    def approximate_documents(self) -> float:
+        return self.size
+
+    def divide(self, num_chunks: int) -> None:
+        """Chunks (row group, first row, end row)."""
+        rows = max(-(-self.size // num_chunks), 1)
+        self._chunks: list[tuple[int, int, int]] = []
+        for group, length in enumerate(self._groups):
+            parts = max(round(length / rows), 1)
+            bounds = [length * i // parts for i in range(parts + 1)]
+            self._chunks += [(group, a, b) for a, b in zip(bounds, bounds[1:])]
+
+    @property
+    def num_chunks(self) -> int:
+        return max(len(self._chunks), 1)
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        if self.damage:
+            if start == 0:
+                yield BadDocument(str(self.path), self.damage)
+            return
+        if not self._chunks:
+            return
+        group, first, end = self._chunks[chunk]
+        row, wanted, offset = 0, first + start, sum(self._groups[:group])
+        try:
+            with self._open() as file:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=self._columns):
+                    skipped = min(max(wanted - row, 0), len(batch))
+                    for i, record in enumerate(batch.slice(skipped).to_pylist(), row + skipped):
+                        if i >= end:
+                            return
+                        yield self.reader.from_mapping(record, f"{self.path}: row {offset + i}")
+                    row += len(batch)
+        except (self._pyarrow.ArrowException, OSError) as error:
+            where = f"{self.path}: row {offset + max(row, wanted)}"
+            yield BadDocument(where, f"the row group is damaged from here on: {error}")

@@ -1,0 +1,162 @@
+"""Hugging Face datasets as chunks of records, streamed shard by shard or downloaded, with retries on the network."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from titan_peer.data.records import BadDocument, Divisible, RecordReader
+from titan_peer.errors import UserError
+
+logger = logging.getLogger("titan_peer")
+
+T = TypeVar("T")
+
+_ROWS_AT_A_TIME = 256
+FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+
+
+def with_retries(request: Callable[[], T], what: str, retries: int) -> T:
+    """`request()`, repeated after a pause that doubles when the network fails it; the last failure is raised."""
+    for attempt in range(retries + 1):
+        try:
+            return request()
+        except Exception as error:
+            if attempt == retries or not _is_network_error(error):
+                raise
+            _pause(what, error, attempt, retries)
+    raise AssertionError("unreachable")
+
+
+def _pause(what: str, error: Exception, failures: int, retries: int) -> None:
+    """Say that a request failed and wait: 1, 2, 4 ... seconds."""
+    seconds = min(FIRST_PAUSE * 2**failures, _LONGEST_PAUSE)
+    why = f"{type(error).__name__}: {error}"
+    logger.warning("%s: failed (%s); try %d of %d in %.3g s", what, why, failures + 2, retries + 1, seconds)
+    time.sleep(seconds)
+
+
+def _is_network_error(error: BaseException) -> bool:
+    """Whether trying again may help: connections, timeouts, overloaded servers; not a dataset that does not exist."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status == 429 or status >= 500
+        if isinstance(cause, (ConnectionError, TimeoutError)) or type(cause).__module__.split(".")[0] in (
+            "httpx",
+            "httpcore",
+            "requests",
+            "urllib3",
+            "aiohttp",
+        ):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def open_dataset(
+    path: str, subset: str, split: str, streaming: bool, reader: RecordReader, key: str, retries: int
+) -> list[Divisible]:
+    """The shards of a split.
+
+    Raises:
+        UserError: the library is missing, or the dataset, subset, split or column is not there or cannot be reached.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{key}.path = {path}: is no local file or folder; to read it as a Hugging Face dataset install the library: "
+            "pip install 'titan_peer[data]'"
+        ) from None
+    try:
+        dataset = with_retries(
+            lambda: datasets.load_dataset(path, subset or None, split=split, streaming=streaming),
+            f"{key}: opening {path}",
+            retries,
+        )
+    except Exception as error:
+        shown = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise UserError(
+            f"{key}.path = {path} (subset {subset or 'none'}, split {split}): is no local file or folder, and cannot be "
+            f"opened as a Hugging Face dataset: {shown}"
+        ) from None
+    if dataset.column_names is not None:
+        missing = [c for c in reader.columns if c not in dataset.column_names]
+        if missing:
+            raise UserError(
+                f"{key}: {path} has no column {missing[0]!r}; its columns: {', '.join(dataset.column_names)}"
+            )
+        dataset = dataset.select_columns(reader.columns)
+    if not streaming:
+        return [DownloadedDataset(dataset, reader, path)]
+    return [StreamedShard(dataset, i, reader, f"{path} shard {i}", retries) for i in range(dataset.num_shards)]
+
+
+class DownloadedDataset:
+    """A split on disk, memory-mapped: any row at once."""
+
+    def __init__(self, dataset: Any, reader: RecordReader, name: str) -> None:
+        self.dataset, self.reader, self.name, self.size = dataset, reader, name, len(dataset)
+        self.divide(1)
+
+    def approximate_documents(self) -> float:
+        return self.size
+
+    def divide(self, num_chunks: int) -> None:
+        self.rows = max(min(-(-self.size // num_chunks), 1024), 1)
+
+    @property
+    def num_chunks(self) -> int:
+        return max(-(-self.size // self.rows), 1)
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        first, end = chunk * self.rows + start, min((chunk + 1) * self.rows, self.size)
+        for row, record in enumerate(self.dataset.select(range(first, end)) if first < end else (), first):
+            yield self.reader.from_mapping(record, f"{self.name}: row {row}")
+
+
+class StreamedShard:
+    """One shard of a streamed split. Its rows come in order only: a resume goes through the shard's earlier rows."""
+
+    def __init__(self, dataset: Any, index: int, reader: RecordReader, name: str, retries: int) -> None:
+        self.dataset, self.index, self.reader, self.name, self.retries = dataset, index, reader, name, retries
+        self.size = 1
+        self.num_chunks = 1
+
+    def approximate_documents(self) -> float:
+        return 256  # not known before it is read; web data sets have thousands in a shard
+
+    def divide(self, num_chunks: int) -> None:
+        # A part re-reads the whole shard; only when there are fewer shards than streams is that worth it.
+        self.num_chunks = max(num_chunks // 16, 1)
+
+    def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        done, failures = start, 0
+        while True:
+            try:
+                for row, record in self._rows(chunk, done):
+                    done, failures = done + 1, 0
+                    yield self.reader.from_mapping(record, f"{self.name}: row {row}")
+                return
+            except Exception as error:
+                if failures == self.retries or not _is_network_error(error):
+                    raise UserError(f"{self.name}: cannot be read: {type(error).__name__}: {error}") from None
+                _pause(self.name, error, failures, self.retries)
+                failures += 1
+
+    def _rows(self, chunk: int, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row of the shard, record) of the chunk's records from the `done`-th on."""
+        shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
+        first = 0
+        for table in shard.with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
+            rows = [r for r in range(first, first + len(table)) if r % self.num_chunks == chunk]
+            rows = [r for r in rows if r // self.num_chunks >= done]
+            if rows:  # tables that were read before are passed over without making Python objects of them
+                yield from zip(rows, table.take([r - first for r in rows]).to_pylist())
+            first += len(table)

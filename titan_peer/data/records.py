@@ -1,0 +1,124 @@
+"""A record (a line, a row, a file) becomes the text of a document, or a BadDocument that says where and why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+import numpy as np
+from numpy.typing import NDArray
+
+from titan_peer.errors import UserError
+
+
+class BadDocument(NamedTuple):
+    """A record that is no document."""
+
+    where: str
+    """File and line, or file and row."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class TokenizedText(NamedTuple):
+    """A document that was tokenised before, without begin and end tokens."""
+
+    ids: NDArray[np.int32]
+    num_bytes: int
+
+
+class Divisible(Protocol):
+    """A file (or shard) that can be cut into chunks."""
+
+    size: int
+    """Bytes or rows, whatever its kind counts; tells whether it has changed since a checkpoint."""
+
+    def approximate_documents(self) -> float: ...
+
+    def divide(self, num_chunks: int) -> None:
+        """Cut it into about `num_chunks` chunks, or as few or many as its format allows."""
+        ...
+
+    @property
+    def num_chunks(self) -> int: ...
+
+    def records(self, chunk: int, start: int) -> Iterator[str | TokenizedText | BadDocument]:
+        """The records of a chunk in order, from the `start`-th on."""
+        ...
+
+
+class RecordReader:
+    """Makes texts of records.
+
+    Args:
+        text_key: the key that holds the text; not used with a template.
+        template: a Jinja template over the record's keys, or "".
+        key: the source's place in the job file.
+    Raises:
+        UserError: the template is not valid.
+    """
+
+    def __init__(self, text_key: str, template: str, max_bytes: int, key: str) -> None:
+        self.text_key, self.max_bytes = text_key, max_bytes
+        self.columns = [text_key]
+        self._template: jinja2.Template | None = None
+        if template:
+            # Templates come with job files that people pass around: they may read columns, nothing else.
+            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+            try:
+                self._template = environment.from_string(template)
+                self.columns = sorted(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+            except jinja2.TemplateSyntaxError as error:
+                raise UserError(f"{key}.template: is not a valid Jinja template: {error}") from None
+            if not self.columns:
+                raise UserError(f"{key}.template = {template!r}: uses no column; write {{{{ column }}}}")
+
+    def from_json(self, line: bytes, where: str) -> str | BadDocument:
+        if len(line) > self.max_bytes:
+            return self.too_large(len(line), where)
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            return BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
+        except RecursionError:
+            return BadDocument(where, "is nested too deeply")
+        except ValueError as error:
+            return BadDocument(where, f"is not JSON: {error}")
+        if not isinstance(record, dict):
+            return BadDocument(where, f"is not a JSON object but {type(record).__name__}")
+        return self.from_mapping(record, where)
+
+    def from_mapping(self, record: Mapping[str, Any], where: str) -> str | BadDocument:
+        if self._template is None:
+            text = record.get(self.text_key)
+            if not isinstance(text, str):
+                found = ", ".join(map(repr, list(record)[:8])) or "none"
+                reason = f"has no text under text_key = {self.text_key!r}; its keys: {found}"
+                return BadDocument(where, reason)
+        else:
+            try:
+                text = self._template.render(record)
+            except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+                return BadDocument(where, f"does not fit the template: {error}")
+        return self.from_text(text, where)
+
+    def from_text(self, text: str, where: str) -> str | BadDocument:
+        if not text or text.isspace():
+            return BadDocument(where, "is an empty document")
+        if len(text) > self.max_bytes:
+            return self.too_large(len(text), where)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no UTF-8 text can hold
+                return BadDocument(where, f"is not valid Unicode ({error.reason})")
+        return text
+
+    def too_large(self, size: int, where: str) -> BadDocument:
+        return BadDocument(where, f"is a document of {size:,} bytes, more than max_document_bytes = {self.max_bytes:,}")

@@ -1,0 +1,236 @@
+"""One stream's share of a source: the documents in order, epoch after epoch, with a place that can be saved.
+
+The chunks of a source are shuffled anew every epoch and dealt to the streams in turn, so all streams together see every
+document once an epoch. Within a stream documents pass through a window: the next `buffer_size` documents (or
+`_WINDOW_BYTES`) are put in a random order that depends only on seed, epoch and place. The window's content is not part of
+the state: a resume reads it again from where it began, which is at most one window, plus, in formats that can only be read
+from their beginning, the rest of that chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titan_peer.data.records import BadDocument, TokenizedText
+from titan_peer.data.sources import Source
+from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.errors import UserError
+
+State = dict[str, Any]
+
+_WINDOW_BYTES = 4 * 2**20
+# Texts are tokenised a few at a time: many are faster, but make the first batch of many streams wait.
+_TEXTS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 32, 2**16
+# Longer texts are tokenised in pieces, since the time and memory of some tokenizers grow faster than the text.
+_LONGEST_PIECE = 2**18
+
+
+class Document(NamedTuple):
+    """A document as tokens."""
+
+    tokens: NDArray[np.int32]  # with begin and end token
+    num_bytes: int  # of its text in UTF-8
+    source: int  # the source's number in the job
+    epoch: int  # of the source, from 0
+
+
+class Documents(Protocol):
+    """A source of documents that can be continued from a saved place."""
+
+    def next(self) -> Document | None:
+        """The next document, or None at the end and ever after."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class DocumentEncoder:
+    """Texts to tokens with begin and end tokens.
+
+    Args:
+        add_bos, add_eos: put the token there, if the vocabulary has one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, add_bos: bool = True, add_eos: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self._bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        self._eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
+
+    def encode_texts(self, texts: list[str]) -> list[TokenizedText]:
+        """Ids without begin and end tokens."""
+        pieces = [list(_pieces(text)) for text in texts]
+        ids = iter(self.tokenizer.encode_batch([piece for text in pieces for piece in text]))
+        encoded = []
+        for text, parts in zip(texts, pieces):
+            arrays = [np.asarray(next(ids), dtype=np.int32) for _ in parts]
+            num_bytes = len(text) if text.isascii() else len(text.encode())
+            encoded.append(TokenizedText(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), num_bytes))
+        return encoded
+
+    def with_borders(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.concatenate([self._bos, ids, self._eos], dtype=np.int32, casting="unsafe")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most _LONGEST_PIECE characters, cut before white space where there is some."""
+    while len(text) > _LONGEST_PIECE:
+        cut = max(text.rfind(space, _LONGEST_PIECE // 2, _LONGEST_PIECE) for space in " \n")
+        cut = cut if cut > 0 else _LONGEST_PIECE
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+class DocumentStream:
+    """The documents that stream `stream` of `num_streams` reads of one source.
+
+    Args:
+        number: of the source in the job.
+        seed: of the job.
+        buffer_size: documents that are shuffled together; has no effect without shuffle.
+    Raises (from next):
+        UserError: a bad document under on_bad_document = "error", or no good document in the whole source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        number: int,
+        encoder: DocumentEncoder,
+        *,
+        stream: int,
+        num_streams: int,
+        seed: int,
+        shuffle: bool,
+        buffer_size: int,
+    ) -> None:
+        self.source, self.number, self.encoder = source, number, encoder
+        self.stream, self.num_streams = stream, num_streams
+        self.seed, self.shuffle, self.buffer_size = seed, shuffle, buffer_size
+        self._enter({"epoch": 0, "chunk": 0, "record": 0, "index": 0, "skipped": 0})
+
+    def next(self) -> Document | None:
+        while True:
+            if self._encoded:
+                self._index += 1
+                return self._encoded.pop()
+            if self._position < len(self._window):
+                self._encode_some()
+            elif not self._fill_window():
+                return None
+
+    def state_dict(self) -> State:
+        return {**self._window_start, "index": self._index}
+
+    def load_state_dict(self, state: State) -> None:
+        self._enter(state)
+        if state["index"]:
+            self._fill_window()
+            self._index = self._position = state["index"]
+
+    @property
+    def skipped(self) -> int:
+        """Bad documents left out so far."""
+        return self._skipped
+
+    # ---- one call down
+
+    def _enter(self, state: State) -> None:
+        self._epoch, self._chunk, self._record = state["epoch"], state["chunk"], state["record"]
+        self._skipped = state["skipped"]
+        self._window_start = {k: state[k] for k in ("epoch", "chunk", "record", "skipped")}
+        self._window: list[str | TokenizedText] = []
+        self._encoded: list[Document] = []  # the next ones, last first
+        self._index = self._position = 0  # in the window: documents handed out, documents encoded
+        self._records: Iterator[str | TokenizedText | BadDocument] | None = None
+
+    def _encode_some(self) -> None:
+        group: list[str | TokenizedText] = []
+        characters = 0
+        while (
+            self._position < len(self._window) and len(group) < _TEXTS_AT_A_TIME and characters < _CHARACTERS_AT_A_TIME
+        ):
+            group.append(self._window[self._position])
+            characters += _size(group[-1])
+            self._position += 1
+        texts = iter(self.encoder.encode_texts([d for d in group if isinstance(d, str)]))
+        epoch = self._window_start["epoch"]
+        for document in group:
+            ids, num_bytes = next(texts) if isinstance(document, str) else document
+            self._encoded.append(Document(self.encoder.with_borders(ids), num_bytes, self.number, epoch))
+        self._encoded.reverse()
+
+    def _fill_window(self) -> bool:
+        """Read the next window; False at the end of the last epoch."""
+        empty_epochs = 0
+        while True:
+            self._window_start = {
+                "epoch": self._epoch,
+                "chunk": self._chunk,
+                "record": self._record,
+                "skipped": self._skipped,
+            }
+            self._index = self._position = 0
+            self._window = []
+            if self.source.config.max_epochs and self._epoch >= self.source.config.max_epochs:
+                return False
+            epoch_ended = self._read_window()
+            if self._window:
+                break
+            assert epoch_ended
+            empty_epochs += 1
+            if empty_epochs == self.num_streams:
+                self.source.require_documents()  # else this would go round for ever
+        if self.shuffle:
+            place = [self.seed, self.source.seed, self.stream, *map(int, list(self._window_start.values())[:3])]
+            order = np.random.default_rng(place).permutation(len(self._window))
+            self._window = [self._window[i] for i in order]
+        return True
+
+    def _read_window(self) -> bool:
+        """Take records until the window is full or the epoch ends; whether it ended."""
+        chunks = self.source.order(self.seed, self._epoch, self.shuffle)
+        # The streams change places from epoch to epoch, so that none always gets the smaller share.
+        chunks = chunks[(self.stream + self._epoch) % self.num_streams :: self.num_streams]
+        size = 0
+        while self._chunk < len(chunks):
+            if self._records is None:
+                self._records = self.source.records(int(chunks[self._chunk]), self._record)
+            for record in self._records:
+                self._record += 1
+                if isinstance(record, BadDocument):
+                    self._leave_out(record)
+                    continue
+                self._window.append(record)
+                size += _size(record)
+                if len(self._window) >= self.buffer_size or size >= _WINDOW_BYTES:
+                    return False
+            self._records = None
+            self._chunk, self._record = self._chunk + 1, 0
+        self._epoch, self._chunk = self._epoch + 1, 0
+        return True
+
+    def _leave_out(self, bad: BadDocument) -> None:
+        if self.source.config.on_bad_document == "error":
+            raise self.source.refusal(bad)
+        self._skipped += 1
+
+
+def _size(document: str | TokenizedText) -> int:
+    return len(document) if isinstance(document, str) else document.num_bytes
+
+
+def require_same_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the source's tokens were made by another tokenizer."""
+    made_by = source.tokenizer_fingerprint
+    if made_by is not None and made_by != tokenizer.fingerprint:
+        raise UserError(
+            f"{source.key}.path = {source.config.path}: was tokenised by another tokenizer than model.tokenizer_path; "
+            "use that one, or tokenise it again"
+        )

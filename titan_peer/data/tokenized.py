@@ -1,0 +1,108 @@
+"""Documents that were tokenised before: shards of memory-mapped token ids, written by `titan-peer data tokenize`.
+
+A folder holds `tokenized.json` (tokenizer, dtype, the shards) and for each shard `shard-N.tokens` (the ids of all its
+documents, one after the other, without begin and end tokens), `shard-N.ends.npy` (where each document ends) and
+`shard-N.bytes.npy` (how many UTF-8 bytes its text has).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_peer.data.records import BadDocument, Divisible, TokenizedText
+from titan_peer.errors import UserError
+
+MANIFEST = "tokenized.json"
+_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+_DOCUMENTS_PER_CHUNK = 1024
+
+
+def is_tokenized(path: str) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def dtype_for(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        _ = _DTYPES[manifest["dtype"]], manifest["tokenizer"], manifest["shards"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error})") from None
+    return manifest
+
+
+def write_shard(folder: Path, name: str, documents: Sequence[TokenizedText], dtype: str) -> dict[str, Any]:
+    """Write the files of a shard; returns its entry for the manifest."""
+    lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
+    with (folder / f"{name}.tokens").open("wb") as file:
+        for document in documents:
+            file.write(document.ids.astype(_DTYPES[dtype]).tobytes())
+    np.save(folder / f"{name}.ends.npy", np.cumsum(lengths))
+    np.save(folder / f"{name}.bytes.npy", np.array([d.num_bytes for d in documents], dtype=np.int64))
+    return {"name": name, "documents": len(documents), "tokens": int(lengths.sum())}
+
+
+def open_shards(folder: Path, key: str) -> list[Divisible]:
+    """The shards of a tokenised folder.
+
+    Raises:
+        UserError: the manifest or a shard is damaged, or tokenising has not been finished.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.get("complete", False):
+        raise UserError(
+            f"{key}.path = {folder}: tokenising was interrupted; repeat the `titan-peer data tokenize` command to finish it"
+        )
+    return [
+        TokenizedShard(folder, entry, manifest["dtype"], manifest["tokenizer"], key) for entry in manifest["shards"]
+    ]
+
+
+class TokenizedShard:
+    """One shard, memory-mapped; any document at once."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], dtype: str, tokenizer_fingerprint: str, key: str) -> None:
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.path = folder / f"{entry['name']}.tokens"
+        try:
+            self.ends = np.load(folder / f"{entry['name']}.ends.npy", mmap_mode="r", allow_pickle=False)
+            self.bytes = np.load(folder / f"{entry['name']}.bytes.npy", mmap_mode="r", allow_pickle=False)
+            empty = self.path.stat().st_size == 0
+            tokens = np.empty(0, _DTYPES[dtype]) if empty else np.memmap(self.path, dtype=_DTYPES[dtype], mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}: {self.path}: cannot be read: {error}") from None
+        self.tokens = tokens
+        self.size = entry["documents"]
+        whole = len(self.ends) == len(self.bytes) == self.size and len(tokens) == entry["tokens"]
+        if not whole or (self.size and self.ends[-1] != len(tokens)):
+            raise UserError(f"{key}: {self.path}: is damaged: it has {len(tokens):,} tokens, not {entry['tokens']:,}")
+        self.divide(1)
+
+    def approximate_documents(self) -> float:
+        return self.size
+
+    def divide(self, num_chunks: int) -> None:
+        self.documents_per_chunk = max(min(-(-self.size // num_chunks), _DOCUMENTS_PER_CHUNK), 1)
+
+    @property
+    def num_chunks(self) -> int:
+        return max(-(-self.size // self.documents_per_chunk), 1)
+
+    def records(self, chunk: int, start: int) -> Iterator[TokenizedText | BadDocument]:
+        first = chunk * self.documents_per_chunk
+        for i in range(first + start, min(first + self.documents_per_chunk, self.size)):
+            begin = int(self.ends[i - 1]) if i else 0
+            yield TokenizedText(self.tokens[begin : int(self.ends[i])].astype(np.int32), int(self.bytes[i]))
