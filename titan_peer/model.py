@@ -250,7 +250,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention in its expanded form (arXiv 2405.04434, eq. 9-19)."""
+    """Multi-head latent attention (arXiv 2405.04434, eq. 9-19).
+
+    `forward` is the expanded form: keys and values of every head are made from the latents. Decoding may instead let the
+    heads attend to the latents themselves, with the up-projections absorbed into queries and output (section 2.1.2).
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -284,13 +288,26 @@ class MLA(nn.Module):
         latent, k_rope = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), rope)
 
+    def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """What `latents` gave -> keys [B, S, H, qk_head_dim] and values [B, S, H, v_head_dim] of every head."""
+        kv = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))
+        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1), v
+
+    def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """What `queries` gave -> queries that score latents: (q_nope W^UK, q_rope), [B, S, H, kv_lora_rank + rope dim]."""
+        w_uk = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))[:, : self.qk_nope_head_dim]  # [H, nope, kv_lora_rank]
+        return torch.cat([torch.einsum("bshd,hdr->bshr", q_nope, w_uk), q_rope], dim=-1)
+
+    def absorbed_output(self, attended: Tensor) -> Tensor:
+        """Softmax-weighted sums of latents [B, S, H, kv_lora_rank] -> [B, S, D] through W^UV and W^O."""
+        w_uv = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))[:, self.qk_nope_head_dim :]  # [H, v, kv_lora_rank]
+        return self.wo(torch.einsum("bshr,hdr->bshd", attended, w_uv).flatten(2))
+
     def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         q = torch.cat(self.queries(x, rope), dim=-1)  # [B, S, H, qk_head_dim]
-        latent, k_rope = self.latents(x, rope)
-        kv = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))
-        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1)  # [B, S, H, qk_head_dim]
+        k, v = self.expand(*self.latents(x, rope))
         out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.softmax_scale)
         return self.wo(out.transpose(1, 2).flatten(2))
 
@@ -473,6 +490,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, shared_experts: Experts | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), rope, mask)
+        return self.after_attention(x, shared_experts)
+
+    def after_attention(self, x: Tensor, shared_experts: Experts | None = None) -> Tensor:
+        """The second half: x [B, S, D] -> [B, S, D]."""
         h = self.ffn_norm(x)
         return x + (self.peer(h, shared_experts) if self.has_peer else self.feed_forward(h))
 

@@ -1,0 +1,356 @@
+"""Decoding with the latent cache against the plain forward pass; sampling against transformers and by counting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from titan_peer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from titan_peer.decoder import Decoder, Form
+from titan_peer.errors import UserError
+from titan_peer.generate import Generator, SamplingParams
+from titan_peer.latent_cache import BLOCK_SIZE, CacheBatch, cache_bytes_per_token
+from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
+from titan_peer.sampling import Sampler
+from titan_peer.text_stream import TextStream
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
+
+
+def build_model(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
+    """A small model of lively outputs whose running statistics are those of real batches."""
+    mla = MLAArgs(n_heads=4, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
+    peer = PEERArgs(num_experts=1024, product_key_dim=[32, 32], num_heads=2, num_experts_per_tok=8, query_dim=32)
+    args = ModelArgs(
+        vocab_size=vocab_size, dim=64, n_layers=3, ffn_hidden_dim=96, max_seq_len=512, init_std=0.15, mla=mla, peer=peer
+    )
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        setattr(getattr(args, section) if section else args, name, value)
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.init_weights()
+    with torch.no_grad():
+        for _ in range(30):  # of the query batch norm
+            model(torch.randint(vocab_size, (2, 64)))
+    return model.eval()
+
+
+YARN = {"mla__rope_factor": 8.0, "mla__original_seq_len": 64, "mla__mscale": 0.7, "mla__mscale_all_dim": 1.2}
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "yarn": YARN,
+    "low-rank queries, shared experts": {"mla__q_lora_rank": 24, "peer__share_experts": True, "tie_embeddings": True},
+    "rms, large values": {"peer__query_norm": "rms", "mla__v_head_dim": 48, **YARN},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(str(ROOT / "assets/tokenizer"))
+
+
+def run_cached(
+    model: Transformer, rows: Sequence[Tensor], chunks: Sequence[Sequence[int]], form: Form | None
+) -> list[Tensor]:
+    """Logits of every place of every row, the rows fed together in pieces: piece i has chunks[i][b] tokens of row b."""
+    decoder = Decoder(model, compile=False)
+    cache = decoder.new_cache(sum(-(-len(row) // BLOCK_SIZE) for row in rows))
+    cache_blocks = [cache.reserve(len(row)) for row in reversed(rows)][::-1]
+    batch, done = CacheBatch(cache_blocks, [0] * len(rows), torch.device("cpu")), [0] * len(rows)
+    found: list[list[Tensor]] = [[] for _ in rows]
+    for counts in chunks:
+        tokens = torch.randint(model.args.vocab_size, (len(rows), max(counts)))  # padding may be anything
+        for b, count in enumerate(counts):
+            tokens[b, :count] = rows[b][done[b] : done[b] + count]
+        hidden = decoder(tokens, batch.step(counts), cache, form)
+        for b, count in enumerate(counts):
+            found[b].append(model.output(hidden[b, :count]))
+            done[b] += count
+    assert done == [len(row) for row in rows]
+    return [torch.cat(parts) for parts in found]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_200_cached_tokens_of_a_ragged_batch_have_the_logits_of_the_full_forward(variant: str) -> None:
+    model = build_model(300, **VARIANTS[variant])
+    prompts = [1, 63, 64, 130]
+    rows = [torch.randint(300, (length + 200,)) for length in prompts]
+    expected = [model(row[None])[0] for row in rows]
+    for actual, wanted in zip(run_cached(model, rows, [prompts, *[[1] * 4] * 200], None), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@torch.no_grad()
+def test_either_form_of_attention_serves_pieces_of_any_length(form: Form) -> None:
+    model = build_model(300, **YARN)
+    rows = [torch.randint(300, (length,)) for length in (150, 90)]
+    expected = [model(row[None])[0] for row in rows]
+    chunks = [[70, 5], [0, 60], [1, 1], [64, 20], [15, 4]]
+    for actual, wanted in zip(run_cached(model, rows, chunks, form), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def greedy_by_full_forwards(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_text_is_that_of_recomputing_the_prefix_whatever_else_is_in_the_batch(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size, **YARN)
+    prompts = ["In the beginning", "def f(x):", "", "A much longer text. " * 12, "x"]
+    generator = Generator(model, tokenizer, max_batch_size=2)  # so that requests also wait and take others' places
+    params = [SamplingParams(max_new_tokens=n, temperature=0, ignore_eos=True) for n in (40, 9, 33, 40, 1)]
+    for prompt, param, completion in zip(prompts, params, generator.generate(prompts, params)):
+        ids = generator.encode(prompt)
+        assert completion.token_ids == greedy_by_full_forwards(model, ids, param.max_new_tokens)
+        assert completion.finish_reason == "length" and completion.prompt_tokens == len(ids)
+        assert completion.text == tokenizer.decode([*ids, *completion.token_ids])[len(tokenizer.decode(ids)) :]
+
+
+def test_long_prompts_are_prefilled_in_pieces_with_the_same_result(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(build_model(tokenizer.vocab_size), tokenizer)
+    prompts = [list(range(10, 10 + length)) for length in (100, 199, 150)]
+    whole = generator.generate(prompts, GREEDY)
+    monkeypatch.setattr("titan_peer.generate._PREFILL_TOKENS", 3 * BLOCK_SIZE)
+    assert [c.token_ids for c in generator.generate(prompts, GREEDY)] == [c.token_ids for c in whole]
+
+
+def test_a_seed_fixes_each_completion_independently_of_the_batch(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size)
+    params = SamplingParams(max_new_tokens=30, temperature=0.9, top_p=0.9, repetition_penalty=1.1, seed=5)
+    prompts = ["Once", "Once", "In the end of all things"]
+    together = Generator(model, tokenizer).generate(prompts, params)
+    in_turn = Generator(model, tokenizer, max_batch_size=1).generate(prompts, params)
+    assert together[0].token_ids != together[1].token_ids
+    assert [c.token_ids for c in together] == [c.token_ids for c in in_turn]
+    unseeded = SamplingParams(max_new_tokens=30)
+    assert Generator(model, tokenizer).generate(["Once"], unseeded) != together[:1]
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling(tokenizer: Tokenizer) -> None:
+    generator = Generator(build_model(tokenizer.vocab_size), tokenizer)
+    params = SamplingParams(
+        max_new_tokens=12, temperature=0.5, top_k=50, repetition_penalty=1.3, seed=1, ignore_eos=True
+    )
+    prompt = generator.encode("The quick brown")
+    (completion,) = generator.generate([prompt], params)
+    (scored,) = generator.log_likelihoods([(prompt, completion.token_ids)])
+    assert sum(completion.logprobs) == pytest.approx(scored.sum_logprob, abs=1e-4)
+
+
+def test_the_mode_and_gradient_setting_of_the_model_are_left_alone(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size).train()
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    pieces = Generator(model, tokenizer).stream(["a"], SamplingParams(max_new_tokens=3))
+    next(pieces)
+    assert torch.is_grad_enabled()
+    pieces.close()
+    assert model.training
+    assert all(torch.equal(statistics[name], buffer) for name, buffer in model.named_buffers())
+
+
+# ---- stopping
+
+
+@pytest.mark.parametrize("stop", [("needle",), ("e hay", "needle"), ("never",), ("k",)])
+def test_text_ends_before_the_first_stop_string_and_is_streamed_without_it(stop: tuple[str, ...]) -> None:
+    tokenizer = ByteTokenizer()
+    text = "in the hay a needle hides, the hayneedle"
+    cut = min((place for place in (text.find(s) for s in stop) if place >= 0), default=len(text))
+    stream, seen = TextStream(tokenizer, [65, 66], stop), ""
+    for token in text.encode():
+        seen += stream.push(token)
+        assert text.startswith(seen)
+        if stream.stopped:
+            break
+    seen += stream.finish()
+    assert seen == stream.text == text[:cut]
+
+
+def test_streamed_text_equals_decoding_at_once_for_characters_of_many_bytes_and_broken_ones(
+    tokenizer: Tokenizer,
+) -> None:
+    text = "naïve — 東京 🙂🙂 𝔘nicode\n\n  indented, ok"
+    broken = [*ByteTokenizer().encode_batch([text])[0], 0xF0, 0x9F, 65, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 66, 0xE6]
+    for tok, ids in ((tokenizer, tokenizer.encode_batch([text])[0]), (ByteTokenizer(), broken)):
+        stream = TextStream(tok, [])
+        pieces = [stream.push(i) for i in ids]
+        assert "".join(pieces) + stream.finish() == tok.decode(ids)
+        if tok is tokenizer:
+            assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_the_end_token_ends_a_completion_unless_ignored(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size)
+    prompt = "The"
+    (free,) = Generator(model, tokenizer).generate([prompt], GREEDY)
+    place = 7
+    with torch.no_grad():  # the head now prefers the end token where it preferred that token
+        assert tokenizer.eos_id is not None
+        model.output.weight[tokenizer.eos_id] = model.output.weight[free.token_ids[place]] * 1.01
+    first = free.token_ids.index(free.token_ids[place])
+    (ended,) = Generator(model, tokenizer).generate([prompt], SamplingParams(max_new_tokens=40, temperature=0))
+    assert ended.finish_reason == "eos" and ended.token_ids == [*free.token_ids[:first], tokenizer.eos_id]
+    assert free.text.startswith(ended.text)
+    (ignored,) = Generator(model, tokenizer).generate([prompt], GREEDY)
+    assert len(ignored.token_ids) == 40
+
+
+def test_the_context_ends_a_completion(tokenizer: Tokenizer) -> None:
+    generator = Generator(build_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
+    (completion,) = generator.generate([[5] * 60], SamplingParams(max_new_tokens=100, temperature=0, ignore_eos=True))
+    assert completion.finish_reason == "length" and len(completion.token_ids) == 4
+    with pytest.raises(UserError, match="prompt 0 has 64 tokens: must be fewer than the model's context of 64"):
+        generator.generate([[5] * 64])
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.8),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=1.5, top_k=20, top_p=0.7, min_p=0.05, repetition_penalty=1.4),
+    ],
+)
+def test_the_tokens_drawn_have_the_distribution_of_transformers_processors(params: SamplingParams) -> None:
+    torch.manual_seed(3)
+    logits, seen_ids = torch.randn(1, 40) * 2, torch.randint(40, (1, 10))
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
+    expected = processors(seen_ids, logits.clone()).softmax(-1)[0]
+
+    n = 20_000
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # every quantile once: shares are exact to 1/n
+    seen = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, seen_ids, True).repeat(n, 1)
+    drawn = Sampler([params] * n, seen, torch.device("cpu"))(logits.expand(n, -1), uniform)
+    shares = torch.bincount(drawn, minlength=40) / n
+    torch.testing.assert_close(shares, expected, rtol=0, atol=2 / n)
+    assert torch.equal(shares > 0, expected > 1 / n)
+
+
+def test_greedy_and_sampled_sequences_share_a_batch() -> None:
+    logits = torch.randn(2, 30)
+    params = [SamplingParams(temperature=0), SamplingParams(top_k=3)]
+    counts: list[Counter[int]] = [Counter(), Counter()]
+    for i in range(100):
+        tokens = Sampler(params, None, torch.device("cpu"))(
+            logits, torch.tensor([i / 100, i / 100], dtype=torch.float64)
+        )
+        for counter, token in zip(counts, tokens.tolist()):
+            counter[token] += 1
+    assert list(counts[0]) == [int(logits[0].argmax())]
+    assert set(counts[1]) == set(logits[1].topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0: must be 0 (greedy) or more"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be more than 0 and at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
+        ({"stop": ("",)}, "stop = ('',): must not contain the empty string"),
+    ],
+)
+def test_impossible_sampling_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SamplingParams(**values)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+# ---- log-likelihoods
+
+
+def test_log_likelihoods_equal_those_of_one_forward_pass_a_pair(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size)
+    generator = Generator(model, tokenizer)
+    pairs = [("The capital of France is", " Paris"), ("", "Hello there"), ("2 + 2 =", " 4"), ("A" * 50, "B" * 30)]
+    results = generator.log_likelihoods(pairs, batch_size=3)
+    for (context, continuation), result in zip(pairs, results):
+        ids = generator.encode(context + continuation)
+        n = len(ids) - len(generator.encode(context))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0, :-1].double().log_softmax(-1)[-n:]
+        wanted = logprobs.gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
+        assert result.sum_logprob == pytest.approx(wanted, abs=1e-4)
+        assert result.num_tokens == n
+        assert result.is_greedy == (logprobs.argmax(-1).tolist() == ids[-n:])
+
+
+def test_greedy_continuations_are_called_greedy(tokenizer: Tokenizer) -> None:
+    generator = Generator(build_model(tokenizer.vocab_size), tokenizer)
+    prompt = generator.encode("Some words")
+    (completion,) = generator.generate([prompt], GREEDY)
+    other = [*completion.token_ids[:-1], (completion.token_ids[-1] + 1) % 4096]
+    results = generator.log_likelihoods([(prompt, completion.token_ids), (prompt, other)])
+    assert [r.is_greedy for r in results] == [True, False]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size, max_seq_len=64)
+    generator, ids = Generator(model, tokenizer), torch.randint(4096, (100,)).tolist()
+    (result,) = generator.log_likelihoods([(ids[:90], ids[90:])])
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids[-65:-1]]))[0].log_softmax(-1)
+    wanted = logprobs[-10:].gather(1, torch.tensor(ids[90:])[:, None]).sum().item()
+    assert result.sum_logprob == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UserError, match="continuation 0 has 70 tokens: must be at most the model's context of 64"):
+        generator.log_likelihoods([(ids[:30], ids[30:])])
+
+
+# ---- memory
+
+
+def test_the_cache_holds_the_latent_and_the_rope_part_only() -> None:
+    model = build_model(50)
+    assert cache_bytes_per_token(model.args, torch.bfloat16) == 3 * (32 + 8) * 2
+    cache = Decoder(model, compile=False).new_cache(10)
+    stored = sum(layer[1:].nbytes for layer in cache.layers)
+    assert stored == 10 * BLOCK_SIZE * cache_bytes_per_token(model.args, torch.float32)
+
+
+def test_blocks_come_back_when_sequences_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, caches = Generator(build_model(tokenizer.vocab_size), tokenizer, max_batch_size=3), []
+    new_cache = generator.decoder.new_cache
+    monkeypatch.setattr(generator.decoder, "new_cache", lambda n: caches.append((n, new_cache(n))) or caches[0][1])
+    params = [SamplingParams(max_new_tokens=n, temperature=0, ignore_eos=True) for n in (1, 70, 5, 130, 2, 1, 90)]
+    generator.generate(["word " * 5] * 7, params)
+    ((num_blocks, cache),) = caches
+    assert num_blocks == 3 + 2 + 2  # the three that need most
+    assert cache.free_blocks == num_blocks

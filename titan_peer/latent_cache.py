@@ -1,0 +1,110 @@
+"""The latent KV cache, in pages.
+
+MLA needs `kv_lora_rank + qk_rope_head_dim` numbers a token and layer, whatever the number of heads (arXiv 2405.04434,
+section 2.1). They lie in blocks of 64 tokens; a sequence's block table says which blocks are its own, so that sequences of
+any lengths share one pool, start and end at any time, and leave at most 63 places empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_peer.model import ModelArgs
+
+BLOCK_SIZE = 64
+"""Tokens of a block (the size that FlashMLA's kernels read)."""
+_SCRATCH = 0  # this block belongs to nobody: the padding of ragged batches is written there
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def cache_bytes_per_token(args: ModelArgs, dtype: torch.dtype) -> int:
+    """Bytes one token takes in the caches of all layers."""
+    return args.n_layers * (args.mla.kv_lora_rank + args.mla.qk_rope_head_dim) * dtype.itemsize
+
+
+class LatentCache:
+    """Pools of blocks, one a layer, that share their block numbers.
+
+    Args:
+        num_blocks: that sequences can reserve; one more is made for padding.
+    """
+
+    def __init__(self, args: ModelArgs, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
+        width = args.mla.kv_lora_rank + args.mla.qk_rope_head_dim
+        # Zeros: places that hold no token yet are masked, but must be finite.
+        self.layers = [
+            torch.zeros(num_blocks + 1, BLOCK_SIZE, width, device=device, dtype=dtype) for _ in range(args.n_layers)
+        ]
+        self._free = list(range(num_blocks, _SCRATCH, -1))
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    def reserve(self, num_tokens: int) -> list[int]:
+        """Blocks for a sequence of up to `num_tokens`; the caller has made sure that so many are free."""
+        return [self._free.pop() for _ in range(blocks_for(num_tokens))]
+
+    def release(self, blocks: Sequence[int]) -> None:
+        self._free.extend(reversed(blocks))
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Where the new tokens of one forward pass go and what each of them sees. B sequences, S new tokens at most."""
+
+    positions: Tensor  # int64 [B, S], of the new tokens in their sequences
+    slots: Tensor  # int64 [B * S], places in the flattened pool, scratch for padding
+    block_table: Tensor  # int32 [B, blocks], those that hold tokens after this step
+    lengths: Tensor  # int32 [B], tokens after this step
+    mask: Tensor | None  # bool [B, 1, S, blocks * 64]; None if no sequence had tokens before: plain causal
+    last: Tensor  # int64 [B], place of each sequence's last new token in S
+
+
+class CacheBatch:
+    """The sequences that take part in some forward passes.
+
+    Args:
+        blocks: those of each sequence.
+        lengths: tokens that each sequence has in the cache.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
+        widest = max(map(len, blocks))
+        table = [[*own, *[_SCRATCH] * (widest - len(own))] for own in blocks]
+        self.table = torch.tensor(table, dtype=torch.int32, device=device)
+        self.lengths = list(lengths)
+
+    def step(self, new: Sequence[int]) -> CacheStep:
+        """The next forward pass, in which sequence b gets new[b] tokens (padded on the right to the most of any)."""
+        device = self.table.device
+        before = torch.tensor(self.lengths, device=device)
+        counts = torch.tensor(new, device=device)
+        offsets = torch.arange(max(new), device=device)
+        is_token = offsets < counts[:, None]  # [B, S]
+        positions = before[:, None] + torch.minimum(offsets, counts[:, None] - 1)
+        block = self.table.gather(1, positions // BLOCK_SIZE).long()
+        slots = torch.where(is_token, block * BLOCK_SIZE + positions % BLOCK_SIZE, _SCRATCH)
+
+        mask, longest = None, max(length + count for length, count in zip(self.lengths, new))
+        table = self.table[:, : blocks_for(longest)]
+        if any(self.lengths):
+            places = torch.arange(table.shape[1] * BLOCK_SIZE, device=device)
+            mask = (places <= positions[:, :, None])[:, None]
+        self.lengths = [length + count for length, count in zip(self.lengths, new)]
+        return CacheStep(
+            positions=positions,
+            slots=slots.flatten(),
+            block_table=table,
+            lengths=(before + counts).int(),
+            mask=mask,
+            last=counts - 1,
+        )
