@@ -262,7 +262,7 @@ def test_the_tokens_drawn_have_the_distribution_of_transformers_processors(param
     drawn = Sampler([params] * n, seen, torch.device("cpu"))(logits.expand(n, -1), uniform)
     shares = torch.bincount(drawn, minlength=40) / n
     torch.testing.assert_close(shares, expected, rtol=0, atol=2 / n)
-    assert torch.equal(shares > 0, expected > 1 / n)
+    assert not (shares[expected == 0] > 0).any()
 
 
 def test_greedy_and_sampled_sequences_share_a_batch() -> None:
