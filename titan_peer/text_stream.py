@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from titan_peer.data.tokenizer import Tokenizer
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
-_LONGEST_CHARACTER = 4  # bytes in UTF-8, so tokens at most
+_INCOMPLETE = "\ufffd"  # what a decoder writes, once, for bytes at the end that are the beginning of a character
 _CONTEXT = 8  # tokens decoded along, so that a token's leading space is not taken for the text's
+_WINDOW = 32  # tokens decoded at a time at most
 
 
 class TextStream:
@@ -24,7 +24,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._window = list(prompt[-_CONTEXT:])
-        self._read = len(self._window)  # tokens of the window whose text has been taken
+        self._taken = len(self._stable())  # characters of the window's text that are the prompt's or have been taken
         self._held = ""  # text that may be the beginning of a stop string
         self.text = ""  # all that has been given out
         self.stopped = False
@@ -32,21 +32,23 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token; returns the text that is certain now and was not before."""
         self._window.append(token)
-        return self._give_out(self._decode_new(flush=False), flush=False)
+        stable = self._stable()
+        new = stable[self._taken :]
+        self._taken = len(stable)
+        if len(self._window) > _WINDOW:
+            self._window = self._window[-_CONTEXT:]
+            self._taken = len(self._stable())
+        return self._give_out(new, flush=False)
 
     def finish(self) -> str:
         """No more tokens come; returns what was held back."""
-        return "" if self.stopped else self._give_out(self._decode_new(flush=True), flush=True)
-
-    def _decode_new(self, *, flush: bool) -> str:
-        known = self._tokenizer.decode(self._window[: self._read]).rstrip(_INCOMPLETE)
-        text = self._tokenizer.decode(self._window)
-        is_incomplete = text.endswith(_INCOMPLETE) and len(self._window) - self._read < _LONGEST_CHARACTER
-        if is_incomplete and not flush:
+        if self.stopped:
             return ""
-        self._window = self._window[-_CONTEXT:]
-        self._read = len(self._window)
-        return text[len(known) :]
+        return self._give_out(self._tokenizer.decode(self._window)[self._taken :], flush=True)
+
+    def _stable(self) -> str:
+        """The window's text without a last character that further tokens may complete."""
+        return self._tokenizer.decode(self._window).removesuffix(_INCOMPLETE)
 
     def _give_out(self, new: str, *, flush: bool) -> str:
         text = self._held + new

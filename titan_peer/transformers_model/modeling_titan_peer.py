@@ -121,6 +121,9 @@ class MLA(nn.Module):
 class QueryBatchNorm(nn.Module):
     """Batch norm over tokens; running statistics outside training."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
@@ -143,6 +146,9 @@ class QueryBatchNorm(nn.Module):
 
 class Experts(nn.Module):
     """The expert tables, [N, E, D]: floats, or codes of one byte with a scale a row."""
+
+    expert_down: Tensor
+    expert_up: Tensor
 
     def __init__(self, config: TitanPeerConfig) -> None:
         super().__init__()
@@ -168,7 +174,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """x [T, D], indices and gates [T, K] -> sum_j gate_j * up_j^T act(down_j x), [T, D]."""
-        size = max(1, _GATHERED_ELEMENTS // (indices.shape[1] * getattr(self, "expert_down")[0].numel()))
+        size = max(1, _GATHERED_ELEMENTS // (indices.shape[1] * self.expert_down[0].numel()))
         out = []
         for xs, index, gate in zip(x.split(size), indices.split(size), gates.split(size)):
             z = torch.einsum("td,tked->tke", xs.float(), self.rows("expert_down", index, torch.float32))
@@ -275,11 +281,11 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
     """The language model."""
 
     config_class = TitanPeerConfig
-    _no_split_modules = ["Block"]
     _supports_sdpa = True
 
     def __init__(self, config: TitanPeerConfig) -> None:
         super().__init__(config)
+        self._no_split_modules = ["Block"]
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         shares = bool(config.peer_layers) and config.peer["share_experts"]
@@ -329,10 +335,11 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         x = self.tok_embeddings(input_ids)
         for block in self.layers:
             x = block(x, cos_sin, mask, past_key_values, self.shared_experts)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = self.norm(x)[:, kept if logits_to_keep is not None else slice(None)]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
+        x = self.norm(x)[:, kept]
         logits = self.output(x) if self.output is not None else F.linear(x, self.tok_embeddings.weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        # its fields are a dataclass's, which the type checker does not see through transformers' decorator
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[call-arg]
