@@ -238,6 +238,16 @@ class Metrics:
     """Also write TensorBoard files to <dump_folder>/tensorboard (extra: logging)."""
     enable_wandb: bool = False
     """Also log to Weights & Biases, project by WANDB_PROJECT (extra: logging)."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: to files in <dump_folder>/wandb that `wandb sync` sends later."""
+    wandb_group: str = ""
+    """Group of the run in Weights & Biases."""
+    wandb_checkpoints: Literal["none", "reference", "upload"] = "none"
+    """Checkpoints as W&B artifacts: not at all, as a reference to where they lie, or uploaded."""
+    log_expert_usage: bool = False
+    """Count which experts of every PEER layer are used; report statistics, histograms and plots."""
+    expert_usage_freq: int = 100
+    """Steps between reports of expert usage; a report is of the steps since the last."""
 
 
 @dataclass
@@ -457,6 +467,7 @@ def check(config: JobConfig) -> None:
         "data.shuffle_buffer_size",
         "data.prefetch_factor",
         "metrics.log_freq",
+        "metrics.expert_usage_freq",
         "checkpoint.interval",
         "activation_checkpoint.every_n_layers",
         "parallelism.data_parallel_replicate_degree",
@@ -517,6 +528,8 @@ def check(config: JobConfig) -> None:
         require(
             bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]"
         )
+    has_peer = any(config.model.has_peer(layer) for layer in range(config.model.n_layers))
+    require(has_peer or not config.metrics.log_expert_usage, "metrics.log_expert_usage", "the model has no PEER layer")
     if config.optimizer.expert_update == "dense":
         for key in ("expert_moment_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)

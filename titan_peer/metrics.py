@@ -1,8 +1,8 @@
-"""What a step reports and where it goes: console, metrics.jsonl, TensorBoard, Weights & Biases, and the loss plot."""
+"""What a step reports, on the console and to every sink (`sinks.py`), and the loss plot."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 import resource
@@ -12,17 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from titan_peer.config import Metrics
-from titan_peer.errors import UserError
+from titan_peer.config import JobConfig
+from titan_peer.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
 
 logger = logging.getLogger("titan_peer")
-
-Record = dict[str, float | int]
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets).
 _PEAK_FLOPS = {
@@ -52,82 +50,6 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**20 if sys.platform != "darwin" else 2**30)
-
-
-class Sink(Protocol):
-    """A place that records go to."""
-
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlSink:
-    """One JSON object a record in `path`; a resumed run first drops what an earlier one wrote beyond its step."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in _complete_lines(path) if resumed_step and line["step"] <= resumed_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        replacement = path.with_suffix(".jsonl.partial")
-        replacement.write_text(text)
-        replacement.replace(path)
-        self._file = path.open("a")
-
-    def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _complete_lines(path: Path) -> list[Record]:
-    """Records of a metrics.jsonl; a last line cut off by a kill is passed over."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-class TensorBoardSink:
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "metrics.enable_tensorboard = true: needs tensorboard; install it with: pip install 'titan_peer[logging]'"
-            ) from None
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "metrics.enable_wandb = true: needs wandb; install it with: pip install 'titan_peer[logging]'"
-            ) from None
-        self._run = wandb.init(dir=str(folder), config=config, name=folder.name)
-
-    def write(self, record: Record) -> None:
-        self._run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 @dataclass
@@ -201,7 +123,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        config: Metrics,
+        job: JobConfig,
         dump_folder: Path,
         *,
         device: torch.device,
@@ -209,9 +131,9 @@ class MetricsLogger:
         training_flops_per_token: int,
         total_steps: int,
         resumed_step: int,
-        job: dict[str, Any],
         enabled: bool,
     ) -> None:
+        config = job.metrics
         self.config, self.device, self.num_devices = config, device, num_devices
         self.flops_per_token, self.total_steps = training_flops_per_token, total_steps
         self.peak_flops = peak_flops(device)
@@ -220,9 +142,18 @@ class MetricsLogger:
         if enabled:
             self.sinks.append(JsonlSink(dump_folder / "metrics.jsonl", resumed_step))
             if config.enable_tensorboard:
-                self.sinks.append(TensorBoardSink(dump_folder / "tensorboard"))
+                self.sinks.append(TensorBoardSink(dump_folder / "tensorboard", job.to_toml(), resumed_step))
             if config.enable_wandb:
-                self.sinks.append(WandbSink(dump_folder, job))
+                self.sinks.append(
+                    WandbSink(
+                        dump_folder,
+                        dataclasses.asdict(job),
+                        resumed_step=resumed_step,
+                        mode=config.wandb_mode,
+                        group=config.wandb_group,
+                        checkpoints=config.wandb_checkpoints,
+                    )
+                )
             self.progress = Progress(total_steps, resumed_step)
         self.start_step, self.start_time = resumed_step, time.perf_counter()
         self._window_start, self._window_tokens, self._window_first_step = self.start_time, 0, resumed_step
@@ -316,11 +247,37 @@ class MetricsLogger:
         """Take time that was not training (validation, checkpoints) out of the speed of the current window."""
         self._window_start += seconds
 
-    def _emit(self, record: Record, line: str) -> None:
+    def log_record(self, record: Record) -> None:
+        """Numbers of a step that have no console line of their own."""
         for sink in self.sinks:
             sink.write(record)
+
+    def log_histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        for sink in self.sinks:
+            sink.histogram(step, name, histogram)
+
+    def log_image(self, step: int, name: str, png: Path) -> None:
+        for sink in self.sinks:
+            sink.image(step, name, png)
+
+    def log_checkpoint(self, step: int, folder: Path) -> None:
+        """A checkpoint is complete in `folder`."""
+        for sink in self.sinks:
+            sink.checkpoint(step, folder)
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Tell every sink of something a person should look at now."""
+        for sink in self.sinks:
+            sink.alert(step, title, text)
+
+    def print(self, line: str) -> None:
+        """A line on the console of the first process, above the progress bar."""
         if self.progress is not None:
             self.progress.print(line)
+
+    def _emit(self, record: Record, line: str) -> None:
+        self.log_record(record)
+        self.print(line)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -336,7 +293,7 @@ def plot_loss(metrics_file: Path, output: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = _complete_lines(metrics_file)
+    records = complete_lines(metrics_file)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation (held out)", "o--")):
         points: Sequence[tuple[float, float]] = [(r["step"], r[key]) for r in records if key in r]

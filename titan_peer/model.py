@@ -431,13 +431,17 @@ class PEER(nn.Module):
             gates = scores.relu()
         return F.dropout(gates, self.dropout, self.training)
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their gates: x [T, D] -> int64 [T, H, k], float32 [T, H, k]."""
+        indices, scores = self.retrieve(x)
+        return indices, self.gate(scores)
+
     def forward(self, x: Tensor, shared_experts: Experts | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         experts = self.experts if self.experts is not None else shared_experts
         assert experts is not None, "PEER with share_experts needs the shared tables"
         tokens = x.flatten(0, 1)  # [T, D]
-        indices, scores = self.retrieve(tokens)
-        gates = self.gate(scores)
+        indices, gates = self.route(tokens)
         compute_dtype = self.wq.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import logging
 import math
@@ -27,6 +26,7 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.expert_report import UsageReporter
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
@@ -90,17 +90,17 @@ class Trainer:
             self._resume()
         self.saved_step = self.step
         self.metrics = MetricsLogger(
-            config.metrics,
+            config,
             self.dump_folder,
             device=self.device,
             num_devices=world.world_size,
             training_flops_per_token=self.size.training_flops,
             total_steps=training.steps,
             resumed_step=self.step,
-            job=dataclasses.asdict(config),
             enabled=world.is_first,
         )
         self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
+        self.expert_usage = self._expert_usage() if config.metrics.log_expert_usage else None
         self.stop_signal = 0
 
     # ---- set-up
@@ -160,6 +160,17 @@ class Trainer:
             dp_rank=self.world.rank,
             dp_world_size=self.world.world_size,
             data=self.config.data,
+        )
+
+    def _expert_usage(self) -> UsageReporter:
+        return UsageReporter(
+            self.model,
+            self.metrics,
+            self.dump_folder / "expert_usage",
+            freq=self.config.metrics.expert_usage_freq,
+            total_steps=self.config.training.steps,
+            resumed_step=self.step,
+            is_first=self.world.is_first,
         )
 
     def _prepare_dump_folder(self) -> None:
@@ -232,6 +243,8 @@ class Trainer:
                     tokens_seen=self.tokens_seen,
                     data=self.loader.statistics(),
                 )
+            if self.expert_usage is not None and self.expert_usage.due(self.step):
+                self.expert_usage.report(self.step)
             is_last = self.step == config.training.steps
             if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
                 self.validate()
@@ -319,6 +332,7 @@ class Trainer:
         state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
         folder = self.checkpointer.save(self.step, state)
         self.saved_step = self.step
+        self.metrics.log_checkpoint(self.step, folder)
         seconds = time.perf_counter() - start
         if self.world.is_first:
             logger.info("saved %s in %.1f s", folder, seconds)
@@ -347,12 +361,15 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach().sum()).item()]
-        raise NonFiniteLossError(
+        message = (
             f"step {self.step}: loss = {loss}, gradient norm = {grad_norm}, learning rate = {lr:.3e}, "
             f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
             f"{self.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
         )
+        self.metrics.alert(self.step, "loss or gradient is not finite", message)
+        self.metrics.close()
+        raise NonFiniteLossError(message)
 
     def _on_signal(self, signal_number: int, _frame: Any) -> None:
         if self.stop_signal:  # a second signal: the person means it
@@ -379,6 +396,8 @@ class Trainer:
 
     def _finish(self) -> None:
         self.heartbeat.close()
+        if self.expert_usage is not None:
+            self.expert_usage.close(self.step)
         self.metrics.close()
         if self.world.is_first:
             plot = self.dump_folder / "loss.png"
