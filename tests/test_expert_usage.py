@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from wandb_files import wandb_history
 
 from titan_peer.config import ActivationCheckpoint
 from titan_peer.expert_usage import DEAD_AFTER, LOAD_EDGES, PERCENTILES, Counts, ExpertUsage, layer_usage
@@ -58,7 +59,7 @@ def test_counts_equal_a_brute_force_recount(processes: int, arguments: list[str]
             np.testing.assert_allclose(counted[name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective_op"])
+@pytest.mark.parametrize("mode", ["none", "full", pytest.param("selective_op", marks=pytest.mark.slow)])
 def test_compiled_blocks_count_every_pair_once(mode: str) -> None:
     torch.manual_seed(0)
     peer = PEERArgs(num_experts=256, product_key_dim=[16, 16], num_heads=2, num_experts_per_tok=4, query_dim=16)
@@ -137,7 +138,6 @@ def test_an_expert_is_dead_only_after_uniform_usage_would_have_used_it_ten_times
 
 
 def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [
@@ -180,23 +180,3 @@ def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> Non
     assert any(row.get("expert_usage/rank_frequency", {}).get("_type") == "image-file" for row in history)
     for plot in ("rank_frequency", "load_percentiles", "over_time"):
         assert (tmp_path / "expert_usage" / f"{plot}.png").stat().st_size > 10_000
-
-
-def wandb_history(path: Path) -> list[dict]:
-    """The rows that an offline run's file holds."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(path))
-    rows = []
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = {}
-            for item in record.history.item:
-                key = item.key or ".".join(item.nested_key)
-                items[key] = json.loads(item.value_json)
-            rows.append(items)
-    return rows

@@ -16,6 +16,8 @@ from titan_peer.errors import UserError
 # command: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
+    "ablate": ("titan_peer.ablate", "train variants of a job under equal conditions and say which is best"),
+    "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
 }
 
 

@@ -350,6 +350,15 @@ def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
         raise UserError(f"{where}: {prefix or 'the job'}: {str(error).split('__init__() ')[-1]}") from None
 
 
+def data_sources(tables: Any, key: str, where: str) -> list[DataSource]:
+    """Tables of a TOML file, which `where` names, as data sources.
+
+    Raises:
+        UserError: they are none.
+    """
+    return typing.cast(list[DataSource], _convert(tables, list[DataSource], key, where))
+
+
 def _read_toml(path: str) -> JobConfig:
     try:
         with Path(path).open("rb") as file:

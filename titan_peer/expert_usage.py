@@ -68,10 +68,12 @@ def _(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Tensor) -> None
     return None
 
 
-def _counted_route(peer: PEER, route: Route, counts: Tensor, gate_sums: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`PEER.route`, counted in training."""
+def _counted_route(
+    peer: PEER, route: Route, in_training: bool, counts: Tensor, gate_sums: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`PEER.route`, counted."""
     indices, gates = route(x)
-    if peer.training:
+    if peer.training == in_training:
         count_experts(counts, gate_sums, indices, gates.detach())
     return indices, gates
 
@@ -94,12 +96,15 @@ class Counts:
 
 
 class ExpertUsage:
-    """Counts the experts that a model's PEER layers use in training, from now on.
+    """Counts the experts that a model's PEER layers use, from now on.
 
-    Install it when the model is on its device, before or after compilation is asked for, and before the first step.
+    Made when the model is on its device and before its first forward pass.
+
+    Args:
+        in_training: count when the model is in training mode, and not in evaluation; False: the other way round.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, in_training: bool = True) -> None:
         self._counters: dict[int, tuple[Tensor, Tensor]] = {}
         self._idle: dict[int, Tensor] = {}
         num_experts = model.args.peer.num_experts
@@ -110,7 +115,9 @@ class ExpertUsage:
             gate_sums = torch.zeros(shape, dtype=torch.float32, device=device)
             self._counters[layer] = counts, gate_sums
             self._idle[layer] = torch.zeros(num_experts, device=device)
-            peer.route = partial(_counted_route, peer, peer.route, counts, gate_sums)  # type: ignore[method-assign]
+            peer.route = partial(  # type: ignore[method-assign]
+                _counted_route, peer, peer.route, in_training, counts, gate_sums
+            )
 
     def read(self) -> dict[int, Counts]:
         """What was counted since the last call, by layer, summed over processes; the counters start anew.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
@@ -190,14 +192,14 @@ class WandbSink(Sink):
         self._run.log(record)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        bins = (list(histogram.counts), list(histogram.edges))
+        bins = (np.array(histogram.counts), np.array(histogram.edges))
         self._run.log({"step": step, name: self._wandb.Histogram(np_histogram=bins)})
 
     def image(self, step: int, name: str, png: Path) -> None:
         self._run.log({"step": step, name: self._wandb.Image(str(png))})
 
     def alert(self, step: int, title: str, text: str) -> None:
-        self._run.alert(title, f"step {step}: {text}", level=self._wandb.AlertLevel.ERROR)
+        self._run.alert(title, f"step {step}: {text}", level="ERROR")
 
     def checkpoint(self, step: int, folder: Path) -> None:
         if self._checkpoints == "none":

@@ -1,0 +1,253 @@
+"""Training the runs of an ablation: several at a time on this machine, or as SLURM jobs. What is done stays done.
+
+A run's folder holds job.toml (what to train), log.txt (the trainer's output), everything the trainer writes, and, once it
+has ended, status.json. A run that was cut off has none and goes on from its checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from titan_peer.ablation.plan import Run
+from titan_peer.errors import UserError
+from titan_peer.sinks import complete_lines
+
+JOB, LOG, STATUS = "job.toml", "log.txt", "status.json"
+
+
+def folder_of(run: Run) -> Path:
+    return Path(run.config.job.dump_folder)
+
+
+def status_of(run: Run) -> dict[str, Any] | None:
+    """How the run ended; None if it has not."""
+    file = folder_of(run) / STATUS
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return found
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+@contextlib.contextmanager
+def only_here(output_dir: Path) -> Iterator[None]:
+    """Keep a second ablation out of the folder.
+
+    Raises:
+        UserError: there is one.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output-dir {output_dir}: another titan-peer ablate is working there") from None
+        yield
+
+
+def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool) -> list[Run]:
+    """Write the runs' jobs and return those that are still to do.
+
+    Raises:
+        UserError: the folder has runs and `resume` is not given, or a run of this name with other settings.
+    """
+    started = [run for run in runs if (folder_of(run) / JOB).exists()]
+    if started and not resume:
+        raise UserError(
+            f"--output-dir {folder_of(started[0]).parent.parent}: has {len(started)} of these runs already; "
+            "give --resume to go on with them, or another folder"
+        )
+    to_do = []
+    for run in runs:
+        folder, job = folder_of(run), run.config.to_toml()
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / JOB).exists() and (folder / JOB).read_text() != job:
+            raise UserError(f"{folder / JOB}: the run was started with other settings; give another --output-dir")
+        _write_whole(folder / JOB, job)
+        status = status_of(run)
+        if status is None or (retry_failed and status["state"] == "failed"):
+            to_do.append(run)
+    return to_do
+
+
+def command(folder: Path, processes: int) -> list[str]:
+    """What trains a run's job."""
+    module = ["-m", "titan_peer.train", "--job.config_file", str(folder / JOB)]
+    if processes == 1:
+        return [sys.executable, *module]
+    launcher = ["-m", "titan_peer.launch", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *module]
+
+
+def _end_with_parent() -> None:
+    """In the child: have the kernel tell it to save and stop when the process that started it dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            command(folder, processes),
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+            preexec_fn=_end_with_parent,
+        )
+
+
+def _record_end(folder: Path, steps: int, exit_status: int, seconds: float, keep_checkpoints: bool) -> str:
+    """Write status.json, unless the run was stopped before its end; returns "done", "failed" or "stopped"."""
+    last = max((line["step"] for line in complete_lines(folder / "metrics.jsonl")), default=0)
+    if exit_status == 0 and last < steps:
+        return "stopped"
+    state = "done" if exit_status == 0 else "failed"
+    record: dict[str, Any] = {"state": state, "exit_status": exit_status, "seconds": round(seconds, 1)}
+    if state == "failed":
+        lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+        record["error"] = next((line for line in reversed(lines) if "error:" in line.lower()), "".join(lines[-1:]))
+    elif not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    _write_whole(folder / STATUS, json.dumps(record))
+    return state
+
+
+class StoppedError(Exception):
+    """The ablation was told to stop; the runs have saved."""
+
+
+def run_here(
+    runs: Sequence[Run],
+    *,
+    processes: int,
+    jobs: int,
+    gpus: Sequence[str],
+    keep_checkpoints: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Train the runs on this machine, `jobs` at a time.
+
+    Args:
+        processes: of a run.
+        gpus: ids of the devices to share out, `processes` to a run; empty for the CPU.
+        report: is told what starts and ends.
+    Raises:
+        StoppedError: after SIGTERM or SIGINT, when the trainers have saved and ended.
+    """
+    waiting = list(runs)
+    slots = (
+        [list(gpus[i * processes : (i + 1) * processes]) for i in range(jobs)] if gpus else [[] for _ in range(jobs)]
+    )
+    threads = max((os.cpu_count() or 1) // (jobs * processes), 1)
+    working: list[tuple[Run, subprocess.Popen[bytes], list[str], float]] = []
+    stop = False
+
+    def on_signal(_number: int, _frame: Any) -> None:
+        nonlocal stop
+        stop = True
+        for _, process, _, _ in working:
+            process.terminate()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while working or (waiting and not stop):
+            while waiting and slots and not stop:
+                run, slot = waiting.pop(0), slots.pop(0)
+                environment = {"CUDA_VISIBLE_DEVICES": ",".join(slot)} if gpus else {}
+                if jobs * processes > 1 and not gpus:
+                    environment["OMP_NUM_THREADS"] = str(threads)
+                report(f"start  {run.name}")
+                process = _start(folder_of(run), processes, environment)
+                working.append((run, process, slot, time.monotonic()))
+            for entry in list(working):
+                run, process, slot, began = entry
+                if process.poll() is None:
+                    continue
+                working.remove(entry)
+                slots.append(slot)
+                seconds = time.monotonic() - began
+                state = _record_end(
+                    folder_of(run), run.config.training.steps, process.returncode, seconds, keep_checkpoints
+                )
+                report(f"{state:<7}{run.name} ({seconds:.0f} s)")
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if stop:
+        raise StoppedError
+
+
+def run_one(folder: str, steps: int, processes: int, keep_checkpoints: bool) -> str:
+    """One run from start to end in this process' place: what a SLURM job does."""
+    began = time.monotonic()
+    process = _start(Path(folder), processes, {})
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    exit_status = process.wait()
+    return _record_end(Path(folder), steps, exit_status, time.monotonic() - began, keep_checkpoints)
+
+
+def run_on_cluster(
+    runs: Sequence[Run],
+    *,
+    output_dir: Path,
+    processes: int,
+    gpus_per_run: int,
+    jobs: int,
+    keep_checkpoints: bool,
+    partition: str,
+    timeout_minutes: int,
+    report: Callable[[str], None],
+    cluster: str = "slurm",
+) -> None:
+    """Submit the runs as one job array and wait for it.
+
+    Args:
+        jobs: runs that may work at the same time.
+        cluster: "slurm"; or submitit's "local", which starts processes here.
+    Raises:
+        UserError: submitit is not installed, or SLURM is not there.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--executor slurm: needs submitit; install it with: pip install 'titan_peer[slurm]'") from None
+    try:
+        executor = submitit.AutoExecutor(folder=output_dir / "slurm", cluster=cluster)
+    except RuntimeError as error:
+        raise UserError(f"--executor slurm: {error}") from None
+    executor.update_parameters(name="titan-peer-ablate", timeout_min=timeout_minutes, gpus_per_node=gpus_per_run)
+    if cluster == "slurm":
+        executor.update_parameters(tasks_per_node=1, slurm_array_parallelism=jobs)
+        if partition:
+            executor.update_parameters(slurm_partition=partition)
+    with executor.batch():
+        submitted = [
+            executor.submit(run_one, str(folder_of(run)), run.config.training.steps, processes, keep_checkpoints)
+            for run in runs
+        ]
+    for run, job in zip(runs, submitted):
+        report(f"queued {run.name} as job {job.job_id}")
+    for run, job in zip(runs, submitted):
+        try:
+            report(f"{job.result():<7}{run.name}")
+        except Exception as error:  # whatever took the job away, the others go on
+            report(f"lost   {run.name}: {str(error).splitlines()[0]}; --resume starts it again")

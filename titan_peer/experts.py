@@ -1,0 +1,232 @@
+"""`titan-peer experts`: which experts a saved model uses on given text, and the tokens that most activate them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import heapq
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_files import TRAIN_STATE
+from titan_peer.data.sources import DataSource, read_documents
+from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.errors import UserError
+from titan_peer.expert_plots import draw
+from titan_peer.expert_usage import ExpertUsage, LayerUsage, Route, layer_usage, peer_layers
+from titan_peer.model import Transformer
+from titan_peer.sinks import JsonlSink
+
+_TOKENS_BEFORE, _TOKENS_AFTER = 12, 5  # of context shown around a token
+
+Batch = tuple[Tensor, Tensor]
+"""tokens int64 [B, S] and their documents int64 [B, S]."""
+
+
+def batches(texts: Sequence[str], tokenizer: Tokenizer, seq_len: int, batch_size: int, limit: int) -> list[Batch]:
+    """The first `limit` tokens of the texts, each as [BOS] text [EOS], in rows of seq_len; no padding: the last is shorter."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = [[*bos, *ids, *eos] for ids in tokenizer.encode_batch(texts)]
+    tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])[:limit]
+    documents = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])[:limit]
+    whole = len(tokens) // seq_len * seq_len
+    found = []
+    for first in range(0, whole, seq_len * batch_size):
+        rows = [torch.from_numpy(a[first : min(first + seq_len * batch_size, whole)]) for a in (tokens, documents)]
+        found.append((rows[0].view(-1, seq_len), rows[1].view(-1, seq_len)))
+    if whole < len(tokens):
+        found.append((torch.from_numpy(tokens[whole:])[None], torch.from_numpy(documents[whole:])[None]))
+    return found
+
+
+@torch.no_grad()
+def _run(model: Transformer, work: Sequence[Batch], label: str) -> Iterator[Batch]:
+    """Put every batch through the model, showing progress; yields each when it is done."""
+    device = model.tok_embeddings.weight.device
+    for tokens, documents in tqdm(work, desc=label, unit="batch", disable=None):
+        model(tokens.to(device), documents.to(device))
+        yield tokens, documents
+
+
+def measure(model: Transformer, work: Sequence[Batch]) -> list[LayerUsage]:
+    """The usage of every PEER layer on the batches."""
+    usage = ExpertUsage(model, in_training=False)
+    for _ in _run(model, work, "counting experts"):
+        pass
+    return [layer_usage(layer, counts) for layer, counts in usage.read().items()]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Activation:
+    """A token that an expert was retrieved for."""
+
+    gate: float
+    """The gate of the head that gave the expert most."""
+    head: int
+    before: str
+    token: str
+    after: str
+
+
+class _TopTokens:
+    """Keeps, for chosen experts of a layer, the tokens with the largest gates."""
+
+    def __init__(self, experts: Sequence[int], keep: int) -> None:
+        self.experts, self.keep = torch.tensor(experts), keep
+        self.heaps: dict[int, list[tuple[float, int, int]]] = {expert: [] for expert in experts}
+        """expert: (gate, place of the token in all text, head)"""
+        self.tokens_seen = 0
+
+    def route(self, original: Route, x: Tensor) -> tuple[Tensor, Tensor]:
+        indices, gates = original(x)
+        found = torch.isin(indices, self.experts.to(indices.device)).nonzero()  # [P, 3]: token, head, rank
+        chosen, weights = indices[tuple(found.T)].tolist(), gates[tuple(found.T)].tolist()
+        best: dict[tuple[int, int], tuple[float, int]] = {}
+        for (token, head, _), expert, gate in zip(found.tolist(), chosen, weights):
+            best[expert, token] = max(best.get((expert, token), (0.0, 0)), (gate, head))
+        for (expert, token), (gate, head) in best.items():
+            heap = self.heaps[expert]
+            heapq.heappush(heap, (gate, self.tokens_seen + token, head))
+            if len(heap) > self.keep:
+                heapq.heappop(heap)
+        self.tokens_seen += indices.shape[0]
+        return indices, gates
+
+
+def top_tokens(
+    model: Transformer, work: Sequence[Batch], tokenizer: Tokenizer, chosen: dict[int, list[int]], keep: int
+) -> dict[int, dict[int, list[Activation]]]:
+    """For the chosen experts of each layer, the tokens whose gates were largest, descending: layer -> expert -> tokens."""
+    watchers = {}
+    for layer, peer in peer_layers(model):
+        if chosen.get(layer):
+            watchers[layer] = _TopTokens(chosen[layer], keep)
+            peer.route = partial(watchers[layer].route, peer.route)  # type: ignore[method-assign]
+    for _ in _run(model, work, "finding tokens"):
+        pass
+    tokens = torch.cat([batch[0].flatten() for batch in work])
+    documents = torch.cat([batch[1].flatten() for batch in work])
+
+    def activation(gate: float, place: int, head: int) -> Activation:
+        inside = documents == documents[place]
+        first = max(place - _TOKENS_BEFORE, int(inside.nonzero()[0]))
+        last = min(place + 1 + _TOKENS_AFTER, int(inside.nonzero()[-1]) + 1)
+        parts = (tokens[first:place], tokens[place : place + 1], tokens[place + 1 : last])
+        before, token, after = (tokenizer.decode(part.tolist()) for part in parts)
+        return Activation(gate, head, before, token, after)
+
+    return {
+        layer: {e: [activation(*entry) for entry in sorted(heap, reverse=True)] for e, heap in watcher.heaps.items()}
+        for layer, watcher in watchers.items()
+    }
+
+
+def tokens_report(found: dict[int, dict[int, list[Activation]]], usage: Sequence[LayerUsage]) -> str:
+    """The tokens of each expert as text: the token in brackets, in its context."""
+    loads = {(u.layer, hot.expert): hot for u in usage for hot in u.hot}
+    lines = []
+    for layer, experts in found.items():
+        for expert, activations in experts.items():
+            hot = loads.get((layer, expert))
+            lines.append(f"layer {layer}, expert {expert}" + (f": {hot.load:.1f} x the uniform share" if hot else ""))
+            for a in activations:
+                before, token, after = (json.dumps(t, ensure_ascii=False)[1:-1] for t in (a.before, a.token, a.after))
+                lines.append(f"  {a.gate:.3f} head {a.head}  {before[-50:]:>50}[{token}]{after}")
+            if not activations:
+                lines.append("  never retrieved")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def usage_table(usage: Sequence[LayerUsage]) -> str:
+    header = (
+        f"{'layer':>5} {'used':>7} {'unevenness':>10} {'Gini':>6} {'dead':>9}  most loaded experts (x uniform share)"
+    )
+    lines = [header]
+    for u in usage:
+        hot = ", ".join(f"{h.expert} ({h.load:.1f})" for h in u.hot[:5])
+        w = u.whole
+        lines.append(f"{u.layer:>5} {w.share_used:>7.1%} {w.unevenness:>10.3f} {w.gini:>6.3f} {u.dead:>9,}  {hot}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titan-peer experts",
+        description=__doc__,
+        epilog="Examples:\n"
+        "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data assets/sample_text/validation.jsonl\n"
+        "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data a.txt b.jsonl --experts 17 4242",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, .../checkpoint/step-N")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="text: .jsonl, .jsonl.gz, .txt, folders"
+    )
+    parser.add_argument("--tokens", type=int, default=100_000, help="read this many at most (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (default: as the model was trained)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", metavar="N", help="show these (default: each layer's hottest)"
+    )
+    parser.add_argument(
+        "--num-experts", type=int, default=4, help="hottest experts shown a layer (default: %(default)s)"
+    )
+    parser.add_argument("--num-tokens", type=int, default=8, help="tokens shown an expert (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output-dir",
+        default="expert_usage",
+        metavar="DIR",
+        help="gets expert_usage.jsonl, the plots and tokens.txt (default: %(default)s)",
+    )
+    return parser
+
+
+def main(args: Sequence[str]) -> int:
+    options = _parser().parse_args(args)
+    for name in ("tokens", "batch_size", "num_tokens", "num_experts"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    texts = read_documents([DataSource(path) for path in options.data], "--data")
+    model, job, tokenizer = load_model_for_inference(options.checkpoint, device=options.device)
+    seq_len, num_experts = options.seq_len or job.training.seq_len, job.model.peer.num_experts
+    if not 1 <= seq_len <= job.model.max_seq_len:
+        raise UserError(f"--seq-len {seq_len}: must be from 1 to model.max_seq_len = {job.model.max_seq_len}")
+    if not list(peer_layers(model)):
+        raise UserError(f"--checkpoint {options.checkpoint}: the model has no PEER layer")
+    unknown = [expert for expert in options.experts or [] if not 0 <= expert < num_experts]
+    if unknown:
+        raise UserError(f"--experts {unknown[0]}: the layers have experts 0 to {num_experts - 1:,}")
+    folder = Path(options.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from None
+
+    work = batches(texts, tokenizer, seq_len, options.batch_size, options.tokens)
+    usage = measure(model, work)
+    chosen = {u.layer: options.experts or [hot.expert for hot in u.hot[: options.num_experts]] for u in usage}
+    report = tokens_report(top_tokens(model, work, tokenizer, chosen, options.num_tokens), usage)
+
+    step = json.loads((Path(options.checkpoint) / TRAIN_STATE).read_text())["step"]
+    records = JsonlSink(folder / "expert_usage.jsonl", resumed_step=0)
+    for layer in usage:
+        records.write({"step": step, **dataclasses.asdict(layer)})
+    records.close()
+    (folder / "tokens.txt").write_text(report)
+    plots = draw(folder / "expert_usage.jsonl", folder)
+    num_tokens = sum(tokens.numel() for tokens, _ in work)
+    print(f"{num_tokens:,} tokens, {usage[0].expected:.1f} uses of an expert if usage were uniform\n")
+    print(usage_table(usage), report, f"written: {folder}/expert_usage.jsonl, tokens.txt, ", sep="\n\n", end="")
+    print(", ".join(path.name for path in plots.values()))
+    return 0
