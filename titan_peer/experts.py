@@ -6,18 +6,18 @@ import argparse
 import dataclasses
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.checkpoint_files import TRAIN_STATE
-from titan_peer.data.sources import DataSource, read_documents
+from titan_peer.data.sources import DataSource, Source
+from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
 from titan_peer.expert_plots import draw
@@ -31,21 +31,38 @@ Batch = tuple[Tensor, Tensor]
 """tokens int64 [B, S] and their documents int64 [B, S]."""
 
 
-def batches(texts: Sequence[str], tokenizer: Tokenizer, seq_len: int, batch_size: int, limit: int) -> list[Batch]:
-    """The first `limit` tokens of the texts, each as [BOS] text [EOS], in rows of seq_len; no padding: the last is shorter."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    encoded = [[*bos, *ids, *eos] for ids in tokenizer.encode_batch(texts)]
-    tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])[:limit]
-    documents = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])[:limit]
+def read_documents(paths: Sequence[str], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Every document of the files, once, in their order.
+
+    Raises:
+        UserError: a file is not there or cannot be read.
+    """
+    encoder = DocumentEncoder(tokenizer)
+    sources = [Source(DataSource(path, max_epochs=1), "--data") for path in paths]
+    for number, source in enumerate(sources):
+        source.divide(1)
+        source.require_documents()
+        stream = DocumentStream(source, number, encoder, stream=0, num_streams=1, seed=0, shuffle=False, buffer_size=1)
+        while (document := stream.next()) is not None:
+            yield document
+
+
+def batches(documents: Iterable[Document], seq_len: int, batch_size: int, limit: int) -> list[Batch]:
+    """The first `limit` tokens of the documents in rows of seq_len; no padding: the last row is shorter."""
+    pieces, numbers, found = [], [], 0
+    for number, document in enumerate(documents):
+        pieces.append(torch.from_numpy(document.tokens).long())
+        numbers.append(torch.full_like(pieces[-1], number))
+        found += len(pieces[-1])
+        if found >= limit:
+            break
+    tokens, owners = torch.cat(pieces)[:limit], torch.cat(numbers)[:limit]
     whole = len(tokens) // seq_len * seq_len
-    found = []
-    for first in range(0, whole, seq_len * batch_size):
-        rows = [torch.from_numpy(a[first : min(first + seq_len * batch_size, whole)]) for a in (tokens, documents)]
-        found.append((rows[0].view(-1, seq_len), rows[1].view(-1, seq_len)))
+    rows = [part[:whole].view(-1, seq_len).split(batch_size) for part in (tokens, owners)] if whole else [(), ()]
+    work: list[Batch] = list(zip(*rows))
     if whole < len(tokens):
-        found.append((torch.from_numpy(tokens[whole:])[None], torch.from_numpy(documents[whole:])[None]))
-    return found
+        work.append((tokens[whole:][None], owners[whole:][None]))
+    return work
 
 
 @torch.no_grad()
@@ -197,7 +214,6 @@ def main(args: Sequence[str]) -> int:
     for name in ("tokens", "batch_size", "num_tokens", "num_experts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    texts = read_documents([DataSource(path) for path in options.data], "--data")
     model, job, tokenizer = load_model_for_inference(options.checkpoint, device=options.device)
     seq_len, num_experts = options.seq_len or job.training.seq_len, job.model.peer.num_experts
     if not 1 <= seq_len <= job.model.max_seq_len:
@@ -213,7 +229,7 @@ def main(args: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from None
 
-    work = batches(texts, tokenizer, seq_len, options.batch_size, options.tokens)
+    work = batches(read_documents(options.data, tokenizer), seq_len, options.batch_size, options.tokens)
     usage = measure(model, work)
     chosen = {u.layer: options.experts or [hot.expert for hot in u.hot[: options.num_experts]] for u in usage}
     report = tokens_report(top_tokens(model, work, tokenizer, chosen, options.num_tokens), usage)
