@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
     "ablate": ("titan_peer.ablate", "train variants of a job under equal conditions and say which is best"),
     "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
+    "eval": ("titan_peer.evaluation.command", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
 }
 
 

@@ -159,6 +159,32 @@ class Validation:
 
 
 @dataclass
+class Evaluation:
+    """Evaluations of the current weights during training: perplexity, OpenAI evals, lm-eval tasks."""
+
+    enable: bool = False
+    """Evaluate every freq steps and at the end."""
+    freq: int = 1000
+    """Steps between evaluations."""
+    perplexity: list[DataSource] = field(default_factory=list)
+    """Held-out sets: one [[evaluation.perplexity]] table each, reported under its name."""
+    evals: list[str] = field(default_factory=list)
+    """OpenAI evals by their names in the registry, such as "test-match" (extra: evals)."""
+    evals_registry: str = ""
+    """Folder of further evals, laid out as the registry of the evals package."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks or groups, such as "sample_text_continuation" or "hellaswag" (extra: lm-eval)."""
+    tasks_folder: str = ""
+    """Folder of further lm-eval task files."""
+    limit: int = -1
+    """Samples of an eval or task; -1 takes all."""
+    batch_size: int = 16
+    """Sequences a process takes at a time."""
+    max_new_tokens: int = 32
+    """Tokens of a completion where an eval or task does not say."""
+
+
+@dataclass
 class Checkpoint:
     """Saving and resuming."""
 
@@ -276,6 +302,7 @@ class JobConfig:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     data: Data = field(default_factory=Data)
     validation: Validation = field(default_factory=Validation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
@@ -475,6 +502,9 @@ def check(config: JobConfig) -> None:
         "validation.local_batch_size",
         "data.shuffle_buffer_size",
         "data.prefetch_factor",
+        "evaluation.freq",
+        "evaluation.batch_size",
+        "evaluation.max_new_tokens",
         "metrics.log_freq",
         "metrics.expert_usage_freq",
         "checkpoint.interval",
@@ -539,6 +569,14 @@ def check(config: JobConfig) -> None:
         )
     has_peer = any(config.model.has_peer(layer) for layer in range(config.model.n_layers))
     require(has_peer or not config.metrics.log_expert_usage, "metrics.log_expert_usage", "the model has no PEER layer")
+    require(
+        config.evaluation.limit >= 1 or config.evaluation.limit == -1, "evaluation.limit", "must be at least 1 or -1"
+    )
+    if config.evaluation.enable:
+        named = config.evaluation.perplexity or config.evaluation.evals or config.evaluation.tasks
+        require(
+            bool(named), "evaluation.enable", "needs evaluation.evals, evaluation.tasks or [[evaluation.perplexity]]"
+        )
     if config.optimizer.expert_update == "dense":
         for key in ("expert_moment_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)

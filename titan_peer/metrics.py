@@ -243,6 +243,10 @@ class MetricsLogger:
                 line += f"  {name} {held_out.loss:.4f}"
         self._emit(record, f"{line}  ({seconds:.1f} s)")
 
+    def log_evaluation(self, step: int, record: Record, seconds: float) -> None:
+        """Report what the evaluations of a step found, names and all."""
+        self._emit({"step": step, **record}, f"step {step:>6}/{self.total_steps}  evaluated in {seconds:.1f} s")
+
     def exclude(self, seconds: float) -> None:
         """Take time that was not training (validation, checkpoints) out of the speed of the current window."""
         self._window_start += seconds

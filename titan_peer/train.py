@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
+from titan_peer.evaluation.perplexity import held_out_loss
 from titan_peer.expert_report import UsageReporter
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
@@ -68,6 +70,7 @@ class Trainer:
         self._settle_batch_size()
         self.loader = self._training_loader()
         self.validation_loader = self._validation_loader() if config.validation.enable else None
+        self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
 
         with torch.device("meta"):
             model = Transformer(config.model)
@@ -250,6 +253,8 @@ class Trainer:
                 self.validate()
             if config.checkpoint.enable and (is_last or stop or self.step % config.checkpoint.interval == 0):
                 self.save_checkpoint()
+            if self.evaluation is not None and self.evaluation.due(self.step, is_last) and not stop:
+                self.evaluate(self.evaluation)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
                 gc.collect(1)
             if stop and not is_last:
@@ -295,36 +300,50 @@ class Trainer:
         self.metrics.count(tokens)
         return (sums[0] / learnt_tokens).item(), grad_norm.item(), lr, bool(sums[1] > 0)
 
-    @torch.no_grad()
     def validate(self) -> None:
         """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
         assert self.validation_loader is not None
         self.heartbeat.beat(f"validation after step {self.step}")
         start = time.perf_counter()
-        self.model.eval()
-        sets = self.validation_loader.sets
-        sums = torch.zeros(len(sets), 3, dtype=torch.float64)  # loss, learnt tokens, bytes of each
-        # Compiling a second, inference-only graph on a CPU takes longer than it saves.
-        stance = "force_eager" if self.device.type == "cpu" else "default"
-        with torch.compiler.set_stance(stance):
-            for set_sums, batches in zip(sums, sets.values()):
-                for i, batch in enumerate(batches):
-                    if i == self.config.validation.steps:
-                        break
-                    with self._autocast():
-                        loss = self.model(*self._inputs(batch))
-                    learnt = (batch["labels"] != IGNORE_INDEX).sum()
-                    set_sums += torch.stack([loss.double().cpu(), learnt.double(), batch["num_bytes"].double()])
-        self.model.train()
-        sums = self._sum_over_processes(sums)
+        found = {
+            name: self._held_out_loss(batches, self.config.validation.steps)
+            for name, batches in self.validation_loader.sets.items()
+        }
         seconds = time.perf_counter() - start
         self.metrics.log_validation(
             self.step,
-            overall=HeldOutLoss(*sums.sum(0).tolist()),
-            sets={name: HeldOutLoss(*set_sums.tolist()) for name, set_sums in zip(sets, sums)},
+            overall=HeldOutLoss(*map(sum, zip(*found.values()))),
+            sets=found,
             seconds=seconds,
         )
         self.metrics.exclude(seconds)
+
+    def evaluate(self, evaluation: PeriodicEvaluation) -> None:
+        """Run the job's evaluations on the current weights, and report them."""
+        self.heartbeat.beat(f"evaluation after step {self.step}")
+        start = time.perf_counter()
+        results = evaluation.run(self.step, self.model, self._held_out_loss, should_stop=lambda: self.stop_signal != 0)
+        seconds = time.perf_counter() - start
+        self.metrics.log_evaluation(self.step, metrics_record(results), seconds)
+        if self.world.is_first:
+            evaluation.write_report(self.dump_folder / "metrics.jsonl")
+        self.metrics.exclude(seconds)
+
+    def _held_out_loss(self, batches: Iterable[dict[str, Tensor]], max_batches: int = -1) -> HeldOutLoss:
+        """That of the training model on this process's batches, all processes together."""
+
+        def summed_loss(batch: dict[str, Tensor]) -> Tensor:
+            with self._autocast():
+                return self.model(*self._inputs(batch))
+
+        self.model.eval()
+        # Compiling a second, inference-only graph on a CPU takes longer than it saves.
+        stance = "force_eager" if self.device.type == "cpu" else "default"
+        try:
+            with torch.compiler.set_stance(stance):
+                return held_out_loss(summed_loss, batches, self._sum_over_processes, max_batches)
+        finally:
+            self.model.train()
 
     def save_checkpoint(self) -> None:
         self.heartbeat.beat(f"saving the checkpoint of step {self.step}")

@@ -1,0 +1,22 @@
+"""What the tests of evaluations share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VALIDATION = ROOT / "assets/sample_text/validation.jsonl"
+# The debug model, smaller batches, float32: what these tests measure does not depend on how well it learns.
+QUICK = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
+QUICK += ["--training.local_batch_size", "2", "--training.mixed_precision_param", "float32"]
+QUICK += ["--validation.enable", "false", "--metrics.log_freq", "1"]
+
+
+def titan_peer(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line in the repository; fails unless it ends with `status`."""
+    command = [sys.executable, "-m", "titan_peer.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done

@@ -1,0 +1,220 @@
+"""Evaluations inside a training job: at their steps, on its weights, without a trace in its course."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+if importlib.util.find_spec("evals") is None:  # importing it asks for an API key
+    pytest.skip("needs: pip install --no-deps evals", allow_module_level=True)
+
+from evaluation_helpers import QUICK, ROOT, titan_peer
+
+from titan_peer.config import load_config
+from titan_peer.evaluation.during_training import PeriodicEvaluation, whole_model
+from titan_peer.parallelize import World, parallelize
+
+SMALL = [*QUICK, "--model.n_layers", "2", "--training.seq_len", "64", "--training.steps", "6"]
+EVALUATION = """
+[evaluation]
+enable = true
+freq = 3
+evals = ["test-match", "find-letter"]
+tasks = ["sample_text_continuation", "sample_text_copy"]
+limit = 4
+max_new_tokens = 4
+
+[[evaluation.perplexity]]
+name = "held out"
+path = "assets/sample_text/validation.jsonl"
+
+[[evaluation.perplexity]]
+name = "task texts"
+path = "titan_peer/evaluation/lm_eval_tasks/texts.jsonl"
+"""
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("job") / "job.toml"
+    file.write_text((ROOT / "train_configs/debug_model.toml").read_text() + EVALUATION)
+    return file
+
+
+def arguments(job_file: Path, folder: Path, *more: object) -> list[str]:
+    settings = [job_file if word == "train_configs/debug_model.toml" else word for word in SMALL]
+    return list(map(str, [*settings, "--job.dump_folder", folder, *more]))
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(job_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    titan_peer("train", *arguments(job_file, folder, "--metrics.enable_tensorboard", "true"))
+    return folder
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    prefix = "evaluation/"
+    found = {}
+    for record in records(folder):
+        values = {key.removeprefix(prefix): v for key, v in record.items() if key.startswith(prefix)}
+        if values:
+            found[record["step"]] = values
+    return found
+
+
+def test_results_are_in_the_metrics_the_table_tensorboard_and_a_plot(evaluated: Path):
+    found = evaluations(evaluated)
+    assert list(found) == [3, 6]
+    names = {"perplexity/held out/perplexity", "perplexity/task texts/bits_per_byte", "evals/test-match/accuracy"}
+    names |= {"evals/find-letter/accuracy_by_log_likelihood", "tasks/sample_text_continuation/acc"}
+    names |= {"tasks/sample_text_copy/exact_match"}
+    assert all(names <= set(values) for values in found.values())
+    assert not any("failed" in key for values in found.values() for key in values)
+    assert found[6]["perplexity/held out/loss"] < found[3]["perplexity/held out/loss"]
+    table = (evaluated / "evaluation.md").read_text()
+    assert all(word in table for word in ("step 3", "step 6", "held out", "find-letter", "sample_text_copy"))
+    assert (evaluated / "evaluation.png").stat().st_size > 10_000
+    assert (evaluated / "evaluation/step-6/find-letter.jsonl").is_file()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(evaluated / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("evaluation/tasks/sample_text_continuation/acc")] == [3, 6]
+
+
+def test_training_takes_the_same_course_with_and_without(evaluated: Path, job_file: Path, tmp_path: Path):
+    titan_peer("train", *arguments(job_file, tmp_path, "--evaluation.enable", "false"))
+    with_evaluation = [r["loss"] for r in records(evaluated) if "loss" in r]
+    assert len(with_evaluation) == 6 and with_evaluation == [r["loss"] for r in records(tmp_path)]
+
+
+def test_the_last_evaluation_is_that_of_the_saved_checkpoint(evaluated: Path, tmp_path: Path):
+    titan_peer(
+        "eval", "--checkpoint", evaluated / "checkpoint/step-6", "--perplexity",
+        "held out=assets/sample_text/validation.jsonl", "--evals", "find-letter", "--tasks", "sample_text_continuation",
+        "--limit", 4, "--max-new-tokens", 4, "--precision", "float32", "--output", tmp_path,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    alone = {f"{r['kind']}/{r['name']}/{metric}": value for r in results for metric, value in r["metrics"].items()}
+    during = evaluations(evaluated)[6]
+    assert len(alone) >= 8
+    for key, value in alone.items():
+        assert during[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_two_processes_find_what_one_finds(evaluated: Path, job_file: Path, tmp_path: Path):
+    """The same weights, from the checkpoint of one process; one more step of almost no learning."""
+    more = ["--training.global_batch_size", 2, "--training.local_batch_size", 1, "--training.steps", 7]
+    more += ["--optimizer.lr", 1e-12, "--evaluation.freq", 7]
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint/step-6").symlink_to(evaluated / "checkpoint/step-6")
+        done = subprocess.run(
+            ["./run_train.sh", *arguments(job_file, folder, *more)],
+            cwd=ROOT,
+            env={**os.environ, "NGPU": processes, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (evaluations(tmp_path / n)[7] for n in ("1", "2"))
+    assert set(one) == set(two)
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp_path: Path):
+    bad = tmp_path / "tasks"
+    bad.mkdir()
+    (bad / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n")
+    more = ["--evaluation.tasks_folder", bad, "--evaluation.tasks", "bad", "sample_text_copy"]
+    more += ["--evaluation.evals", "find-letter", "--training.steps", 3]
+    done = titan_peer("train", *arguments(job_file, tmp_path / "out", *more))
+    assert "evaluation bad of tasks failed" in done.stderr
+    found = evaluations(tmp_path / "out")[3]
+    assert found["tasks/bad/failed"] == 1 and "tasks/sample_text_copy/exact_match" in found
+    assert "failed" in (tmp_path / "out/evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--evaluation.evals", "no-such-eval"], "no eval 'no-such-eval'"),
+        (["--evaluation.tasks", "sample_text_copi"], "no task 'sample_text_copi'"),
+        (["--evaluation.limit", "0"], "evaluation.limit = 0: must be at least 1 or -1"),
+        (["--evaluation.perplexity.1.path", "no/such.jsonl"], "evaluation.perplexity[1].path = no/such.jsonl"),
+    ],
+)
+def test_a_mistake_in_the_section_is_found_before_training(job_file: Path, tmp_path: Path, more: list, message: str):
+    done = titan_peer("train", *arguments(job_file, tmp_path, *more), status=2)
+    assert message in done.stderr and "Traceback" not in done.stderr and "step" not in done.stderr
+
+
+def live_tensor_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_no_memory_random_number_or_setting_is_left_behind(job_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(arguments(job_file, tmp_path))
+    config.model.vocab_size = 4096
+    from titan_peer.data.tokenizer import load_tokenizer
+    from titan_peer.model import Transformer
+
+    world = World(0, 1, torch.device("cpu"), None, None)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    model = Transformer(config.model)
+    model.init_weights()
+    parallelize(model, config, world)
+    evaluation = PeriodicEvaluation(config, tokenizer, world)
+    evaluation.held_out = []
+    evaluation.settings.perplexity = []
+    gc.disable()
+    try:
+        evaluation.run(1, model, lambda batches: None, lambda: False)  # what libraries keep for good, they have now
+        before, random_state = live_tensor_bytes(), torch.get_rng_state()
+        environment = dict(os.environ)
+        results = evaluation.run(2, model, lambda batches: None, lambda: False)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert len(results) == 4 and not any(r.error for r in results)
+    assert live_tensor_bytes() == before
+    assert torch.equal(torch.get_rng_state(), random_state) and dict(os.environ) == environment
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_plain_model_shares_the_weights_of_a_single_process():
+    config = load_config([*map(str, SMALL), "--model.vocab_size", "4096", "--model.tie_embeddings", "true"])
+    from titan_peer.model import Transformer
+
+    model = Transformer(config.model)
+    model.init_weights()
+    plain = whole_model(model, config.model, torch.device("cpu"))
+    theirs = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in plain.parameters()} == theirs
+    assert plain.output.weight is plain.tok_embeddings.weight and not plain.training
+    tokens = torch.randint(0, 4096, (2, 32))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens), plain(tokens))

@@ -1,0 +1,75 @@
+"""Perplexity and bits per byte against a computation without packing, masks or our loss."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from evaluation_helpers import VALIDATION
+
+from titan_peer.config import Data
+from titan_peer.data.sources import DataSource
+from titan_peer.evaluation.command import loss_on
+from titan_peer.evaluation.suite import held_out_batches
+from titan_peer.metrics import HeldOutLoss
+
+SEQ_LEN = 256
+DOCUMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """(file, texts) of some held-out documents."""
+    lines = VALIDATION.read_text().splitlines()[:DOCUMENTS]
+    file = tmp_path_factory.mktemp("held_out") / "few.jsonl"
+    file.write_text("\n".join(lines))
+    return file, [json.loads(line)["text"] for line in lines]
+
+
+def pieces(texts, tokenizer):
+    """(inputs, labels) of every part of a document that lies in one sequence of the packed stream."""
+    stream = []
+    for number, ids in enumerate(tokenizer.encode_batch(texts)):
+        stream += [(number, token) for token in [tokenizer.bos_id, *ids, tokenizer.eos_id]]
+    for start in range(0, len(stream), SEQ_LEN):
+        sequence = stream[start : start + SEQ_LEN + 1]
+        for number in sorted({n for n, _ in sequence}):
+            tokens = [token for n, token in sequence if n == number]
+            if len(tokens) > 1:
+                yield tokens[:-1], tokens[1:]
+
+
+def measured(language_model, file) -> HeldOutLoss:
+    source = DataSource(path=str(file))
+    batches = held_out_batches(
+        source, "--perplexity", language_model.tokenizer, seq_len=SEQ_LEN, batch_size=4, data=Data()
+    )
+    return loss_on(language_model, batches)
+
+
+def test_equals_one_forward_pass_a_document(language_model, documents):
+    file, texts = documents
+    found = measured(language_model, file)
+    nll, count = 0.0, 0
+    model = language_model.generator.model
+    for inputs, labels in pieces(texts, language_model.tokenizer):
+        with torch.no_grad():
+            logits = model(torch.tensor([inputs]))[0].double()
+        nll -= logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum().item()
+        count += len(labels)
+    assert found.tokens == count
+    assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
+    # all the text but what the first token of a sequence's part stands for
+    assert found.bits_per_byte == pytest.approx(nll / math.log(2) / sum(len(t.encode()) for t in texts), rel=0.02)
+
+
+def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary():
+    found = HeldOutLoss(loss_sum=50 * math.log(4096), tokens=50, num_bytes=100)
+    assert found.perplexity == pytest.approx(4096)
+    assert found.bits_per_byte == pytest.approx(6)
+
+
+def test_a_loss_beyond_floats_is_still_a_number():
+    assert math.isfinite(HeldOutLoss(1e9, 1, 1).perplexity)

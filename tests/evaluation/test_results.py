@@ -1,0 +1,42 @@
+"""Records, tables and the plot of results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from titan_peer.evaluation.results import Result, history_table, plot_history, result_table
+
+GOOD = Result("evals", "test-match", {"accuracy": 0.25, "bootstrap_std": 0.1}, samples=1200, seconds=3.21)
+BAD = Result("tasks", "a|b", error="KeyError: 'x'\nsecond line")
+
+
+def test_a_record_has_one_flat_key_a_metric():
+    assert GOOD.record() == {
+        "evaluation/evals/test-match/accuracy": 0.25,
+        "evaluation/evals/test-match/bootstrap_std": 0.1,
+    }
+    assert BAD.record() == {"evaluation/tasks/a|b/failed": 1.0}
+    assert Result("evals", "e", {"accuracy": math.nan}).record() == {}
+
+
+def test_the_table_shows_numbers_and_failures():
+    table = result_table([GOOD, BAD]).splitlines()
+    assert len({len(line) for line in table}) == 1
+    assert "0.2500" in table[2] and "1,200" in table[2] and "3.2" in table[2]
+    assert "failed" in table[4] and "KeyError: 'x'" in table[4] and "a\\|b" in table[4]
+
+
+def test_the_history_has_a_column_a_step_and_the_newest_ones_only():
+    records = [{"step": 10, "loss": 3.0}]
+    records += [{"step": s, **Result("tasks", "t", {"acc": s / 100}).record()} for s in (10, 20, 30)]
+    table = history_table(records, max_steps=2).splitlines()
+    assert "step 20" in table[0] and "step 30" in table[0] and "step 10" not in table[0]
+    assert table[2].split("|")[1:-1] == [" tasks ", " t          ", " acc    ", "  0.2000 ", "  0.3000 "]
+
+
+def test_the_plot_is_a_picture_and_absent_without_evaluations(tmp_path: Path):
+    plot_history([{"step": 1, "loss": 2.0}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    plot_history([{"step": s, **GOOD.record()} for s in (1, 2)], tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,181 @@
+"""Evaluations of a training job's current weights, every so many steps, that leave nothing behind but numbers.
+
+Perplexity runs on the training model itself, all processes together. Completions need a plain model: its parameters are
+the training model's own in a single process, and gathered for the time being in several, each of which then runs its
+share of the evals and tasks alone, so that a slow or failing one holds up no collective.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from titan_peer.config import JobConfig
+from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.evaluation.language_model import LanguageModel
+from titan_peer.evaluation.load import autocast
+from titan_peer.evaluation.results import Result, history_table, plot_history
+from titan_peer.evaluation.suite import Batches, generative_evaluations, held_out_batches, run_one, run_perplexity
+from titan_peer.generate import Generator
+from titan_peer.metrics import HeldOutLoss
+from titan_peer.model import ModelArgs, Transformer, rope_table
+from titan_peer.parallelize import World, compute_dtype
+
+logger = logging.getLogger("titan_peer")
+
+# Processes wait for the one with the longest evaluations.
+_LONGEST_EVALUATION = datetime.timedelta(days=2)
+
+
+class PeriodicEvaluation:
+    """The evaluations of a training job.
+
+    Raises:
+        UserError: a set cannot be read, a package is missing, or a name is not known.
+    """
+
+    def __init__(self, config: JobConfig, tokenizer: Tokenizer, world: World) -> None:
+        self.settings, self.model_args, self.tokenizer, self.world = config.evaluation, config.model, tokenizer, world
+        self.precision = autocast(world.device, compute_dtype(config.training.mixed_precision_param, world.device))
+        self.folder = Path(config.job.dump_folder)
+        self.title = config.job.description or config.job.config_file
+        self.held_out = [
+            held_out_batches(
+                source,
+                f"evaluation.perplexity[{i}]",
+                tokenizer,
+                seq_len=config.training.seq_len,
+                batch_size=self.settings.batch_size,
+                data=config.data,
+                rank=world.rank,
+                world_size=world.world_size,
+            )
+            for i, source in enumerate(self.settings.perplexity)
+        ]
+        self.evaluations = generative_evaluations(self.settings)
+        # Waiting is done on the CPU, outside the training collectives' timeout.
+        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_EVALUATION) if world.world_size > 1 else None
+
+    def due(self, step: int, is_last: bool) -> bool:
+        return is_last or step % self.settings.freq == 0
+
+    def run(
+        self,
+        step: int,
+        model: nn.Module,
+        loss_on: Callable[[Batches], HeldOutLoss],
+        should_stop: Callable[[], bool],
+    ) -> list[Result]:
+        """Evaluate; all processes together. Nothing that goes wrong in an evaluation is raised.
+
+        Args:
+            loss_on: measures the training model on this process's held-out batches, summed over all processes.
+            should_stop: whether this process has been told to stop; what has not run by then is left out.
+        Returns:
+            every evaluation's result, the same list on every process.
+        """
+        with _as_it_was(self.world.device):
+            results = [
+                run_perplexity(source, lambda batches=batches: loss_on(self._in_step(batches)))  # type: ignore[misc]
+                for source, batches in zip(self.settings.perplexity, self.held_out)
+            ]
+            if self.evaluations:
+                records = self.folder / "evaluation" / f"step-{step}"
+                results += self._run_share(model, records, should_stop)
+        return results
+
+    def write_report(self, metrics_file: Path) -> None:
+        """Write evaluation.md and evaluation.png from a run's metrics.jsonl; a disk that refuses is only logged."""
+        try:
+            records = [json.loads(line) for line in metrics_file.read_text().splitlines() if '"evaluation/' in line]
+            (self.folder / "evaluation.md").write_text(f"# Evaluation: {self.title}\n\n{history_table(records)}\n")
+            plot_history(records, self.folder / "evaluation.png")
+        except (OSError, ValueError) as error:
+            logger.error("the evaluation report in %s was not written: %s", self.folder, error)
+
+    # ---- one call down
+
+    def _run_share(self, model: nn.Module, records: Path, should_stop: Callable[[], bool]) -> list[Result]:
+        """Run every world_size-th evaluation on a plain model; returns those of all processes, in order."""
+        plain = whole_model(model, self.model_args, self.world.device)
+        generator = Generator(plain, self.tokenizer, max_batch_size=self.settings.batch_size, compile=False)
+        language_model = LanguageModel(
+            generator, self.settings.max_new_tokens, self.settings.batch_size, self.precision, should_stop
+        )
+        mine = self.evaluations[self.world.rank :: self.world.world_size]
+        results = [run_one(evaluation, language_model, records) for evaluation in mine]
+        if self.group is None:
+            return results
+        shares: list[list[Result]] = [[] for _ in range(self.world.world_size)]
+        dist.all_gather_object(shares, results, group=self.group)
+        return [shares[i % len(shares)][i // len(shares)] for i in range(len(self.evaluations))]
+
+    def _in_step(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
+        """The batches; ends for all processes together, also when one of them cannot read on."""
+        iterator = iter(batches)
+        while True:
+            batch, problem = None, None
+            try:
+                batch = next(iterator, None)
+            except Exception as error:
+                problem = error
+            state = torch.tensor([problem is not None, batch is None])
+            if self.group is not None:
+                dist.all_reduce(state, dist.ReduceOp.MAX, group=self.group)
+            if state[0]:
+                raise problem or RuntimeError("another process could not read its batches")
+            if state[1] or batch is None:
+                return
+            yield batch
+
+
+def whole_model(model: nn.Module, args: ModelArgs, device: torch.device) -> Transformer:
+    """A plain Transformer, in evaluation mode, with the weights of a model that wrappers and shardings may cover.
+
+    Parameters that are whole are shared, not copied; sharded ones are gathered (all processes must call).
+    """
+    state = get_model_state_dict(model)
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    with torch.device("meta"):
+        plain = Transformer(args)
+    plain.load_state_dict(whole, assign=True, strict=not args.tie_embeddings)
+    if args.tie_embeddings:
+        plain.output.weight = plain.tok_embeddings.weight
+    plain.rope = rope_table(args.mla, args.max_seq_len, device)
+    return plain.requires_grad_(False).eval()
+
+
+@contextmanager
+def _as_it_was(device: torch.device) -> Iterator[None]:
+    """Random states and the garbage collector's setting stay as they are; memory is given back afterwards."""
+    python, numpy, collects = random.getstate(), np.random.get_state(), gc.isenabled()
+    gc.enable()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if not collects:
+                gc.disable()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def metrics_record(results: Sequence[Result]) -> dict[str, float]:
+    """All results as one flat record for the metric sinks."""
+    return {key: value for result in results for key, value in result.record().items()}

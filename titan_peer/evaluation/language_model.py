@@ -1,0 +1,128 @@
+"""A model as evaluations see it: prompts in, text or log-likelihoods out, nothing ever too long for the model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.generate import Generator, SamplingParams
+
+logger = logging.getLogger("titan_peer")
+
+# Batches between two looks at whether to stop; pairs are sorted by length within as many.
+_BATCHES_A_CHUNK = 32
+
+
+class EvaluationStoppedError(Exception):
+    """The process has been told to stop: what follows can wait for another time."""
+
+
+@dataclass
+class LanguageModel:
+    """What the adapters need, over the decoder of `generate.py`."""
+
+    generator: Generator
+    max_new_tokens: int
+    """Tokens of a completion where an evaluation does not say."""
+    batch_size: int
+    """Sequences in a forward pass."""
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes the context that every pass runs in, such as autocast."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked between batches; True ends the evaluation with EvaluationStoppedError."""
+    _said_truncated: bool = field(default=False, init=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.generator.tokenizer
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.generator.model.args.max_seq_len
+
+    @property
+    def prefix_id(self) -> int:
+        """The token that begins a document, which the log-likelihood of a whole text is conditioned on."""
+        known = (token for token in (self.tokenizer.bos_id, self.tokenizer.eos_id) if token is not None)
+        return next(known, 0)
+
+    def sampling(
+        self,
+        max_new_tokens: int | None,
+        temperature: float | None,
+        top_p: float | None,
+        stop: str | Sequence[str] | None,
+    ) -> SamplingParams:
+        """How an evaluation wants its completions; what it leaves open (None) is greedy and of the usual length."""
+        stop = [stop] if isinstance(stop, str) else stop or []
+        return SamplingParams(
+            max_new_tokens=min(max_new_tokens or self.max_new_tokens, self.max_seq_len // 2),
+            temperature=temperature or 0.0,
+            top_p=1.0 if top_p is None else top_p,
+            stop=tuple(filter(None, stop)),
+            seed=0,
+        )
+
+    def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[str]:
+        """The text that the model writes after each prompt; prompts too long for it lose their beginning."""
+        ids = []
+        for prompt, sampling in zip(prompts, params, strict=True):
+            encoded = self.generator.encode(prompt) if prompt else [self.prefix_id]
+            ids.append(self._last(encoded, self.max_seq_len - sampling.max_new_tokens))
+        texts = [""] * len(ids)
+        with self._progress(len(ids)) as progress, torch.inference_mode(), self.precision():
+            for piece in self.generator.stream(ids, params):
+                self._stop_if_told()
+                if piece.completion is not None:
+                    texts[piece.index] = piece.completion.text
+                    progress.update()
+        return texts
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]] | Sequence[tuple[str, str]]
+    ) -> list[tuple[float, bool]]:
+        """log p(continuation | context), in nats, and whether greedy decoding would give the continuation.
+
+        Args:
+            pairs: (context, continuation), both text or both ids; what is too long for the model loses its beginning.
+        """
+        fitting = [(c, t if isinstance(t, str) else t[-self.max_seq_len :]) for c, t in pairs]
+        size = _BATCHES_A_CHUNK * self.batch_size
+        scores: list[tuple[float, bool]] = []
+        with self._progress(len(fitting)) as progress, torch.inference_mode(), self.precision():
+            for start in range(0, len(fitting), size):
+                self._stop_if_told()
+                chunk = self.generator.log_likelihoods(fitting[start : start + size], batch_size=self.batch_size)
+                scores += [(score.sum_logprob, score.is_greedy) for score in chunk]
+                progress.update(len(chunk))
+        return scores
+
+    def _progress(self, total: int) -> tqdm[None]:
+        """A bar on a terminal for what takes more than a few batches; otherwise nothing."""
+        hidden = not sys.stderr.isatty() or total <= 4 * self.batch_size
+        return tqdm(total=total, leave=False, dynamic_ncols=True, disable=hidden)
+
+    def _stop_if_told(self) -> None:
+        if self.should_stop():
+            raise EvaluationStoppedError("the job has been told to stop")
+
+    def _last(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        if not self._said_truncated:
+            logger.warning(
+                "evaluation: a prompt of %d tokens does not fit model.max_seq_len = %d; such prompts lose their beginning",
+                len(ids),
+                self.max_seq_len,
+            )
+            self._said_truncated = True
+        # the document's begin token stays, so that the model sees what it was trained on
+        return [ids[0], *ids[len(ids) - room + 1 :]] if ids[0] == self.tokenizer.bos_id else ids[-room:]

@@ -1,0 +1,34 @@
+"""The documents of the task files beside this one, wherever the package is installed.
+
+Loading a task file by its path also tells lm_eval where the model class "titan_peer" is, so that the plain `lm_eval`
+command can use it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.registry import model_registry
+
+if "titan_peer" not in model_registry:
+    model_registry.register("titan_peer", target="titan_peer.evaluation.lm_evaluation_harness:TitanPeerLM")
+
+
+def load(file: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The documents of a JSON-lines file in this folder, as the split "test"."""
+    with (Path(__file__).parent / file).open(encoding="utf-8") as lines:
+        return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def text_metrics(doc: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:
+    """A text's log-likelihood with the words and bytes it is to be divided by."""
+    (log_likelihood,) = results
+    num_words, num_bytes = len(doc["text"].split()), len(doc["text"].encode())
+    return {
+        "word_perplexity": (log_likelihood, num_words),
+        "byte_perplexity": (log_likelihood, num_bytes),
+        "bits_per_byte": (log_likelihood, num_bytes),
+    }

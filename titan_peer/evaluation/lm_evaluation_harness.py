@@ -1,0 +1,223 @@
+"""EleutherAI's lm-evaluation-harness (`lm_eval`) on our models: the model class "titan_peer", and tasks as evaluations.
+
+Importing this module registers the model class with lm_eval. `python -m titan_peer.evaluation.lm_evaluation_harness`
+takes the arguments of the `lm_eval` command.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from titan_peer.errors import UserError
+from titan_peer.evaluation.environment import environment
+from titan_peer.evaluation.language_model import LanguageModel
+from titan_peer.evaluation.results import Result
+from titan_peer.generate import SamplingParams
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError(
+        f"lm-eval cannot be imported ({error}); install it with: pip install 'titan_peer[lm-eval]'"
+    ) from None
+
+BUNDLED_TASKS = Path(__file__).parent / "lm_eval_tasks"
+_BOOTSTRAP_ITERATIONS = 1000
+_FEWSHOT_SEED = 1234  # lm_eval's own default
+
+
+@register_model("titan_peer")
+class TitanPeerLM(TemplateLM):  # type: ignore[misc]
+    """lm_eval's view of a model.
+
+    Args: (those of `lm_eval --model_args name=value,...`)
+        checkpoint: folder `<dump_folder>/checkpoint/step-N`; or a LanguageModel that is already there.
+        device, batch_size, max_new_tokens: as for `titan-peer eval`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | LanguageModel,
+        device: str | None = "auto",
+        batch_size: int | str | None = 16,
+        max_batch_size: int | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        if not isinstance(checkpoint, LanguageModel):
+            from titan_peer.evaluation.load import load_language_model
+
+            size = 16 if batch_size in (None, "auto") else int(batch_size)
+            checkpoint, _ = load_language_model(
+                checkpoint, device=device or "auto", batch_size=size, max_new_tokens=int(max_new_tokens)
+            )
+        self.model = checkpoint
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.model.tokenizer.eos_id
+        return self.model.prefix_id if eos is None else eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.prefix_id
+
+    @property
+    def max_length(self) -> int:
+        return self.model.max_seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"titan_peer-{self.model.tokenizer.vocab_size}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.model.tokenizer.encode_batch([string])[0]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        bos = [] if self.model.tokenizer.bos_id is None else [self.model.tokenizer.bos_id]
+        pairs = [
+            (context if context[:1] == bos else bos + context, continuation) for _, context, continuation in requests
+        ]
+        scores = self.model.log_likelihoods(pairs)
+        for (texts, _, _), score in zip(requests, scores):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            pairs += [make_disjoint_window(window) for window in windows]
+            owners += [i] * (len(pairs) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self.model.log_likelihoods(pairs)):
+            totals[owner] += score
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        params = [self._sampling(request.args[1]) for request in requests]
+        texts = self.model.complete([request.args[0] for request in requests], params)
+        for request, text in zip(requests, texts):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _sampling(self, settings: dict[str, Any]) -> SamplingParams:
+        temperature = settings.get("temperature") if settings.get("do_sample") else 0.0
+        return self.model.sampling(
+            settings.get("max_gen_toks"), temperature, settings.get("top_p"), settings.get("until")
+        )
+
+
+@contextmanager
+def _quiet_in_a_log() -> Iterator[None]:
+    """lm_eval's progress bars belong on a terminal; its bootstrap must not fork a process that trains."""
+    with ExitStack() as stack:
+        stack.enter_context(environment(DISABLE_MULTIPROC="1"))
+        if not sys.stderr.isatty():
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+def _task_manager(names: Sequence[str], tasks_path: str) -> TaskManager:
+    """One that knows the names; lm_eval's own 15,000 task files, which take many seconds, are read only if need be."""
+    paths = [str(BUNDLED_TASKS), *([tasks_path] if tasks_path else [])]
+    local = TaskManager(include_path=paths, include_defaults=False)
+    if all(local.match_tasks([name]) for name in names):
+        return local
+    return TaskManager(include_path=paths)
+
+
+class LMEvalTask:
+    """One lm_eval task or group.
+
+    Raises:
+        UserError: lm_eval is not installed, or knows no such task.
+    """
+
+    kind = "tasks"
+
+    def __init__(self, name: str, manager: TaskManager, limit: int = -1) -> None:
+        self.name, self.manager, self.limit = name, manager, limit
+        if not manager.match_tasks([name]):
+            import difflib
+
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4)
+            raise UserError(f"tasks: lm_eval has no task {name!r}; the nearest names: {', '.join(near)}")
+
+    def run(self, model: LanguageModel, records: Path | None = None) -> Result:
+        """Run it.
+
+        Args:
+            records: folder for every sample's prompt, answer and scores (JSON lines).
+        """
+        loaded = self.manager.load(self.manager.match_tasks([self.name]))
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+        with _quiet_in_a_log():
+            report = lm_eval.evaluate(
+                TitanPeerLM(model),
+                loaded,
+                limit=None if self.limit == -1 else self.limit,
+                bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+                log_samples=records is not None,
+            )
+        if records is not None:
+            records.mkdir(parents=True, exist_ok=True)
+            for task, samples in report["samples"].items():
+                lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
+                (records / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return Result(self.kind, self.name, dict(_metrics(report, self.name)), _num_samples(report))
+
+
+def _metrics(report: dict[str, Any], name: str) -> Sequence[tuple[str, float]]:
+    """lm_eval names a metric "acc,none" for the filter "none", the usual one; here "acc"."""
+    found = []
+    for task, values in (report.get("groups") or report["results"]).items():
+        for key, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and "," in key:
+                metric, _, filter_name = key.partition(",")
+                metric += "" if filter_name == "none" else f" ({filter_name})"
+                found.append((metric if task == name else f"{task} {metric}", float(value)))
+    return found
+
+
+def _num_samples(report: dict[str, Any]) -> int:
+    return sum(counts["effective"] for counts in report.get("n-samples", {}).values())
+
+
+def tasks(names: Sequence[str], *, limit: int = -1, tasks_path: str = "") -> list[LMEvalTask]:
+    """The tasks of these names.
+
+    Args:
+        tasks_path: folder of further task files (YAML).
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _task_manager(names, tasks_path)
+    return [LMEvalTask(name, manager, limit) for name in names]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

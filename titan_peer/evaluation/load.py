@@ -1,0 +1,53 @@
+"""A checkpoint as a model to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.config import JobConfig
+from titan_peer.errors import UserError
+from titan_peer.evaluation.language_model import LanguageModel
+from titan_peer.generate import Generator
+from titan_peer.parallelize import compute_dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device = {name}: must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device = {name}: there is no CUDA device here; use cpu")
+    return device
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which matmuls of float32 weights are computed in `dtype`."""
+    return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
+
+
+def load_language_model(
+    checkpoint: str | Path, *, device: str, batch_size: int, max_new_tokens: int, precision: str = "auto"
+) -> tuple[LanguageModel, JobConfig]:
+    """Open `<dump_folder>/checkpoint/step-N`: the model, and the job that trained it.
+
+    Args:
+        precision: as training.mixed_precision_param: auto, bfloat16 or float32.
+    Raises:
+        UserError: the folder is no sound checkpoint, or there is no such device.
+    """
+    place = choose_device(device)
+    model, job, tokenizer = load_model_for_inference(checkpoint, device=place)
+    generator = Generator(model, tokenizer, max_batch_size=batch_size, compile=False)
+    context = autocast(place, compute_dtype(precision, place))
+    return LanguageModel(generator, max_new_tokens, batch_size, context), job

@@ -1,0 +1,282 @@
+"""OpenAI evals (the `evals` package) on our models: the model as a completion function, and the package's evals as
+evaluations of ours.
+
+The package builds an API client when it is imported, which asks for a key; none is ever used, so any word will do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_peer.errors import UserError
+from titan_peer.evaluation.batching import RequestBatcher
+from titan_peer.evaluation.environment import environment
+from titan_peer.evaluation.language_model import LanguageModel
+from titan_peer.evaluation.results import Result
+from titan_peer.generate import SamplingParams
+
+INSTALL = "pip install 'titan_peer[evals]' && pip install --no-deps evals"
+PREFIX = "titan_peer/"
+# A completion that goes on with the next turn of the conversation has answered.
+_TURNS = ("\nUser:", "\nSystem:", "\nAssistant:")
+# With more different answers than this over its samples, an eval is not taken for a multiple-choice one.
+_MAX_CHOICES = 10
+_SEED = 20220722  # oaieval's own default
+_MATCH = "evals.elsuite.basic.match:Match"
+_MULTIPLE_CHOICE = "evals.elsuite.multiple_choice:MultipleChoice"
+
+
+@contextmanager
+def _package(batch_size: int = 1) -> Iterator[Any]:
+    """The imported `evals`, with what it reads from the environment: a key, threads, and progress on terminals only."""
+    settings = {
+        "OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY") or "unused",
+        "EVALS_THREADS": str(batch_size),
+        "EVALS_SHOW_EVAL_PROGRESS": "1" if sys.stderr.isatty() else "",
+    }
+    with environment(**settings):
+        try:
+            import evals.cli.oaieval
+        except ImportError as error:
+            raise UserError(f"OpenAI evals cannot be imported ({error}); install them with: {INSTALL}") from None
+        yield evals
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model as a completion function
+
+
+class _Request(NamedTuple):
+    prompt: str
+    params: SamplingParams
+    choices: tuple[str, ...]
+
+
+class Completion:
+    """A completion function's answer, in the package's interface (`CompletionResult`)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get_completions(self) -> list[str]:
+        return [self.text]
+
+
+class ModelCompletionFn:
+    """`evals.api.CompletionFn` on a model: evals call it from many threads, it answers in batches.
+
+    A chat prompt is written out as the package does for models without chat ("User: ...", "Assistant:"). Sampling is
+    greedy unless the eval asks for a temperature. White space around prompt and completion is dropped, because where a
+    tokenizer puts the space between them is none of the eval's business.
+
+    Args:
+        choices: if given, the answer is the most probable of these by log-likelihood; "letters" takes the letters that
+            the prompt offers as "A) ...".
+    """
+
+    def __init__(self, model: LanguageModel, choices: Sequence[str] | str = ()) -> None:
+        self.model, self.choices = model, choices
+        self._batcher = RequestBatcher(self._answer_all, model.batch_size)
+
+    def __enter__(self) -> ModelCompletionFn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._batcher.close()
+
+    def __call__(self, prompt: Any, **kwargs: Any) -> Completion:
+        from evals.prompt.base import CompletionPrompt, is_chat_prompt
+        from evals.record import record_sampling
+
+        text = prompt.to_formatted_prompt() if hasattr(prompt, "to_formatted_prompt") else prompt
+        stop = kwargs.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if is_chat_prompt(text):
+            text = CompletionPrompt(text).to_formatted_prompt()
+            stop += _TURNS
+        params = self.model.sampling(kwargs.get("max_tokens"), kwargs.get("temperature"), kwargs.get("top_p"), stop)
+        request = _Request(text.rstrip(), params, self._choices_of(text))
+        answer = self._batcher(request)
+        record_sampling(prompt=text, sampled=answer, choices=list(request.choices))
+        return Completion(answer)
+
+    def _choices_of(self, prompt: str) -> tuple[str, ...]:
+        if self.choices == "letters":
+            return tuple(dict.fromkeys(re.findall(r"^([A-Z])\) ", prompt, re.M)))
+        return tuple(self.choices)
+
+    def _answer_all(self, requests: list[_Request]) -> list[str]:
+        free = [request for request in requests if not request.choices]
+        texts = iter(self.model.complete([r.prompt for r in free], [r.params for r in free]))
+        chosen = iter(self._most_probable([request for request in requests if request.choices]))
+        return [next(chosen) if request.choices else next(texts).strip() for request in requests]
+
+    def _most_probable(self, requests: Sequence[_Request]) -> list[str]:
+        if not requests:
+            return []
+        pairs = [(request.prompt, f" {choice}") for request in requests for choice in request.choices]
+        scores = iter(self.model.log_likelihoods(pairs))
+        likelihoods = [{choice: next(scores)[0] for choice in request.choices} for request in requests]
+        return [max(of_request, key=lambda choice: of_request[choice]) for of_request in likelihoods]
+
+
+class CheckpointCompletionFn(ModelCompletionFn):
+    """What `oaieval titan_peer/<checkpoint>` makes: a completion function on a checkpoint.
+
+    Args: (those after `checkpoint` by `oaieval --completion_args name=value,...`)
+        checkpoint: folder `<dump_folder>/checkpoint/step-N`.
+        choices: answers to choose from by log-likelihood, separated by "/"; or "letters".
+        device, batch_size, max_new_tokens: as for `titan-peer eval`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str = "auto",
+        batch_size: int | str = 16,
+        max_new_tokens: int | str = 32,
+        choices: str = "",
+        registry: Any = None,
+    ) -> None:
+        from titan_peer.evaluation.load import load_language_model
+
+        model, _ = load_language_model(
+            checkpoint, device=device, batch_size=int(batch_size), max_new_tokens=int(max_new_tokens)
+        )
+        super().__init__(model, choices if choices == "letters" else [c for c in choices.split("/") if c])
+
+
+def write_registry(folder: Path, checkpoint: Path) -> Path:
+    """Make the checkpoint known to `oaieval` as `titan_peer/<checkpoint>`, by a registry file in `folder`.
+
+    Registries are looked for in `~/.evals` and in `oaieval --registry_path`. Earlier entries of the file are kept.
+    """
+    import yaml
+
+    file = folder / "completion_fns" / "titan_peer.yaml"
+    entries: dict[str, Any] = {}
+    if file.exists():
+        entries = yaml.safe_load(file.read_text()) or {}
+    name = PREFIX + checkpoint.as_posix().strip("/")
+    class_path = f"{CheckpointCompletionFn.__module__}:{CheckpointCompletionFn.__qualname__}"
+    entries[name] = {"class": class_path, "args": {"checkpoint": str(checkpoint.resolve())}}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(entries))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The package's evals as evaluations
+
+
+@functools.cache
+def _registry(path: str) -> Any:
+    """The package's registry and that of the folder `path`, if any; its 460 files take seconds to read."""
+    from evals.registry import Registry
+
+    registry = Registry()
+    if path:
+        registry.add_registry_paths([path])
+    return registry
+
+
+class OpenAIEval:
+    """One eval of the registry, such as test-match.
+
+    Raises:
+        UserError: the package is not installed, or has no eval of this name.
+    """
+
+    kind = "evals"
+
+    def __init__(self, name: str, *, limit: int = -1, registry_path: str = "") -> None:
+        self.name, self.limit, self.registry_path = name, limit, registry_path
+        with _package():
+            registry = _registry(self.registry_path)
+            if registry.get_eval(name) is None:
+                import difflib
+
+                near = difflib.get_close_matches(name, registry._evals, n=3, cutoff=0.4)
+                raise UserError(f"evals: no eval {name!r} in the registry; the nearest names: {', '.join(near)}")
+
+    def run(self, model: LanguageModel, records: Path | None = None) -> Result:
+        """Run it by generation and, where its answers are a small closed set, also by log-likelihood.
+
+        Args:
+            records: folder for every sample's prompt, answer and verdict (JSON lines).
+        """
+        with tempfile.TemporaryDirectory() as scratch, _package(model.batch_size):
+            folder = Path(scratch) if records is None else records
+            folder.mkdir(parents=True, exist_ok=True)
+            report, samples = self._report(ModelCompletionFn(model), folder / f"{self.name}.jsonl")
+            metrics = dict(_numbers(report))
+            if choices := self._closed_answers():
+                by_likelihood = ModelCompletionFn(model, choices)
+                report, _ = self._report(by_likelihood, folder / f"{self.name}.log_likelihood.jsonl")
+                metrics |= {f"{key}_by_log_likelihood": value for key, value in _numbers(report) if key == "accuracy"}
+        return Result(self.kind, self.name, metrics, samples)
+
+    def _report(self, completion_fn: ModelCompletionFn, record_file: Path) -> tuple[Mapping[str, Any], int]:
+        """The eval's final report, and its number of samples; what `oaieval` does, without leaving its recorder behind."""
+        from evals.base import RunSpec
+        from evals.eval import set_max_samples
+        from evals.record import LocalRecorder
+
+        registry = _registry(self.registry_path)
+        spec = registry.get_eval(self.name)
+        base_eval, split = spec.key.split(".")[:2]
+        config = {"eval_spec": spec, "seed": _SEED, "max_samples": self.limit}
+        recorder = LocalRecorder(str(record_file), RunSpec([PREFIX], spec.key, base_eval, split, config, created_by=""))
+        evaluation = registry.get_class(spec)(
+            completion_fns=[completion_fn],
+            seed=_SEED,
+            name=spec.key,
+            eval_registry_path=spec.registry_path,
+            registry=registry,
+        )
+        set_max_samples(None if self.limit == -1 else self.limit)
+        try:
+            with completion_fn:
+                report = evaluation.run(recorder)
+            recorder.flush_events()
+            recorder.record_final_report(report)
+        finally:
+            set_max_samples(None)
+            atexit.unregister(recorder.flush_events)
+        events = (json.loads(line) for line in record_file.read_text().splitlines())
+        return report, len({event["sample_id"] for event in events if event.get("sample_id")})
+
+    def _closed_answers(self) -> Sequence[str] | str:
+        """What to choose from by log-likelihood, or nothing for an eval with open answers."""
+        from evals.data import get_jsonl
+
+        spec = _registry(self.registry_path).get_eval(self.name)
+        if spec.cls == _MULTIPLE_CHOICE:
+            return "letters"
+        if spec.cls != _MATCH:
+            return ()
+        samples = spec.args["samples_jsonl"]
+        path = samples if Path(samples).is_file() else spec.registry_path / "data" / samples
+        ideals = (sample["ideal"] for sample in get_jsonl(str(path)))
+        answers = list(dict.fromkeys(ideal[0] if isinstance(ideal, list) else ideal for ideal in ideals))
+        return answers if 2 <= len(answers) <= _MAX_CHOICES and all(answers) else ()
+
+
+def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in report.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # the package's own spelling of "bootstrap"
+            yield key.replace("boostrap", "bootstrap"), float(value)
