@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ablate": ("titan_peer.ablate", "train variants of a job under equal conditions and say which is best"),
     "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
     "eval": ("titan_peer.evaluation.command", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
+    "generate": ("titan_peer.generate_command", "complete prompts with a checkpoint, or talk with it"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The forward pass with the latent cache: the model's own blocks, with attention that reads what it has cached.
+"""The forward pass with the latent cache: the model's own blocks, with attention that reads what is cached.
 
 MLA has two forms that give the same (arXiv 2405.04434, section 2.1.2). Expanded: the latents become keys and values of every
 head; the least work when many new tokens share that cost (prefill). Absorbed: the heads' queries are mapped into the
@@ -18,6 +18,13 @@ from titan_peer.latent_cache import CacheStep, LatentCache
 from titan_peer.model import MLA, Block, Experts, Transformer
 from titan_peer.ops import peer_experts
 from titan_peer.ops.attention import causal_attention
+from titan_peer.ops.latent_attention import (
+    FlashMLASchedule,
+    attend_to_latents,
+    flash_mla_attention,
+    flash_mla_schedule,
+    flash_mla_unavailable_reason,
+)
 
 logger = logging.getLogger("titan_peer")
 
@@ -32,18 +39,31 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, *, compile: bool) -> None:
-        self.model = model
+        self.model, self.compile = model, compile
         self.device = model.tok_embeddings.weight.device
         self.decode_block = torch.compile(_block) if compile else _block
+        mla = model.args.mla
+        shape = (mla.kv_lora_rank, mla.qk_rope_head_dim)
+        self.no_flash_mla = flash_mla_unavailable_reason(self.device, self.cache_dtype(), *shape)
         for module in model.modules():
             if isinstance(module, Experts) and module.expert_down.device != self.device:
                 module.forward = partial(_experts_at_home, module)  # type: ignore[method-assign]
 
-    def new_cache(self, num_blocks: int) -> LatentCache:
-        dtype = self.model.layers[0].attention.wkv_a.weight.dtype  # type: ignore[union-attr]
+    def cache_dtype(self) -> torch.dtype:
+        """That of the latents the model makes."""
         if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
-        return LatentCache(self.model.args, num_blocks, self.device, dtype)  # type: ignore[arg-type]
+            return torch.get_autocast_dtype(self.device.type)
+        return self.model.tok_embeddings.weight.dtype
+
+    def new_cache(self, num_blocks: int) -> LatentCache:
+        return LatentCache(self.model.args, num_blocks, self.device, self.cache_dtype())
+
+    def report(self) -> str:
+        """One line: which path serves attention in the decode step, and why not FlashMLA."""
+        if self.no_flash_mla is None:
+            return "decode attention: FlashMLA"
+        how = "compiled" if self.compile else "not compiled"
+        return f"decode attention: PyTorch, absorbed form, {how} ({self.no_flash_mla})"
 
     def whole(self, tokens: Tensor) -> Tensor:
         """Run whole sequences without a cache: int64 [B, S] -> [B, S, D], normed; padding belongs on the right."""
@@ -64,24 +84,38 @@ class Decoder:
         """
         model = self.model
         form = form or ("absorbed" if tokens.shape[1] == 1 else "expanded")
-        block_forward = self.decode_block if form == "absorbed" else _block
+        block_forward, schedule = _block, None
+        if form == "absorbed":
+            block_forward = self.decode_block
+            # for one new token a sequence: FlashMLA's causal mask takes the new tokens to be the last, padding is not
+            if tokens.shape[1] == 1 and self.no_flash_mla is None and cache.dtype == torch.bfloat16:
+                schedule = flash_mla_schedule(step.lengths, model.args.mla.n_heads)
         rope = model.rope[step.positions]  # [B, S, 2, qk_rope_head_dim / 2]
         x = model.tok_embeddings(tokens)
         for block, pool in zip(model.layers, cache.layers):
             assert isinstance(block, Block)
-            x = block_forward(block, x, rope, pool, step, form, model.shared_experts)
+            x = block_forward(block, x, rope, pool, step, form, schedule, model.shared_experts)
         return model.norm(x)
 
 
 def _block(
-    block: Block, x: Tensor, rope: Tensor, pool: Tensor, step: CacheStep, form: Form, shared_experts: Experts | None
+    block: Block,
+    x: Tensor,
+    rope: Tensor,
+    pool: Tensor,
+    step: CacheStep,
+    form: Form,
+    schedule: FlashMLASchedule | None,
+    shared_experts: Experts | None,
 ) -> Tensor:
     """`Block.forward` with cached attention: x [B, S, D] -> [B, S, D]."""
-    x = x + _attention(block.attention, block.attention_norm(x), rope, pool, step, form)
+    x = x + _attention(block.attention, block.attention_norm(x), rope, pool, step, form, schedule)
     return block.after_attention(x, shared_experts)
 
 
-def _attention(mla: MLA, x: Tensor, rope: Tensor, pool: Tensor, step: CacheStep, form: Form) -> Tensor:
+def _attention(
+    mla: MLA, x: Tensor, rope: Tensor, pool: Tensor, step: CacheStep, form: Form, schedule: FlashMLASchedule | None
+) -> Tensor:
     """`MLA.forward` over the cached tokens and the new ones: x [B, S, D] -> [B, S, D]; writes the new latents."""
     q_nope, q_rope = mla.queries(x, rope)
     latent, k_rope = mla.latents(x, rope)
@@ -90,6 +124,9 @@ def _attention(mla: MLA, x: Tensor, rope: Tensor, pool: Tensor, step: CacheStep,
 
     if form == "absorbed":
         q = mla.absorbed_queries(q_nope, q_rope)
+        if schedule is not None:
+            attended = flash_mla_attention(q, pool, step.block_table, step.lengths, schedule, mla.softmax_scale)
+            return mla.absorbed_output(attended)
         cached = pool[step.block_table].flatten(1, 2).to(q.dtype)  # [B, L, kv_lora_rank + qk_rope_head_dim]
         return mla.absorbed_output(attend_to_latents(q, cached, step.mask, mla.softmax_scale, mla.kv_lora_rank))
 
@@ -100,26 +137,6 @@ def _attention(mla: MLA, x: Tensor, rope: Tensor, pool: Tensor, step: CacheStep,
     q = torch.cat([q_nope, q_rope], dim=-1)
     out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), step.mask, mla.softmax_scale)
     return mla.wo(out.transpose(1, 2).flatten(2))
-
-
-def attend_to_latents(q: Tensor, cached: Tensor, mask: Tensor | None, scale: float, kv_lora_rank: int) -> Tensor:
-    """Attention of all heads to one shared key/value head, the latents.
-
-    Args:
-        q: [B, S, H, kv_lora_rank + qk_rope_head_dim], absorbed queries.
-        cached: [B, L, kv_lora_rank + qk_rope_head_dim].
-        mask: bool [B, 1, S, L], or None for causal with S = 1 or L tokens that end with the S new ones.
-    Returns:
-        [B, S, H, kv_lora_rank], weighted sums of latents.
-    """
-    S, H = q.shape[1:3]
-    if mask is None:
-        L = cached.shape[1]
-        mask = torch.ones(S, L, dtype=torch.bool, device=q.device).tril()[None, None]
-    scores = (q.flatten(1, 2) @ cached.transpose(1, 2)).float() * scale  # [B, S * H, L]
-    scores = scores.unflatten(1, (S, H)).masked_fill(~mask.transpose(1, 2), float("-inf"))
-    weights = scores.softmax(dim=-1).to(q.dtype).flatten(1, 2)
-    return (weights @ cached[..., :kv_lora_rank]).unflatten(1, (S, H))
 
 
 def _experts_at_home(module: Experts, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:

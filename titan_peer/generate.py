@@ -6,6 +6,7 @@ cache. Requests of different lengths run in one batch; one that ends gives its p
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from titan_peer.sampling import Sampler, SamplingParams
 from titan_peer.text_stream import TextStream
 
 Prompt = str | Sequence[int]
+logger = logging.getLogger("titan_peer")
+
 _PREFILL_TOKENS = 8192  # of all sequences together that are run at a time
 _LOGIT_ELEMENTS = 1 << 26  # logits that exist at a time in log_likelihoods: 256 MiB
 
@@ -127,6 +130,7 @@ class Generator:
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
         self.device = model.tok_embeddings.weight.device
         self.decoder = Decoder(model, compile=self.device.type == "cuda" if compile is None else compile)
+        logger.info(self.decoder.report())
 
     # ---- completions
 

@@ -8,7 +8,7 @@ any lengths share one pool, start and end at any time, and leave at most 63 plac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class LatentCache:
         self._free = list(range(num_blocks, _SCRATCH, -1))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
+
+    @property
     def free_blocks(self) -> int:
         return len(self._free)
 
@@ -57,8 +61,7 @@ class LatentCache:
         self._free.extend(reversed(blocks))
 
 
-@dataclass(frozen=True)
-class CacheStep:
+class CacheStep(NamedTuple):
     """Where the new tokens of one forward pass go and what each of them sees. B sequences, S new tokens at most."""
 
     positions: Tensor  # int64 [B, S], of the new tokens in their sequences
