@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
     "eval": ("titan_peer.evaluation.command", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
     "generate": ("titan_peer.generate_command", "complete prompts with a checkpoint, or talk with it"),
+    "export": ("titan_peer.export", "write a checkpoint as a folder that transformers loads"),
+    "import": ("titan_peer.import_model", "make a checkpoint of an exported folder"),
 }
 
 

@@ -1,0 +1,306 @@
+"""Exported models in transformers: same logits, same text with its own cache; and back again. The `generate` command."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import flip_a_bit
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from titan_peer import cli
+from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.config import load_config
+from titan_peer.export import export_checkpoint
+from titan_peer.generate import Generator, SamplingParams
+from titan_peer.import_model import import_model
+from titan_peer.parallelize import init_world
+from titan_peer.train import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = f"""
+--job.config_file {ROOT}/train_configs/debug_model.toml --compile.enable false --validation.enable false
+--training.mixed_precision_param float32 --training.gc_freq 0 --training.seq_len 64 --training.local_batch_size 2
+--training.steps 4 --model.dim 64 --model.n_layers 3 --model.init_std 0.1 --optimizer.lr 1e-2
+--model.mla.rope_factor 4.0 --model.mla.original_seq_len 128 --model.mla.mscale 0.8
+""".split()
+VARIANTS = {
+    "two axes": "--model.peer.num_experts 1024 --model.peer.product_key_dim 32 32 --model.n_dense_layers 1",
+    "three axes": """--model.peer.num_experts 240 --model.peer.product_key_dim 4 6 10 --model.peer.query_dim 96
+        --model.peer.expert_hidden_size 2 --model.peer.query_norm rms --model.peer.share_experts true
+        --model.peer.norm_query true --model.peer.norm_keys true --model.peer.keys_per_head false
+        --model.peer.gates sigmoid --model.peer.activation silu --model.tie_embeddings true --model.mla.q_lora_rank 24
+        --model.mla.v_head_dim 80 --model.tokenizer_path byte""",
+}
+TEXTS = ["In the beginning", "def f(x):\n    return", "¿Qué? 東京 🙂 <|end_of_text|>"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_the_repository_root():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    config = load_config([*JOB, *VARIANTS[request.param].split(), "--job.dump_folder", str(folder)])
+    assert Trainer(config, init_world(config.parallelism)).train() == 0
+    return folder / "checkpoint/step-4"
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "export"
+    export_checkpoint(checkpoint, folder, max_shard_bytes=300_000, license_name="bsd-3-clause")
+    return folder
+
+
+def in_transformers(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def test_transformers_computes_our_logits(checkpoint: Path, exported: Path) -> None:
+    ours, _, _ = load_model_for_inference(checkpoint)
+    theirs = in_transformers(exported)
+    tokens = torch.randint(ours.args.vocab_size, (2, 150))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_on_either_side_changes_no_logit(exported: Path) -> None:
+    model = in_transformers(exported)
+    tokens, pad = torch.randint(200, (1, 20)), torch.zeros(1, 7, dtype=torch.long)
+    with torch.no_grad():
+        alone = model(tokens).logits
+        for left in (True, False):
+            mask = torch.cat([pad, torch.ones_like(tokens)] if left else [torch.ones_like(tokens), pad], dim=1)
+            padded = model(torch.cat([pad, tokens] if left else [tokens, pad], dim=1), attention_mask=mask).logits
+            torch.testing.assert_close(padded[:, 7:] if left else padded[:, :-7], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_generates_our_greedy_text_with_its_cache(checkpoint: Path, exported: Path) -> None:
+    model, _, tokenizer = load_model_for_inference(checkpoint)
+    params = SamplingParams(max_new_tokens=60, temperature=0)
+    wanted = Generator(model, tokenizer).generate(TEXTS, params)
+    theirs, their_tokenizer = in_transformers(exported), AutoTokenizer.from_pretrained(exported, padding_side="left")
+    their_tokenizer.pad_token = their_tokenizer.eos_token
+    inputs = their_tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+    for use_cache in (True, False):
+        out = theirs.generate(**inputs, max_new_tokens=60, do_sample=False, use_cache=use_cache)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        for row, completion in zip(new, wanted):
+            assert row[: len(completion.token_ids)].tolist() == completion.token_ids
+            text = their_tokenizer.decode(row[: len(completion.token_ids)], skip_special_tokens=True)
+            assert text == completion.text
+
+
+def test_the_exported_tokenizer_gives_our_ids(checkpoint: Path, exported: Path) -> None:
+    _, _, ours = load_model_for_inference(checkpoint)
+    theirs = AutoTokenizer.from_pretrained(exported)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode_batch([text])[0]]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_the_cache_of_the_exported_model_holds_latents_only(exported: Path) -> None:
+    model = in_transformers(exported)
+    with torch.no_grad():
+        cache = model(torch.randint(200, (2, 10)), use_cache=True).past_key_values
+    mla, n_layers = model.config.mla, model.config.n_layers
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert numbers == 2 * 10 * n_layers * (mla["kv_lora_rank"] + mla["qk_rope_head_dim"])
+
+
+def test_large_models_are_written_in_shards_with_an_index(exported: Path) -> None:
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    files = sorted(exported.glob("*.safetensors"))
+    assert len(files) > 2 and {path.name for path in files} == set(index.values())
+    for path in files:
+        tensors = load_file(path)
+        assert all(index[name] == path.name for name in tensors)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 300_000
+
+
+def test_import_gives_back_every_number_and_training_goes_on(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    back = import_model(exported, tmp_path / "back")
+    assert back == tmp_path / "back/checkpoint/step-4"
+    ours, _, _ = load_model_for_inference(checkpoint)
+    again, _, _ = load_model_for_inference(back)
+    assert ours.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+    config = load_config(["--job.config_file", str(tmp_path / "back/config.toml"), "--training.steps", "6"])
+    job = Trainer(config, init_world(config.parallelism))
+    assert job.step == 4
+    assert job.train() == 0 and job.step == 6
+
+
+@pytest.mark.parametrize("table_dtype", ["int8", "float8_e4m3"])
+def test_quantised_tables_stay_near_in_a_quarter_of_the_space(
+    checkpoint: Path, exported: Path, table_dtype: str, tmp_path: Path
+) -> None:
+    export_checkpoint(checkpoint, tmp_path / "small", table_dtype=table_dtype)  # type: ignore[arg-type]
+    weights = load_file(tmp_path / "small/model.safetensors")
+    exact, small = in_transformers(exported), in_transformers(tmp_path / "small")
+    error = 1 / 127 if table_dtype == "int8" else 2**-3  # of a row's largest element; of each element
+    for name, table in exact.state_dict().items():
+        if "expert_" in name:
+            assert weights[name].itemsize == 1 and small.state_dict()[name].dtype == weights[name].dtype
+            assert weights[f"{name}_scale"].numel() * 64 == table.numel()
+    tokens = torch.randint(200, (1, 40))
+    with torch.no_grad():
+        difference = (small(tokens).logits - exact(tokens).logits).norm() / exact(tokens).logits.norm()
+    assert 0 < difference < error
+
+    back, _, _ = load_model_for_inference(import_model(tmp_path / "small", tmp_path / "back"))
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens), small(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoint/step-4")
+    records = [
+        {"step": 2, "validation_loss": 5.0},
+        {"step": 4, "validation_loss": 4.25, "loss": 3.0},
+        {"step": 4, "evaluation/tasks/copy/acc": 0.75, "expert_usage/layer_1/used": 0.5},
+        {"step": 6, "validation_loss": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "va')
+    export_checkpoint(run / "checkpoint/step-4", tmp_path / "export", license_name="mit")
+    card = (tmp_path / "export/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "\nlicense: mit\n" in card
+    assert "- **Tokens**: 512" in card and "- **Step**: 4 of 4" in card
+    assert "| validation_loss | 4.25 | 4 |" in card
+    assert "| evaluation/tasks/copy/acc | 0.75 | 4 |" in card and "| expert_usage/layer_1/used | 0.5 | 4 |" in card
+
+
+# ---- damaged and foreign input
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert cli.main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture
+def broken(exported: Path, tmp_path: Path) -> Path:
+    """A copy of an export, to be damaged."""
+    return Path(shutil.copytree(exported, tmp_path / "broken"))
+
+
+def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "step-4"))
+    data = next(copy.glob("*.distcp"))
+    flip_a_bit(data)
+    message = failure(capsys, "export", "--checkpoint", copy, "--output", tmp_path / "out")
+    assert "damaged" in message and data.name in message and "CRC-32" in message
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out*")) == []
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, capsys) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/pytorch_model.bin").write_bytes(b"x")
+    for command in (["export", "--output", tmp_path / "out"], ["generate", "--prompt", "x"]):
+        message = failure(capsys, *command, "--checkpoint", tmp_path / "foreign")
+        assert "foreign: has no train_state.json" in message
+        assert "is not there" in failure(capsys, *command, "--checkpoint", tmp_path / "nowhere")
+
+
+def test_nothing_is_written_over(checkpoint: Path, exported: Path, capsys) -> None:
+    message = failure(capsys, "export", "--checkpoint", checkpoint, "--output", exported)
+    assert "exists already" in message
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_damaged_export_is_refused_with_the_file(
+    broken: Path, damage: str, manifest: bool, tmp_path: Path, capsys
+) -> None:
+    file = sorted(broken.glob("*.safetensors"))[1]
+    if damage == "bit":
+        flip_a_bit(file, at=0.9 if manifest else 0.0)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.unlink()
+    if not manifest:  # a copy that came another way, without our list of sizes and checksums
+        (broken / "manifest.json").unlink()
+    message = failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
+    assert file.name in message
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_foreign_or_inconsistent_export_is_refused_with_the_reason(broken: Path, tmp_path: Path, capsys) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "manifest.json").unlink()
+
+    def message(**changes: object) -> str:
+        (broken / "config.json").write_text(json.dumps(config | changes))
+        return failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
+
+    assert "config.json: model_type = 'llama': must be 'titan_peer'" in message(model_type="llama")
+    assert "config.json: dim = 65" in message(dim=65)
+    (broken / "config.json").write_text("{")
+    assert "config.json: cannot be read" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
+    (broken / "config.json").unlink()
+    assert "config.json: is not there" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
+
+
+# ---- the generate command
+
+
+def test_generate_writes_the_text_to_standard_output_and_the_rest_to_standard_error(checkpoint: Path) -> None:
+    model, _, tokenizer = load_model_for_inference(checkpoint)
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=1)
+    (wanted,) = Generator(model, tokenizer).generate([TEXTS[0]], params)
+    words = ["generate", "--checkpoint", checkpoint, "--prompt", TEXTS[0], "--max-new-tokens", 12]
+    words += ["--temperature", 0.8, "--top-p", 0.95, "--seed", 1]
+    done = subprocess.run([sys.executable, "-m", "titan_peer.cli", *map(str, words)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == wanted.text + "\n"
+    assert b"tokens in" in done.stderr and b"decode attention: PyTorch" in done.stderr
+
+
+def test_several_prompts_come_out_in_order_and_as_json(checkpoint: Path, capsys) -> None:
+    model, _, tokenizer = load_model_for_inference(checkpoint)
+    wanted = Generator(model, tokenizer).generate(TEXTS, SamplingParams(max_new_tokens=9, temperature=0))
+    prompts = [word for text in TEXTS for word in ("--prompt", text)]
+    words = ["generate", "--checkpoint", str(checkpoint), *prompts, "--max-new-tokens", "9", "--temperature", "0"]
+    assert cli.main([*words, "--tables", "mapped"]) == 0
+    assert capsys.readouterr().out == "".join(completion.text + "\n" for completion in wanted)
+    assert cli.main([*words, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["token_ids"] for line in lines] == [completion.token_ids for completion in wanted]
+    assert [line["prompt"] for line in lines] == TEXTS
+
+
+def test_a_conversation_keeps_its_context_until_told_to_forget(checkpoint: Path, capsys, monkeypatch) -> None:
+    model, _, tokenizer = load_model_for_inference(checkpoint)
+    generator, params = Generator(model, tokenizer), SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True)
+    first = generator.encode("Hello")
+    (reply,) = generator.generate([first], params)
+    (second,) = generator.generate([[*first, *reply.token_ids, *tokenizer.encode_batch([" again"])[0]]], params)
+    typed = "Hello\n again\n/new\nHello\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    words = ["generate", "--checkpoint", str(checkpoint), "--interactive", "--max-new-tokens", "5"]
+    assert cli.main([*words, "--temperature", "0", "--ignore-eos"]) == 0
+    assert capsys.readouterr().out == f"{reply.text}\n{second.text}\n{reply.text}\n"
+
+
+def test_impossible_requests_are_refused_before_the_model_is_loaded(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    anywhere = ["generate", "--checkpoint", tmp_path]
+    assert "temperature = -1.0: must be" in failure(capsys, *anywhere, "--prompt", "x", "--temperature", "-1")
+    assert "--num-samples 0: must be at least 1" in failure(capsys, *anywhere, "--prompt", "x", "--num-samples", "0")
+    assert "--interactive: goes with none of" in failure(capsys, *anywhere, "--prompt", "x", "--interactive")

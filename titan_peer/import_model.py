@@ -1,0 +1,165 @@
+"""`titan-peer import`: an exported folder as a checkpoint that decoding, evaluation and training take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from titan_peer.checkpoint import Checkpointer
+from titan_peer.checkpoint_files import CONFIG, MANIFEST, TRAIN_STATE, DamagedCheckpointError, mismatch, verify
+from titan_peer.config import JobConfig, load_config
+from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.errors import UserError
+from titan_peer.export import CONFIG_JSON, INDEX, is_table, transformers_config
+from titan_peer.model import Transformer, rope_table
+from titan_peer.optimizer import Optimizers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there; give a folder that titan-peer export wrote") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).is_file():
+        return [folder / "model.safetensors"]
+    names = _read_json(folder / INDEX).get("weight_map", {}).values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an exported folder; quantised tables as float32.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError("import needs safetensors; install it with: pip install 'titan_peer[export]'") from None
+    weights: dict[str, Tensor] = {}
+    for path in tqdm(_weight_files(folder), desc="reading weights", unit="file"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+        except FileNotFoundError:
+            raise UserError(f"{path}: is not there") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: is not a whole safetensors file: {error}") from None
+    for name in [n for n in weights if n.endswith("_scale") and is_table(n.removesuffix("_scale"))]:
+        table, scale = name.removesuffix("_scale"), weights.pop(name)
+        codes = weights[table]
+        codes = codes.view(torch.float8_e4m3fn) if codes.dtype == torch.uint8 else codes
+        weights[table] = codes.float() * scale[..., None]
+    return weights
+
+
+def read_job(folder: Path) -> JobConfig:
+    """The job that trained an exported model.
+
+    Raises:
+        UserError: the folder is no export of ours, or its config.toml and config.json describe different models.
+    """
+    config = _read_json(folder / CONFIG_JSON)
+    if config.get("model_type") != "titan_peer":
+        raise UserError(
+            f"{folder / CONFIG_JSON}: model_type = {config.get('model_type')!r}: must be 'titan_peer'; models of other "
+            "architectures cannot be imported"
+        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG}: is not there; give a folder that titan-peer export wrote")
+    job = load_config(["--job.config_file", str(folder / CONFIG)])
+    job.model.tokenizer_path = str(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(job.model.tokenizer_path)
+    wanted = transformers_config(job.model, tokenizer, config.get("dtype", ""), config.get("table_dtype", "float"))  # type: ignore[arg-type]
+    for key in ("vocab_size", "dim", "n_layers", "mla", "peer", "peer_layers"):
+        if config.get(key) != wanted[key]:
+            raise UserError(
+                f"{folder / CONFIG_JSON}: {key} = {config.get(key)!r}, but {folder / CONFIG} says {wanted[key]!r}"
+            )
+    return job
+
+
+def import_model(folder: Path, output: Path) -> Path:
+    """Make the run folder `output` with a checkpoint of an exported model; returns the checkpoint.
+
+    Training goes on from it with the optimizer's moments at zero; the random numbers are those of a new run.
+
+    Raises:
+        UserError: the export is damaged or foreign, or the output exists.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--input {folder}: is no folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists already; give a new folder")
+    job = read_job(folder)
+    if (folder / MANIFEST).is_file():
+        try:
+            verify(folder)
+        except DamagedCheckpointError as damage:
+            raise UserError(f"{folder}: the export is damaged: {damage}") from None
+    weights, state = read_weights(folder), _read_json(folder / TRAIN_STATE)
+
+    with torch.device("meta"):
+        model = Transformer(job.model)
+    if job.model.tie_embeddings and "tok_embeddings.weight" in weights:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unknown = sorted(shapes.keys() - wanted.keys())
+    problem = f"{unknown[0]}: the model has no such tensor" if unknown else mismatch(wanted, shapes)
+    if problem is not None:
+        raise UserError(f"{folder}: {problem}; the weights are not those of {CONFIG_JSON}")
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    if job.model.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.rope = rope_table(job.model.mla, job.model.max_seq_len)
+
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = output / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copyfile(folder / "tokenizer.json", tokenizer / "tokenizer.json")
+    job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
+    (output / CONFIG).write_text(job.to_toml())
+    return Checkpointer(job, model, Optimizers(model, job.optimizer)).save(state["step"], state)
+
+
+_DESCRIPTION = """Make a checkpoint, in a run folder of its own, of a folder that titan-peer export wrote.
+
+Examples:
+  titan-peer import --input debug_model_export --output outputs/imported
+  titan-peer generate --checkpoint outputs/imported/checkpoint/step-80 --prompt "In the beginning"
+  ./run_train.sh --job.config_file outputs/imported/config.toml --training.steps 100"""
+
+
+@dataclass
+class ImportArgs:
+    """What the command is told."""
+
+    input: Path
+    """A folder that titan-peer export wrote."""
+    output: Path
+    """A new run folder (job.dump_folder)."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    args = tyro.cli(ImportArgs, args=list(words), prog="titan-peer import", description=_DESCRIPTION)
+    print(import_model(args.input, args.output))
+    return 0
