@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("titan_peer.generate_command", "complete prompts with a checkpoint, or talk with it"),
     "export": ("titan_peer.export", "write a checkpoint as a folder that transformers loads"),
     "import": ("titan_peer.import_model", "make a checkpoint of an exported folder"),
+    "tune": ("titan_peer.tune", "measure how the GPU kernels of a job are best launched, and keep the result"),
 }
 
 

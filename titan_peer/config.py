@@ -94,6 +94,9 @@ class Optimizer:
     """Storage of the moments of expert tables (rowwise only); bfloat16 is written with stochastic rounding."""
     expert_second_moment: Literal["element", "row"] = "element"
     """element: one second moment a weight; row: one an expert's table row (rowwise only)."""
+    table_gradient: Literal["sorted", "atomic", "fastest"] = "sorted"
+    """How GPU kernels sum dense gradients of expert tables and sub-keys. sorted: each row once, in one order, repeatable;
+    atomic: as the pairs come; fastest: what `titan-peer tune` measured to be faster, sorted without such a measurement."""
 
 
 @dataclass
@@ -577,6 +580,11 @@ def check(config: JobConfig) -> None:
         require(
             bool(named), "evaluation.enable", "needs evaluation.evals, evaluation.tasks or [[evaluation.perplexity]]"
         )
+    require(
+        config.optimizer.table_gradient == "sorted" or not config.debug.deterministic,
+        "optimizer.table_gradient",
+        'must be "sorted" with debug.deterministic = true',
+    )
     if config.optimizer.expert_update == "dense":
         for key in ("expert_moment_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)

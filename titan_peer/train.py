@@ -34,7 +34,7 @@ from titan_peer.heartbeat import Heartbeat
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
 from titan_peer.model import Transformer
 from titan_peer.model_size import model_size
-from titan_peer.ops import backend_report
+from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, learning_rate_factor
@@ -112,6 +112,7 @@ class Trainer:
         seed = self.config.debug.seed
         torch.manual_seed(seed)
         random.seed(seed)
+        set_table_gradient(self.config.optimizer.table_gradient)
         if self.config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

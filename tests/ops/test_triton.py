@@ -5,8 +5,13 @@ Sizes are small because the interpreter takes milliseconds a program; they are d
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,21 +233,44 @@ RETRIEVALS = [
 ]
 
 
+@pytest.fixture
+def tensor_core_products() -> Iterator[None]:
+    """Allows TF32, which is exact for float32 numbers that bfloat16 could hold; without it float32 goes by stored scores."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def like_bfloat16(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16().float()
+
+
 @pytest.mark.parametrize(("T", "H", "sizes", "Q", "k"), RETRIEVALS)
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.usefixtures("tensor_core_products")
 def test_retrieval_equals_the_reference(T: int, H: int, sizes: list[int], Q: int, k: int, shared: bool) -> None:
-    queries = torch.randn(T, H, Q)
-    sub_keys = [torch.randn(1 if shared else H, n, Q // len(sizes)) for n in sizes]
+    queries = like_bfloat16(T, H, Q)
+    sub_keys = [like_bfloat16(1 if shared else H, n, Q // len(sizes)) for n in sizes]
+    check_retrieval(queries, sub_keys, k)
+
+
+def test_retrieval_in_full_float32_equals_the_reference() -> None:
+    check_retrieval(torch.randn(6, 2, 32), [torch.randn(2, 70, 16) for _ in range(2)], 9)
+
+
+def check_retrieval(queries: Tensor, sub_keys: list[Tensor], k: int) -> None:
     values, indices = kernels.retrieve_forward(queries, sub_keys, k)
     expected, expected_indices = reference.retrieve_forward(queries.double(), [s.double() for s in sub_keys], k)
     torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(indices, expected_indices)
-    dvalues = torch.randn(T, H, k)
+    dvalues = torch.randn(*indices.shape)
     ours = kernels.retrieve_backward(dvalues, indices, queries, sub_keys)
     theirs = reference.retrieve_backward(dvalues, indices, queries, sub_keys)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("tensor_core_products")
 def test_retrieval_of_equal_scores_gives_different_experts() -> None:
     queries, keys = torch.ones(3, 1, 8), [torch.ones(1, 65, 4), torch.ones(1, 65, 4)]
     values, indices = kernels.retrieve_forward(queries, keys, 9)
@@ -250,6 +278,7 @@ def test_retrieval_of_equal_scores_gives_different_experts() -> None:
     assert all(len(set(row)) == 9 and min(row) >= 0 and max(row) < 65 * 65 for row in indices.flatten(0, 1).tolist())
 
 
+@pytest.mark.usefixtures("tensor_core_products")
 def test_retrieval_does_not_hide_scores_that_are_not_numbers() -> None:
     queries, keys = torch.randn(2, 1, 8), [torch.randn(1, 65, 4) for _ in range(2)]
     queries[1] = float("nan")
@@ -293,6 +322,7 @@ def everything(x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tens
     return [y, z, dx, dgates, dz, hidden, ddown, dup, norm, *state, values, chosen, dqueries, *dkeys]
 
 
+@pytest.mark.usefixtures("tensor_core_products")
 def test_a_step_repeats_bit_for_bit() -> None:
     arguments = inputs(5, 4, 40, 1, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(everything(*arguments), everything(*arguments)))
@@ -308,8 +338,24 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("tensor_core_products")
 def test_a_step_never_waits_for_the_device() -> None:
     arguments = inputs(2, 3, 40, 1, 32, 32)
     everything(*arguments)  # tables of candidate ranks are copied to the device once
     with NoWaiting():
         everything(*arguments)
+
+
+def test_kernels_compile_for_an_h100_with_wide_loads_and_without_spilling(tmp_path: Path) -> None:
+    """The compiler needs no GPU. Rows of tables go in 16-byte accesses; nothing is spilled to memory."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_for_gpu.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) == 13
+    for kernel, made in results.items():
+        assert made["spilled"] == 0 and made["registers"] <= 168, (kernel, made)
+        if kernel not in ("mark_runs", "best_combinations"):
+            assert 128 in made["widths"]["ld"], (kernel, made)
+    assert results["add_gradient"]["widths"]["red"] == [128]

@@ -289,10 +289,16 @@ def rowwise_adamw_(
 # ---- retrieval
 
 
-def _prefers_matmul(n: int, axis_dim: int, best: int, dtype: torch.dtype) -> bool:
-    """Whether an axis' scores are stored and searched by torch.topk instead: short lists, where there is little to save;
-    long ones of the best, which would not fit registers; wide keys, whose tiles would not fit shared memory."""
-    return best > 64 or n < 4 * best or axis_dim * dtype.itemsize > 1024
+def _by_matmul(variant: str, n: int, axis_dim: int, best: int, dtype: torch.dtype) -> bool:
+    """Whether an axis' scores are stored and searched by torch.topk. They have to where the best would not fit registers
+    or a tile of keys shared memory; by rule they are for short axes, where there is little to save, and for float32
+    products in full precision, which tensor cores do not have."""
+    if best > 64 or axis_dim * dtype.itemsize > 512:
+        return True
+    if variant:
+        return variant == "matmul"
+    full_precision = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return n < 4 * best or full_precision
 
 
 def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -347,16 +353,15 @@ def _combination_tables(sizes: tuple[int, ...], k: int, device: torch.device) ->
 def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> None:
     """The best of queries [T, H, Q_c] against keys [H or 1, n, Q_c] into values float32 and indices int32 [T, H, best]."""
     (T, H, axis_dim), n, best = queries.shape, keys.shape[1], values.shape[2]
-    p = tuning.problem("best_sub_keys", keys, best, 1, axis_dim)
-    launch = tuning.launch_for(p, queries.device)
-    by_matmul = _prefers_matmul(n, axis_dim, best, keys.dtype)
-    if launch.variant == "matmul" or by_matmul:
+    problem = tuning.problem("best_sub_keys", keys, best, 1, axis_dim)
+    launch = tuning.launch_for(problem, queries.device)
+    if _by_matmul(launch.variant, n, axis_dim, best, keys.dtype):
         _axis_topk_by_matmul(queries, keys, values, indices)
         return
     if T == 0:
         return
     keys = keys.contiguous()
-    exact = keys.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    full_precision = torch.get_float32_matmul_precision() == "highest"  # of float32 keys: slow, but what was asked for
     with torch.cuda.device_of(queries):
         retrieval.best_sub_keys[(triton.cdiv(T, launch.block), H)](
             queries,
@@ -374,8 +379,7 @@ def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -
             BLOCK_T=launch.block,
             BLOCK_N=64,
             BLOCK_Q=max(16, _power_of_2(axis_dim)),
-            # three TF32 products have float32's accuracy; its own multiply-adds would not fit the registers
-            PRECISION="tf32x3" if exact else "tf32",
+            PRECISION="tf32x3" if full_precision else "tf32",
             WIDEN=tuning.INTERPRETED,
             num_warps=launch.num_warps,
         )

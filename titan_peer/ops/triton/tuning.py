@@ -10,6 +10,8 @@ import functools
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +60,7 @@ class Launch:
     num_stages: int = 1
     """Iterations whose loads are in flight (experts_*): above 1 the compiler copies ahead into shared memory."""
     variant: str = ""
-    """table_gradient: sorted or atomic; best_sub_keys: tiles or matmul. Empty: by rule."""
+    """table_gradient: sorted or atomic; best_sub_keys: tiles or matmul. Empty: the launcher's rule."""
 
 
 def problem(kernel: str, table: Tensor, K: int, E: int, D: int) -> Problem:
@@ -113,7 +115,34 @@ def by_rule(p: Problem) -> Launch:
     return Launch(block, max(1, min(8, width // 256)))
 
 
+def candidates(p: Problem) -> list[Launch]:
+    """What a tuning run tries: around the rule's launch, and the other ways to do it."""
+    rule = by_rule(p)
+    if p.kernel == "best_sub_keys":
+        tiles = ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8))
+        return [Launch(1, 1, variant="matmul"), *(Launch(*tile, variant="tiles") for tile in tiles)]
+    blocks = sorted({max(1, rule.block // 2), rule.block, rule.block * 2})
+    warps = sorted({max(1, rule.num_warps // 2), rule.num_warps, min(16, rule.num_warps * 2)})
+    if p.kernel.startswith("experts_"):
+        return [Launch(b, w, stages) for b in blocks for w in warps for stages in (1, 2)]
+    if p.kernel == "table_gradient":
+        return [Launch(1, 4, variant="atomic"), *(Launch(b, w, variant="sorted") for b in blocks for w in warps)]
+    return [Launch(b, w) for b in blocks for w in warps]
+
+
 # ---- from the tuning file
+
+_forced: dict[Problem, Launch] = {}
+
+
+@contextmanager
+def forced(p: Problem, launch: Launch) -> Iterator[None]:
+    """Launch a problem so, whatever the rule or the tuning file say."""
+    _forced[p] = launch
+    try:
+        yield
+    finally:
+        del _forced[p]
 
 
 def tuning_file() -> Path:
@@ -147,7 +176,7 @@ def _tuned(device: torch.device) -> dict[str, Launch]:
 
 
 def launch_for(p: Problem, device: torch.device) -> Launch:
-    return _tuned(device).get(str(p)) or _cached_rule(p)
+    return _forced.get(p) or _tuned(device).get(str(p)) or _cached_rule(p)
 
 
 _cached_rule = functools.lru_cache(maxsize=256)(by_rule)
