@@ -5,6 +5,7 @@
 #   CONFIG_FILE    the same as --job.config_file        (the argument wins)
 #   LOG_RANK       local ranks whose output is shown    (default: 0)
 #   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        several machines; start this script on each
+#   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES without them
 #   PYTHON         the interpreter                      (default: python)
 set -euo pipefail
 
@@ -22,6 +23,10 @@ if [[ -z ${NGPU:-} ]]; then
 fi
 if [[ -n ${CONFIG_FILE:-} ]]; then set -- --job.config_file "${CONFIG_FILE}" "$@"; fi
 
+if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
+    # A dry run: one process plays rank 0 of all.
+    RANK=0 WORLD_SIZE=$((NGPU * NNODES)) exec "${PYTHON}" -m titan_peer.train "$@"
+fi
 if ((NGPU == 1 && NNODES == 1)); then
     # One process needs no rendezvous: signals and exit status are its own.
     exec "${PYTHON}" -m titan_peer.train "$@"

@@ -48,7 +48,9 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
         contexts = _keep_chosen_ops if config.mode == "selective_op" else _keep_nothing
         if not compiled:
             contexts = partial(_with_buffers_kept, contexts, block)
-        model.layers[i] = checkpoint_wrapper(block, context_fn=contexts, preserve_rng_state=True)
+        # the compiler takes contexts that choose operations, and no others
+        options: dict[str, Any] = {} if compiled and config.mode != "selective_op" else {"context_fn": contexts}
+        model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=True, **options)
 
 
 def _keep_nothing() -> Contexts:

@@ -16,6 +16,8 @@ from titan_peer.errors import UserError
 # command: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
+    "estimate": ("titan_peer.estimate", "the memory a process of a job will take"),
+    "analyze": ("titan_peer.analyze", "parameters, FLOPs, cache and memory of a job's model, by layer and component"),
     "ablate": ("titan_peer.ablate", "train variants of a job under equal conditions and say which is best"),
     "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
     "eval": ("titan_peer.evaluation.command", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),

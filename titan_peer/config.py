@@ -219,6 +219,15 @@ class Parallelism:
 
 
 @dataclass
+class Comm:
+    """Communication between processes."""
+
+    mode: Literal["default", "fake_backend"] = "default"
+    """default: train; fake_backend: one process plays rank 0 of as many as were asked for (NGPU x NNODES), makes one step
+    without data, devices or weights, and prints the memory and the communication it would take."""
+
+
+@dataclass
 class ActivationCheckpoint:
     """Recompute activations in the backward pass instead of keeping them."""
 
@@ -308,6 +317,7 @@ class JobConfig:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    comm: Comm = field(default_factory=Comm)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     float8: Float8 = field(default_factory=Float8)

@@ -230,7 +230,7 @@ class Optimizers:
         """Sum the tables' gradients over the processes that hold the same experts. Call once a step, before clipping."""
         if self.expert_mesh is None:
             return
-        group = self.expert_mesh["expert_replica"].get_group()
+        group = self.expert_mesh.get_group("expert_replica")
         if self.collectors and self._replicas > 1:
             exchange_row_gradients(self.collectors, group, compact=self._parts > 1)
         elif not self.collectors and self._replicas > 1:
@@ -285,7 +285,7 @@ class Optimizers:
         if self.experts:
             of_tables = torch.stack([torch.zeros((), device=device), *table_squares]).sum()
             if self._parts > 1 and self.expert_mesh is not None:
-                dist.all_reduce(of_tables, group=self.expert_mesh["ep"].get_group())
+                dist.all_reduce(of_tables, group=self.expert_mesh.get_group("ep"))
             square = square + of_tables
         norm = square.sqrt()
         row_clip: Tensor | float = row_scale

@@ -55,7 +55,10 @@ def init_world(parallelism: Parallelism) -> World:
     Raises:
         UserError: the parallel degrees do not fit the number of processes.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():  # the fake processes of a dry run
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     expert = parallelism.expert_parallel_degree
     if shard == -1:
@@ -76,7 +79,8 @@ def init_world(parallelism: Parallelism) -> World:
     if world_size == 1:
         return World(rank, world_size, device, None, None)
     timeout = datetime.timedelta(seconds=parallelism.timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
     expert_shape = (world_size // expert, expert)
     expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("expert_replica", "ep"))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_peer import __version__
+from titan_peer import __version__, dry_run
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
@@ -39,6 +39,7 @@ from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, learning_rate_factor
 from titan_peer.parallelize import World, compute_dtype, init_world, parallelize
+from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.sharded_init import sharded_init
 
 logger = logging.getLogger("titan_peer")
@@ -66,8 +67,8 @@ class Trainer:
         self._make_reproducible()
 
         self.tokenizer = load_tokenizer(config.model.tokenizer_path)
-        self._settle_vocabulary()
-        self._settle_batch_size()
+        resolve_vocabulary(config.model, self.tokenizer.vocab_size)
+        self.accumulation_steps = resolve_batch(training, world.world_size)
         self.loader = self._training_loader()
         self.validation_loader = self._validation_loader() if config.validation.enable else None
         self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
@@ -116,29 +117,6 @@ class Trainer:
         if self.config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-
-    def _settle_vocabulary(self) -> None:
-        model, known = self.config.model, self.tokenizer.vocab_size
-        if model.vocab_size == 0:
-            model.vocab_size = known
-        elif model.vocab_size < known:
-            raise UserError(
-                f"model.vocab_size = {model.vocab_size}: the tokenizer {model.tokenizer_path} has {known} entries; "
-                "give at least that many, or 0 to take the tokenizer's"
-            )
-
-    def _settle_batch_size(self) -> None:
-        training = self.config.training
-        sequences = training.local_batch_size * self.world.world_size
-        if training.global_batch_size == -1:
-            training.global_batch_size = sequences
-        if training.global_batch_size % sequences:
-            raise UserError(
-                f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
-                f"training.local_batch_size x data-parallel degree = {training.local_batch_size} x "
-                f"{self.world.world_size} = {sequences}"
-            )
-        self.accumulation_steps = training.global_batch_size // sequences
 
     def _training_loader(self) -> Any:
         training = self.config.training
@@ -443,6 +421,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.job.print_config:
             if is_first:
                 print(config.to_toml(), end="")
+            return 0
+        if config.comm.mode == "fake_backend":
+            if is_first:
+                print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         return Trainer(config, init_world(config.parallelism)).train()
     except UserError as error:

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from titan_peer.errors import UserError
-from titan_peer.ops import reference
+from titan_peer.ops import reference, shapes
 
 logger = logging.getLogger("titan_peer")
 
@@ -62,7 +63,9 @@ def backend_report(device: torch.device) -> str:
 
 
 def backend_for(*tensors: Tensor) -> ModuleType:
-    """The module whose functions serve these tensors; float64 always takes the reference."""
+    """The module whose functions serve these tensors; float64 always takes the reference, a dry run's fake tensors shapes."""
+    if any(isinstance(t, FakeTensor) for t in tensors):
+        return shapes
     if any(t.dtype == torch.float64 for t in tensors):
         return reference
     return _choose(tensors[0].device.type)[0]

@@ -20,11 +20,16 @@ from titan_peer.ops.sorted_pairs import SortedPairs
 _collectors: weakref.WeakValueDictionary[int, RowGradients] = weakref.WeakValueDictionary()
 
 
+def _memory_of(table: Tensor) -> int:
+    return table.untyped_storage()._cdata
+
+
 class RowGradients:
     """The factored gradient of one pair of tables in one optimizer step.
 
-    Several `record`s before a `clear` (micro-batches, layers that share the tables) add up. The collector is found by the
-    address of expert_down's memory, because autograd and compilers hand the backward pass new tensor objects.
+    Several `record`s before a `clear` (micro-batches, layers that share the tables) add up. The collector is found by
+    expert_down's storage, because autograd and compilers hand the backward pass new tensor objects; fake tensors have
+    storages too.
 
     Args:
         expert_down: [N, E, D]
@@ -39,7 +44,7 @@ class RowGradients:
         self._replacement: tuple[Tensor, ...] | None = None
         self._sorted: SortedPairs | None = None
         self.num_tokens = 0
-        _collectors[expert_down.data_ptr()] = self
+        _collectors[_memory_of(expert_down)] = self
 
     @staticmethod
     def of(expert_down: Tensor) -> RowGradients:
@@ -48,13 +53,18 @@ class RowGradients:
         Raises:
             RuntimeError: the table has none.
         """
-        collector = _collectors.get(expert_down.data_ptr())
+        collector = RowGradients.find(expert_down)
         if collector is None:
             raise RuntimeError(
                 "peer_experts(rowwise=True): these tables have no RowGradients; create one and keep it alive, "
                 "as titan_peer.optimizer.RowwiseAdamW does"
             )
         return collector
+
+    @staticmethod
+    def find(expert_down: Tensor) -> RowGradients | None:
+        """The collector of a table, or None."""
+        return _collectors.get(_memory_of(expert_down))
 
     @property
     def is_empty(self) -> bool:
