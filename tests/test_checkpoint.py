@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import time
 from copy import deepcopy as copy_of
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.config import load_config
@@ -21,7 +25,7 @@ SMALL = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--c
 SMALL += ["--validation.enable", "false", "--training.mixed_precision_param", "float32", "--training.gc_freq", "0"]
 SMALL += ["--training.seq_len", "64", "--training.local_batch_size", "2", "--metrics.log_freq", "1"]
 SMALL += ["--model.dim", "64", "--model.n_layers", "2", "--model.peer.num_experts", "1024"]
-SMALL += ["--model.peer.product_key_dim", "32", "32", "--training.steps", "4", "--checkpoint.interval", "2"]
+SMALL += ["--model.peer.product_key_dim", "32", "32", "--training.steps", "6", "--checkpoint.interval", "2"]
 
 
 def trainer(dump_folder: Path, *arguments: object) -> Trainer:
@@ -57,12 +61,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 @pytest.fixture(scope="module")
 def checkpoint(trained: Trainer) -> Path:
-    return trained.checkpointer.folder / "step-4"
+    return trained.checkpointer.folder / "step-6"
 
 
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint, tmp_path / "step-4"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "step-6"))
 
 
 def trained_logits(job: Trainer) -> torch.Tensor:
@@ -137,7 +141,7 @@ def test_a_foreign_folder_is_an_error_that_says_what_is_wanted(trained, tmp_path
         load_model_for_inference(tmp_path)
     with pytest.raises(UserError, match="is not there"):
         load_model_for_inference(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"the newest in it is .*step-4"):
+    with pytest.raises(UserError, match=r"the newest in it is .*step-6"):
         load_model_for_inference(trained.dump_folder)
 
 
@@ -157,3 +161,159 @@ def test_an_index_that_asks_for_code_is_refused(copy):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"asks for builtins\.print"):
         load_model_for_inference(copy)
+
+
+# ---- saved and resumed
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read by the library's own converter instead of our reader."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp_to_torch_save(checkpoint, f"{folder}/all.pt")
+        return torch.load(f"{folder}/all.pt", weights_only=True)
+
+
+@pytest.fixture
+def straight(trained: Trainer) -> Path:
+    return trained.dump_folder
+
+
+def test_an_asynchronous_save_holds_the_state_of_its_step_not_of_a_later_one(straight, tmp_path, monkeypatch):
+    """Also where copying takes longer than the whole next forward and backward pass."""
+    stage = DefaultStager.stage
+
+    def stage_late(self, state_dict, **kwargs):
+        time.sleep(0.5)
+        return stage(self, state_dict, **kwargs)
+
+    monkeypatch.setattr(DefaultStager, "stage", stage_late)
+    trainer(tmp_path, "--checkpoint.async_mode", "async").train()
+    assert steps(tmp_path) == ["step-2", "step-4", "step-6"]
+    assert losses(tmp_path) == losses(straight)
+    for step in ("step-2", "step-4", "step-6"):
+        saved, expected = tensors_of(tmp_path / "checkpoint" / step), tensors_of(straight / "checkpoint" / step)
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], expected[name]) for name in saved), step
+
+
+def test_the_newest_k_and_every_nth_checkpoint_stay(tmp_path):
+    settings = ["--checkpoint.interval", 1, "--training.steps", 7]
+    trainer(tmp_path, *settings, "--checkpoint.keep_latest_k", 2, "--checkpoint.keep_every_n_steps", 3).train()
+    assert steps(tmp_path) == ["step-3", "step-6", "step-7"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no manifest"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(straight, tmp_path, damage, caplog):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    path = tensor_file(tmp_path / "checkpoint/step-6")
+    if damage == "flipped bit":
+        flip_a_bit(path, at=0.9)
+    elif damage == "truncated":
+        with path.open("r+b") as file:
+            file.truncate(1000)
+    else:
+        path = path if damage == "missing" else tmp_path / "checkpoint/step-6/manifest.json"
+        path.unlink()
+    caplog.set_level("INFO", logger="titan_peer")
+    job = trainer(tmp_path, "--checkpoint.keep_latest_k", 1)
+    assert job.step == 4
+    assert any(r.levelname == "ERROR" and str(path) in r.message for r in caplog.records)
+    assert "step-6.damaged" in steps(tmp_path)
+    job.train()
+    assert losses(tmp_path) == losses(straight)
+    assert steps(tmp_path) == ["step-6", "step-6.damaged"]  # the damaged one does not count as the newest
+
+
+def test_no_sound_checkpoint_stops_the_job_and_changes_nothing(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint/step-6")
+    flip_a_bit(tensor_file(tmp_path / "checkpoint/step-6"))
+    with pytest.raises(UserError, match="no sound checkpoint among step-6"):
+        trainer(tmp_path)
+    assert steps(tmp_path) == ["step-6"]
+
+
+def test_going_back_to_an_older_step_sets_the_newer_ones_aside(straight, tmp_path, monkeypatch):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    back = ["--checkpoint.load_step", 2, "--training.steps", 5]
+    assert trainer(tmp_path, *back).train() == 0
+    assert steps(tmp_path) == ["step-2", "step-4", "step-4.superseded", "step-5", "step-6.superseded"]
+    # a restart by torchrun repeats the command, and must not go back again
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert trainer(tmp_path, *back).step == 5
+
+
+def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(straight):
+    with pytest.raises(UserError, match=r"checkpoint.load_step = 3: .* has the steps \[2, 4, 6\]"):
+        trainer(straight, "--checkpoint.load_step", 3)
+
+
+def test_a_model_only_checkpoint_at_the_end_is_small_and_opens_for_inference(straight, tmp_path):
+    settings = ["--checkpoint.last_save_model_only", "true", "--checkpoint.export_dtype", "bfloat16"]
+    job = trainer(tmp_path, *settings)
+    job.train()
+    folder = tmp_path / "checkpoint/step-6"
+    full = tensors_of(straight / "checkpoint/step-6")
+    exported = tensors_of(folder)
+    assert set(exported) == {name for name in full if name.startswith("model.")}
+    for name, tensor in exported.items():
+        is_buffer = name.endswith(("running_mean", "running_var"))
+        assert torch.equal(tensor, full[name] if is_buffer else full[name].bfloat16()), name
+    model = load_model_for_inference(folder, dtype=torch.bfloat16, mmap_tables=True)[0]
+    with torch.no_grad():
+        assert model(torch.arange(48).view(2, 24)).isfinite().all()
+    # the same command again has nothing to do; more steps need the optimizer's state
+    assert trainer(tmp_path, *settings).train() == 0
+    with pytest.raises(UserError, match=r"holds only the model .* --checkpoint.initial_load_path"):
+        trainer(tmp_path, "--training.steps", 9)
+
+
+def test_a_job_starts_from_another_jobs_model(straight, tmp_path):
+    source = straight / "checkpoint/step-4"
+    job = trainer(tmp_path, "--checkpoint.initial_load_path", source)
+    assert (job.step, job.loader.sequences_seen) == (0, 0)
+    saved = tensors_of(source)
+    for name, tensor in job.model.state_dict().items():
+        assert torch.equal(tensor, saved[f"model.{name}"]), name
+    assert all(not state.any() for name, state in job.optimizers.named_state())
+    job.train()
+    # once it has checkpoints of its own, they are what it resumes from
+    assert trainer(tmp_path, "--checkpoint.initial_load_path", source).step == 6
+
+
+def test_a_job_continues_another_jobs_training_elsewhere(straight, tmp_path):
+    source = straight / "checkpoint/step-4"
+    settings = ["--checkpoint.initial_load_path", source, "--checkpoint.initial_load_model_only", "false"]
+    trainer(tmp_path, *settings).train()
+    assert losses(tmp_path) == {step: loss for step, loss in losses(straight).items() if step > 4}
+
+
+def test_what_is_excluded_from_loading_stays_as_it_was_made(straight, tmp_path):
+    source = straight / "checkpoint/step-4"
+    settings = ["--checkpoint.initial_load_path", source, "--checkpoint.initial_load_model_only", "false"]
+    exclude = ["--checkpoint.exclude_from_loading", "optimizer", "dataloader", "model.output.*"]
+    job, fresh = trainer(tmp_path / "a", *settings, *exclude), trainer(tmp_path / "b")
+    assert (job.step, job.loader.sequences_seen) == (4, 0)
+    assert all(not state.any() for _, state in job.optimizers.named_state())
+    assert torch.equal(job.model.output.weight, fresh.model.output.weight)
+    assert torch.equal(job.model.tok_embeddings.weight, tensors_of(source)["model.tok_embeddings.weight"])
+    with pytest.raises(UserError, match="exclude_from_loading: 'optimiser' matches nothing; allowed: model, optimizer"):
+        trainer(tmp_path / "c", *settings, "--checkpoint.exclude_from_loading", "optimiser")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(straight, tmp_path):
+    with pytest.raises(
+        UserError, match=r"sub_keys.1: the job wants shape \[4, 64, 64\], the checkpoint has shape \[4, 32, 64\]"
+    ):
+        trainer(
+            tmp_path, "--checkpoint.initial_load_path", straight / "checkpoint/step-4", "--model.peer.num_experts", 2048,
+            "--model.peer.product_key_dim", 32, 64,
+        )  # fmt: skip

@@ -1,27 +1,27 @@
-"""Save, find, verify, load and retain checkpoints; open one for inference.
+"""The checkpoints of a job: save, verify, load, retain; and open one for inference.
 
-A checkpoint is written under a hidden name and renamed when all of it is on disk, so `step-N` is complete or not there.
-A load verifies the manifest first. Only tensors are stored, and the one pickled file of the format is read by an unpickler
-that knows nothing but that format's own types (checkpoint_files.py).
+`step-N` is complete or not there (checkpoint_saving.py), a load verifies it first, and reading one runs no code of its own
+(checkpoint_files.py).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
-import re
-import shutil
-import warnings
+import os
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_peer.checkpoint_files import (
@@ -30,17 +30,15 @@ from titan_peer.checkpoint_files import (
     TRAIN_STATE,
     DamagedCheckpointError,
     SafeReader,
-    manifest_entries,
     map_tensor,
-    mismatch,
+    read_tensors,
     read_tokenizer_files,
     saved_steps,
     stored_shapes,
     stored_tokenizer_path,
-    sync,
     verify,
-    write_manifest,
 )
+from titan_peer.checkpoint_saving import BackgroundSave, CheckpointSaveError, Ranks, drop_old, write_checkpoint
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
@@ -49,130 +47,270 @@ from titan_peer.optimizer import Optimizers
 
 logger = logging.getLogger("titan_peer")
 
-_PARTIAL_FOLDER = re.compile(r"\.step-\d+\.partial")
-
 
 class Checkpointer:
-    """The checkpoints of one job."""
+    """The checkpoints of one job: when to wait, what to keep, where to start from.
+
+    Args:
+        job: settled, as it is to be stored in every checkpoint.
+        model, optimizers: on this process; saved from and loaded into.
+    Raises:
+        UserError: the folder of the checkpoints cannot be written.
+    """
 
     def __init__(self, job: JobConfig, model: nn.Module, optimizers: Optimizers) -> None:
-        self.folder = Path(job.job.dump_folder) / job.checkpoint.folder
-        self.keep_latest_k = job.checkpoint.keep_latest_k
+        self.job, self.settings = job, job.checkpoint
+        self.folder = Path(job.job.dump_folder) / self.settings.folder
         self.model, self.optimizers = model, optimizers
-        self._job_toml = job.to_toml()
+        self._background = BackgroundSave() if self.settings.async_mode == "async" else None
+        self._documents = {CONFIG: job.to_toml().encode()}
         # read now: the checkpoint must hold the tokenizer the job began with
-        self._tokenizer_files = read_tokenizer_files(job.model.tokenizer_path)
-        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        for name, content in read_tokenizer_files(job.model.tokenizer_path).items():
+            self._documents[f"{TOKENIZER}/{name}"] = content
+        self.saved_step = 0
+        """Of the newest checkpoint of this run that is complete, or of the one it resumed from; 0: none."""
+        self._newly_saved: list[tuple[int, Path]] = []
+        if self.settings.enable:
+            self._require_writable_folder()
 
-    def save(self, step: int, train_state: dict[str, Any]) -> Path:
-        """Write `step-N` whole or not at all, then drop the oldest beyond keep_latest_k. Called by every process."""
-        final, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
-        if self.is_first:
-            for leftover in (p for p in self.folder.glob(".step-*") if _PARTIAL_FOLDER.fullmatch(p.name)):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        self._wait_for_all()
-        with _without_single_process_warning():
-            dcp.save(
-                self._tensors(),
-                storage_writer=FileSystemWriter(partial, sync_files=False),
-                no_dist=not dist.is_initialized(),
-            )
-        if self.is_first:
-            (partial / TRAIN_STATE).write_text(json.dumps(train_state, indent=1))
-            (partial / CONFIG).write_text(self._job_toml)
-            if self._tokenizer_files:
-                (partial / TOKENIZER).mkdir()
-            for name, content in self._tokenizer_files.items():
-                (partial / TOKENIZER / name).write_bytes(content)
-            write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
-            if final.exists():  # a damaged one that a resume passed over
-                shutil.rmtree(final)
-            partial.rename(final)
-            sync(self.folder)
-            self._drop_old()
-        self._wait_for_all()
-        return final
+    @cached_property
+    def _ranks(self) -> Ranks:
+        return Ranks()
 
-    def load(self, load_step: int) -> dict[str, Any] | None:
-        """Load the checkpoint of `load_step` (-1: the newest sound one, 0: none) into model, optimizers and RNG.
+    def _require_writable_folder(self) -> None:
+        def write_something() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(b"?")
 
-        Returns:
-            The train_state it was saved with, or None when there is nothing to resume.
+        try:
+            self._ranks.all_do(write_something)
+        except CheckpointSaveError as error:
+            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
+
+    # ---- save
+
+    def save(self, step: int, train_state: dict[str, Any], *, wait: bool, model_only: bool = False) -> None:
+        """Save `step-N`, then drop old checkpoints. Called by every process between two steps.
+
+        With `checkpoint.async_mode = "async"` and `wait` false it returns when the copying has begun:
+        `wait_until_copied` must be called before parameters or optimizer state change.
+
+        Args:
+            wait: return when the checkpoint is on disk. Otherwise a failure is logged as an error and training goes on.
+            model_only: only the model, in checkpoint.export_dtype.
         Raises:
-            UserError: the step is not there, or no checkpoint in the folder is sound.
+            CheckpointSaveError: with `wait`, when it could not be written; on every process.
         """
-        steps = saved_steps(self.folder)
-        if load_step == 0 or (load_step == -1 and not steps):
-            return None
-        if load_step > 0 and load_step not in steps:
-            raise UserError(f"checkpoint.load_step = {load_step}: {self.folder} has the steps {steps}")
-        candidates = [load_step] if load_step > 0 else steps[::-1]
-        for step in candidates:
-            folder = self.folder / f"step-{step}"
+        start = time.perf_counter()
+        self.finish()
+        documents = dict(self._documents)
+        if model_only:
+            tensors = self._exported_model()
+            train_state = {**train_state, "model_only": True}
+        else:
+            tensors = self._tensors()
+        documents[TRAIN_STATE] = json.dumps(train_state, indent=1).encode()
+
+        def write(tensors: dict[str, Tensor]) -> None:
             try:
-                verify(folder)
-            except DamagedCheckpointError as damage:
-                logger.error("checkpoint %s is damaged and will not be used: %s", folder, damage)
-                continue
-            return self._load(folder)
-        raise UserError(
-            f"no sound checkpoint among {', '.join(f'step-{s}' for s in candidates)} in {self.folder}; remove them, "
-            "or start anew with --checkpoint.load_step 0"
-        )
+                folder = write_checkpoint(self.folder, step, tensors, documents, self._ranks)
+            except CheckpointSaveError as error:
+                if self._ranks.is_first:
+                    logger.error("the checkpoint of step %d could not be written: %s", step, error)
+                raise
+            self.saved_step = step
+            self._newly_saved.append((step, folder))
+            if self._ranks.is_first:
+                self._drop_old(step)
+                beside = "" if wait or self._background is None else " beside the training"
+                logger.info("saved %s in %.1f s%s", folder, time.perf_counter() - start, beside)
 
-    def _load(self, folder: Path) -> dict[str, Any]:
-        train_state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text())
-        tensors = self._tensors()
-        # Random states belong to a process; with other processes than at the save, those without one keep their seed.
-        stored = stored_shapes(SafeReader(folder))
-        tensors = {name: t for name, t in tensors.items() if name in stored or not name.startswith("rng.")}
-        _read_tensors(folder, tensors, "resume with the model and optimizer settings of the run that saved it")
-        for name, tensor in tensors.items():
-            if name.startswith("rng."):
-                _set_random_state(name, tensor)
-        return train_state
+        if self._background is not None and not wait:
+            self._background.start(tensors, self._buffers(), write)
+            return
+        try:
+            write(tensors)
+        except CheckpointSaveError:
+            if wait:
+                raise
 
-    def _tensors(self) -> dict[str, Any]:
-        tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(self.model).items()}
+    def wait_until_copied(self) -> None:
+        """Return when parameters and optimizer state may change: an asynchronous save has copied them."""
+        if self._background is not None:
+            self._background.wait_until_copied()
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for the asynchronous save that is running, if any; its failure has been logged.
+
+        Raises:
+            TimeoutError: it has not ended within `timeout` seconds.
+        """
+        if self._background is not None:
+            with suppress(CheckpointSaveError):
+                self._background.finish(timeout)
+
+    def newly_saved(self) -> list[tuple[int, Path]]:
+        """Step and folder of the checkpoints that have become complete since the last call."""
+        saved, self._newly_saved = self._newly_saved, []
+        return saved
+
+    def _drop_old(self, step: int) -> None:
+        try:
+            drop_old(self.folder, step, self.settings.keep_latest_k, self.settings.keep_every_n_steps)
+        except OSError as error:
+            logger.error("old checkpoints could not be removed: %s", error)
+
+    def _buffers(self) -> set[str]:
+        return {f"model.{name.replace(_CHECKPOINT_PREFIX, '')}" for name, _ in self.model.named_buffers()}
+
+    def _exported_model(self) -> dict[str, Tensor]:
+        dtype, buffers = getattr(torch, self.settings.export_dtype), self._buffers()
+        model = {name: tensor for name, tensor in self._tensors().items() if name.startswith("model.")}
+        return {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in model.items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(self.model).items()}
         tensors.update({f"optimizer.{name}": tensor for name, tensor in self.optimizers.named_state()})
         tensors.update(_random_states())
         return tensors
 
-    def _drop_old(self) -> None:
-        steps = saved_steps(self.folder)
-        for step in steps[: -self.keep_latest_k] if self.keep_latest_k else []:
-            # renamed first, so that a kill during removal leaves no half checkpoint under a visible name
-            doomed = self.folder / f".step-{step}.partial"
-            (self.folder / f"step-{step}").rename(doomed)
-            shutil.rmtree(doomed)
+    # ---- load
 
-    @staticmethod
-    def _wait_for_all() -> None:
-        if dist.is_initialized():
-            dist.barrier()
+    def load(self) -> dict[str, Any] | None:
+        """Load what the job starts from into model, optimizers and random states. Called by every process.
+
+        In this order: the step checkpoint.load_step of the job's own folder (-1: its newest sound checkpoint);
+        checkpoint.initial_load_path; nothing.
+
+        Returns:
+            The train_state it was saved with, less what checkpoint.exclude_from_loading names; None for a fresh start.
+        Raises:
+            UserError: the step is not there, no checkpoint is sound, or the checkpoint does not fit the job.
+        """
+        steps = self._ranks.first_does(lambda: saved_steps(self.folder))
+        load_step = self._load_step(steps)
+        if load_step > 0 and load_step not in steps:
+            raise UserError(f"checkpoint.load_step = {load_step}: {self.folder} has the steps {steps}")
+        if load_step != 0 and steps:
+            return self._load_own(steps, load_step)
+        state = self._load_initial() if self.settings.initial_load_path else None
+        self._set_aside([step for step in steps if step > (state or {}).get("step", 0)], "superseded")
+        return state
+
+    def _load_step(self, steps: list[int]) -> int:
+        """The step to load; where torchrun has restarted the job, a step that it began with is not gone back to."""
+        load_step, restarts = self.settings.load_step, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        return -1 if restarts and load_step >= 0 and max(steps, default=0) > load_step else load_step
+
+    def _load_own(self, steps: list[int], load_step: int) -> dict[str, Any]:
+        if self.settings.initial_load_path and self._ranks.is_first:
+            logger.info("checkpoint.initial_load_path is not used: %s has checkpoints", self.folder)
+        damaged = []
+        for step in [load_step] if load_step > 0 else steps[::-1]:
+            folder = self.folder / f"step-{step}"
+            damage = self._damage(folder)
+            if not damage:
+                break
+            damaged.append(step)
+            if self._ranks.is_first:
+                logger.error("checkpoint %s is damaged and will not be used: %s", folder, damage)
+        else:
+            names = ", ".join(f"step-{step}" for step in damaged)
+            raise UserError(
+                f"no sound checkpoint among {names} in {self.folder}: {damage}; choose another by checkpoint.load_step, "
+                "or start anew with --checkpoint.load_step 0"
+            )
+        chosen = load_step > 0
+        state = self._load(folder, excluded=self.settings.exclude_from_loading if chosen else [])
+        if state.get("model_only") and state["step"] < self.job.training.steps:
+            raise UserError(
+                f"{folder} holds only the model (checkpoint.last_save_model_only) and cannot be resumed; start from it with "
+                f"--checkpoint.initial_load_path {folder} in another job.dump_folder, or resume an earlier step with "
+                "--checkpoint.load_step"
+            )
+        self.saved_step = state.get("step", 0)
+        self._set_aside(damaged, "damaged")
+        if chosen:
+            self._set_aside([step for step in steps if step > state.get("step", 0)], "superseded")
+        return state
+
+    def _load_initial(self) -> dict[str, Any] | None:
+        folder = Path(self.settings.initial_load_path)
+        key = f"checkpoint.initial_load_path = {folder}"
+        require_checkpoint(folder, key)
+        if damage := self._damage(folder):
+            raise UserError(f"{key}: the checkpoint is damaged: {damage}")
+        model_only = self.settings.initial_load_model_only
+        state = self._load(folder, excluded=self.settings.exclude_from_loading, model_only=model_only)
+        if self._ranks.is_first:
+            logger.info("started from %s%s", folder, " (the model only)" if model_only else "")
+        if not model_only and state.get("model_only"):
+            raise UserError(f"{key}: holds only the model; needs checkpoint.initial_load_model_only = true")
+        return None if model_only else state
+
+    def _damage(self, folder: Path) -> str:
+        """What is wrong with a checkpoint's files, as all processes together find it; empty: nothing."""
+        try:
+            share = slice(self._ranks.rank, None, self._ranks.size)
+            verify(folder, share=share)
+            stored_shapes(SafeReader(folder))
+            damage = ""
+        except DamagedCheckpointError as error:
+            damage = str(error)
+        return next(filter(None, self._ranks.all_do(lambda: damage)), "")
+
+    def _load(self, folder: Path, *, excluded: list[str], model_only: bool = False) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text())
+        stored = stored_shapes(SafeReader(folder))
+        tensors = self._tensors()
+        if model_only or state.get("model_only"):
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        # Random states belong to a process; with other processes than at the save, those without one keep their seed.
+        tensors = {name: t for name, t in tensors.items() if name in stored or not name.startswith("rng.")}
+        for pattern in excluded:
+            tensors = _without(pattern, tensors, state)
+        read_tensors(folder, tensors, f"the settings it was saved with are in {folder / CONFIG}")
+        for name, tensor in tensors.items():
+            if name.startswith("rng."):
+                _set_random_state(name, tensor)
+        return state
+
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        """Rename checkpoints that are not this run's past, so that nothing takes them for it; nothing is removed."""
+
+        def rename() -> None:
+            for step in steps:
+                folder = self.folder / f"step-{step}"
+                names = (folder.with_name(f"{folder.name}.{why}{n}") for n in ("", *(f"-{i}" for i in range(2, 1000))))
+                target = next(name for name in names if not name.exists())
+                folder.rename(target)
+                logger.warning("renamed %s to %s", folder, target.name)
+
+        try:
+            self._ranks.first_does(rename)
+        except CheckpointSaveError as error:
+            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
 
 
-def _read_tensors(folder: Path, tensors: dict[str, Tensor], advice: str, *, no_dist: bool | None = None) -> None:
-    """Fill tensors, by name, from a checkpoint; they keep their dtype and sharding.
-
-    Raises:
-        UserError: the checkpoint lacks one of them or has it in another shape; the message ends with `advice`.
-    """
-    reader = SafeReader(folder)
-    problem = mismatch({name: tensor.shape for name, tensor in tensors.items()}, stored_shapes(reader))
-    if problem is not None:
-        raise UserError(f"{folder}: {problem}; {advice}")
-    with _without_single_process_warning():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized() if no_dist is None else no_dist)
+# What checkpoint.exclude_from_loading calls parts of the checkpoint, beside patterns of tensor names.
+_GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
+_STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
 
 
-@contextmanager
-def _without_single_process_warning() -> Iterator[None]:
-    """A single process is meant; the library warns of it at every save."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _without(name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors but those that an entry of checkpoint.exclude_from_loading names; keys are taken out of `state`."""
+    if name in _STATE_KEYS:
+        for key in _STATE_KEYS[name]:
+            state.pop(key, None)
+        return tensors
+    kept = {key: t for key, t in tensors.items() if not fnmatch.fnmatchcase(key, _GROUPS.get(name, name))}
+    if len(kept) == len(tensors):
+        raise UserError(
+            f"checkpoint.exclude_from_loading: {name!r} matches nothing; allowed: {', '.join([*_GROUPS, *_STATE_KEYS])} "
+            f"or a pattern of tensor names such as {next(iter(tensors), 'model.*')}"
+        )
+    return kept
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -219,9 +357,10 @@ def load_model_for_inference(
     folder, device = Path(folder), torch.device(device)
     if mmap_tables and device.type != "cpu":
         raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
-    _require_checkpoint(folder)
+    require_checkpoint(folder, str(folder))
     try:
         verify(folder, checksums=not mmap_tables)
+        stored_shapes(SafeReader(folder))
     except DamagedCheckpointError as damage:
         raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
     job = load_config(["--job.config_file", str(folder / CONFIG)])
@@ -237,16 +376,16 @@ def load_model_for_inference(
     return model, job, tokenizer
 
 
-def _require_checkpoint(folder: Path) -> None:
+def require_checkpoint(folder: Path, key: str) -> None:
+    """Raise UserError, with `key` for what was given, unless a folder looks like a checkpoint."""
     if (folder / TRAIN_STATE).is_file():
         return
     inside = next((f for f in (folder, folder / "checkpoint") if saved_steps(f)), None)
     if inside is not None:
-        raise UserError(
-            f"{folder}: is not a checkpoint itself; the newest in it is {inside / f'step-{saved_steps(inside)[-1]}'}"
-        )
+        newest = inside / f"step-{saved_steps(inside)[-1]}"
+        raise UserError(f"{key}: is not a checkpoint itself; the newest in it is {newest}")
     why = f"has no {TRAIN_STATE}" if folder.is_dir() else "is not there" if not folder.exists() else "is not a folder"
-    raise UserError(f"{folder}: {why}; give a folder <job.dump_folder>/checkpoint/step-N")
+    raise UserError(f"{key}: {why}; give a folder <job.dump_folder>/checkpoint/step-N")
 
 
 def _inference_weights(
@@ -267,5 +406,6 @@ def _inference_weights(
             logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
         if name not in tied:
             weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
-    _read_tensors(folder, {f"model.{name}": t for name, t in weights.items()}, "is it of this version?", no_dist=True)
+    advice = "it was saved by another version of the model"
+    read_tensors(folder, {f"model.{name}": t for name, t in weights.items()}, advice, no_dist=True)
     return weights | mapped

@@ -15,15 +15,24 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from titan_peer.errors import UserError
+
+# A single process is meant; the library warns of it at every save and load. For good, because a filter that comes and goes
+# has Python forget which warnings it has shown, and saves run on a thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 MANIFEST, TRAIN_STATE, CONFIG, TOKENIZER = "manifest.json", "train_state.json", "config.toml", "tokenizer"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -177,8 +186,12 @@ class SafeReader(FileSystemReader):
     """DCP's reader of a folder, but its pickled index goes through an unpickler that knows only the format's types."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
+        index = Path(self.path) / ".metadata"
+        try:
+            with index.open("rb") as file:
+                metadata: Metadata = _MetadataUnpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError, AttributeError, TypeError) as error:
+            raise DamagedCheckpointError(f"{index} cannot be read ({error})") from None
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -190,13 +203,22 @@ def stored_shapes(reader: SafeReader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(item.size) for name, item in items if hasattr(item, "size")}
 
 
-def mismatch(wanted: dict[str, Sequence[int]], stored: dict[str, tuple[int, ...]]) -> str | None:
-    """The first tensor that a checkpoint lacks or has in another shape, as a phrase; None when all fit."""
-    for name, shape in wanted.items():
-        if stored.get(name) != tuple(shape):
+def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], advice: str, *, no_dist: bool = False) -> None:
+    """Fill tensors, by name, from a checkpoint; they keep their dtype and sharding.
+
+    Args:
+        no_dist: this process reads on its own, although there may be others.
+    Raises:
+        UserError: the checkpoint lacks one of them or has it in another shape; the message ends with `advice`.
+    """
+    reader = SafeReader(folder)
+    stored = stored_shapes(reader)
+    for name, tensor in tensors.items():
+        if stored.get(name) != tuple(tensor.shape):
             found = f"shape {list(stored[name])}" if name in stored else "nothing"
-            return f"{name}: the job wants shape {list(shape)}, the checkpoint has {found}"
-    return None
+            wanted = f"the job wants shape {list(tensor.shape)}"
+            raise UserError(f"{folder}: {name}: {wanted}, the checkpoint has {found}; {advice}")
+    dcp.load(tensors, storage_reader=reader, no_dist=no_dist or not dist.is_initialized())
 
 
 def map_tensor(reader: SafeReader, name: str) -> torch.Tensor | None:

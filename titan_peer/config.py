@@ -197,10 +197,26 @@ class Checkpoint:
     """Folder of the checkpoints inside job.dump_folder."""
     interval: int = 500
     """Steps between saves; the last step is always saved."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: copy the state to host memory and write it beside the training; takes as much host memory as a process'
+    part of the state."""
     keep_latest_k: int = 3
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
+    keep_every_n_steps: int = 0
+    """Checkpoints of steps that are multiples of this are kept besides the latest; 0: none."""
     load_step: int = -1
-    """Step to resume from; -1: the newest complete one, 0: start anew."""
+    """Step to resume from; -1: the newest complete one, 0: start anew. Newer checkpoints than that step are renamed."""
+    initial_load_path: str = ""
+    """A checkpoint (a folder step-N) of another job to start from, where this job has no checkpoint yet."""
+    initial_load_model_only: bool = True
+    """Of initial_load_path take the model only; false: optimizer, step and data position too."""
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """What is not taken from initial_load_path or a load_step given by number: model, optimizer, rng, dataloader,
+    train_state or patterns of tensor names such as model.output.*; no part in a resume by load_step = -1."""
+    last_save_model_only: bool = False
+    """Save only the model at the last step, in export_dtype; such a checkpoint cannot be resumed."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the parameters in a model-only checkpoint."""
 
 
 @dataclass
@@ -541,6 +557,7 @@ def check(config: JobConfig) -> None:
         "data.num_streams",
         "data.num_workers",
         "data.network_retries",
+        "checkpoint.keep_every_n_steps",
         "debug.seed",
     ):
         section, name = key.split(".")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +69,7 @@ class JsonlSink(Sink):
 
     def write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._try("written", self._file.flush)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
         edges, counts = list(histogram.edges), list(histogram.counts)
@@ -79,7 +79,14 @@ class JsonlSink(Sink):
         self.write({"step": step, "alert": title, "text": text})
 
     def close(self) -> None:
-        self._file.close()
+        self._try("closed", self._file.close)
+
+    def _try(self, what: str, action: Callable[[], None]) -> None:
+        """A full disk must not end the training; what could not be written is kept and written with the next record."""
+        try:
+            action()
+        except OSError as error:
+            logger.error("%s could not be %s: %s", self._file.name, what, error.strerror)
 
 
 def complete_lines(path: Path) -> list[Record]:

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from titan_peer import __version__, dry_run
 from titan_peer.checkpoint import Checkpointer
+from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
@@ -43,6 +45,8 @@ from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.sharded_init import sharded_init
 
 logger = logging.getLogger("titan_peer")
+
+SAVE_GRACE_SECONDS = 30  # that a job which fails waits for a checkpoint being written
 
 
 class EndOfDataError(Exception):
@@ -92,7 +96,6 @@ class Trainer:
         self.checkpointer = Checkpointer(config, model, self.optimizers)
         if config.checkpoint.enable:
             self._resume()
-        self.saved_step = self.step
         self.metrics = MetricsLogger(
             config,
             self.dump_folder,
@@ -165,11 +168,12 @@ class Trainer:
             raise UserError(f"job.dump_folder = {self.dump_folder}: cannot be written ({error.strerror})") from None
 
     def _resume(self) -> None:
-        state = self.checkpointer.load(self.config.checkpoint.load_step)
+        state = self.checkpointer.load()
         if state is None:
             return
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.loader.load_state_dict(state["data"])
+        self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
+        if "data" in state:
+            self.loader.load_state_dict(state["data"])
         logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
 
     def banner(self) -> str:
@@ -205,6 +209,18 @@ class Trainer:
             gc.disable()
         if self.world.is_first:
             logger.info(self.banner())
+        try:
+            self._loop()
+        except BaseException:
+            self._let_running_save_end()
+            raise
+        finally:
+            self._close()
+        self._finish()
+        return 0
+
+    def _loop(self) -> None:
+        config = self.config
         batches = iter(self.loader)
         self.model.train()
         while self.step < config.training.steps:
@@ -231,7 +247,7 @@ class Trainer:
             if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
                 self.validate()
             if config.checkpoint.enable and (is_last or stop or self.step % config.checkpoint.interval == 0):
-                self.save_checkpoint()
+                self.save_checkpoint(last=is_last, wait=is_last or stop)
             if self.evaluation is not None and self.evaluation.due(self.step, is_last) and not stop:
                 self.evaluate(self.evaluation)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
@@ -239,8 +255,8 @@ class Trainer:
             if stop and not is_last:
                 self._say_how_to_resume()
                 break
-        self._finish()
-        return 0
+        self.checkpointer.finish()
+        self._report_saved()
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, float, bool]:
         """One optimizer step over the global batch.
@@ -269,6 +285,7 @@ class Trainer:
         lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
         self.optimizers.set_learning_rate(lr)
         self.optimizers.exchange_expert_gradients()
+        self.checkpointer.wait_until_copied()
         grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
 
         sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])
@@ -324,17 +341,18 @@ class Trainer:
         finally:
             self.model.train()
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, *, last: bool, wait: bool) -> None:
         self.heartbeat.beat(f"saving the checkpoint of step {self.step}")
         start = time.perf_counter()
         state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
-        folder = self.checkpointer.save(self.step, state)
-        self.saved_step = self.step
-        self.metrics.log_checkpoint(self.step, folder)
-        seconds = time.perf_counter() - start
-        if self.world.is_first:
-            logger.info("saved %s in %.1f s", folder, seconds)
-        self.metrics.exclude(seconds)
+        model_only = last and self.config.checkpoint.last_save_model_only
+        self.checkpointer.save(self.step, state, wait=wait, model_only=model_only)
+        self._report_saved()
+        self.metrics.exclude(time.perf_counter() - start)
+
+    def _report_saved(self) -> None:
+        for step, folder in self.checkpointer.newly_saved():
+            self.metrics.log_checkpoint(step, folder)
 
     # ---- one call down
 
@@ -363,10 +381,9 @@ class Trainer:
             f"step {self.step}: loss = {loss}, gradient norm = {grad_norm}, learning rate = {lr:.3e}, "
             f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
-            f"{self.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
+            f"{self.checkpointer.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
         )
         self.metrics.alert(self.step, "loss or gradient is not finite", message)
-        self.metrics.close()
         raise NonFiniteLossError(message)
 
     def _on_signal(self, signal_number: int, _frame: Any) -> None:
@@ -382,8 +399,9 @@ class Trainer:
             logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
         if self.validation_loader is not None and self.step % self.config.validation.freq:
             self.validate()
-        if self.config.checkpoint.enable and self.saved_step != self.step:
-            self.save_checkpoint()
+        self.checkpointer.finish()
+        if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
+            self.save_checkpoint(last=True, wait=True)
 
     def _say_how_to_resume(self) -> None:
         if self.world.is_first:
@@ -392,15 +410,33 @@ class Trainer:
                 word += "; the same command resumes from here"
             logger.info(word)
 
-    def _finish(self) -> None:
+    def _let_running_save_end(self) -> None:
+        """After a failure: the checkpoint that is being written may still become whole, unless it waits for a lost process."""
+        try:
+            self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
+        except TimeoutError:
+            # A thread inside a collective cannot be interrupted, and leaving with it alive can abort the interpreter.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        except Exception as error:  # the same lost process, most likely; the failure that led here is raised on
+            logger.error("the checkpoint that was being written is lost: %s", error)
+
+    def _close(self) -> None:
         self.heartbeat.close()
         if self.expert_usage is not None:
             self.expert_usage.close(self.step)
         self.metrics.close()
-        if self.world.is_first:
-            plot = self.dump_folder / "loss.png"
+
+    def _finish(self) -> None:
+        if not self.world.is_first:
+            return
+        plot = self.dump_folder / "loss.png"
+        try:
             plot_loss(self.dump_folder / "metrics.jsonl", plot, self.config.job.description or "loss")
-            logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
+        except OSError as error:
+            logger.error("the loss plot could not be written: %s", error)
+        logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
 
 
 def _die_with_launcher() -> None:
@@ -432,6 +468,10 @@ def main(args: Sequence[str] | None = None) -> int:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return 2
+    except CheckpointSaveError as error:
+        if is_first:
+            print(f"error: the job ends without its last checkpoint: {error}", file=sys.stderr)
+        return 1
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
