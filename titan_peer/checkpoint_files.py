@@ -203,6 +203,15 @@ def stored_shapes(reader: SafeReader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(item.size) for name, item in items if hasattr(item, "size")}
 
 
+def mismatch(wanted: dict[str, torch.Size], stored: dict[str, tuple[int, ...]]) -> str | None:
+    """The first tensor that a checkpoint lacks or has in another shape, as a phrase; None when all fit."""
+    for name, shape in wanted.items():
+        if stored.get(name) != tuple(shape):
+            found = f"shape {list(stored[name])}" if name in stored else "nothing"
+            return f"{name}: the job wants shape {list(shape)}, the checkpoint has {found}"
+    return None
+
+
 def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], advice: str, *, no_dist: bool = False) -> None:
     """Fill tensors, by name, from a checkpoint; they keep their dtype and sharding.
 
@@ -212,12 +221,9 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], advice: str, *,
         UserError: the checkpoint lacks one of them or has it in another shape; the message ends with `advice`.
     """
     reader = SafeReader(folder)
-    stored = stored_shapes(reader)
-    for name, tensor in tensors.items():
-        if stored.get(name) != tuple(tensor.shape):
-            found = f"shape {list(stored[name])}" if name in stored else "nothing"
-            wanted = f"the job wants shape {list(tensor.shape)}"
-            raise UserError(f"{folder}: {name}: {wanted}, the checkpoint has {found}; {advice}")
+    problem = mismatch({name: tensor.shape for name, tensor in tensors.items()}, stored_shapes(reader))
+    if problem is not None:
+        raise UserError(f"{folder}: {problem}; {advice}")
     dcp.load(tensors, storage_reader=reader, no_dist=no_dist or not dist.is_initialized())
 
 

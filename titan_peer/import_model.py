@@ -137,7 +137,10 @@ def import_model(folder: Path, output: Path) -> Path:
     shutil.copyfile(folder / "tokenizer.json", tokenizer / "tokenizer.json")
     job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
     (output / CONFIG).write_text(job.to_toml())
-    return Checkpointer(job, model, Optimizers(model, job.optimizer)).save(state["step"], state)
+    checkpointer = Checkpointer(job, model, Optimizers(model, job.optimizer))
+    checkpointer.save(state["step"], state, wait=True)
+    ((_, saved),) = checkpointer.newly_saved()
+    return saved
 
 
 _DESCRIPTION = """Make a checkpoint, in a run folder of its own, of a folder that titan-peer export wrote.
