@@ -1,0 +1,60 @@
+"""What the loader tests run in new processes.
+
+The processes fork from a server that has imported everything but read no data, so that each is new and quick to start.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from corpora import make_loader, take
+
+from titan_peer.data.sources import DataSource
+
+NEW_PROCESS = multiprocessing.get_context("forkserver")
+# The server imports it by name before it knows of pytest's search path.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+NEW_PROCESS.set_forkserver_preload(["processes"])
+
+
+def in_new_processes(target: Callable[..., None], *arguments: Any, count: int = 1) -> None:
+    processes = [NEW_PROCESS.Process(target=target, args=(rank, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [p.exitcode for p in processes] == [0] * count
+
+
+def continue_loader(_: int, folder: Path, sources: list[DataSource], settings: dict[str, Any], batches: int) -> None:
+    """Load state.json if there is one, write the digests of the next batches and the state after them."""
+    loader = make_loader(sources, **settings)
+    if (folder / "state.json").exists():
+        loader.load_state_dict(json.loads((folder / "state.json").read_text()))
+    (folder / "digests.json").write_text(json.dumps(take(loader, batches)))
+    (folder / "state.json").write_text(json.dumps(loader.state_dict()))
+
+
+def run_rank(rank: int, world: int, folder: Path, sources: list[DataSource], packing: str, batches: int) -> None:
+    """A rank of a real group: go on from state.json, write this rank's digests, write the state after."""
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    loader = make_loader(sources, rank=rank, world=world, packing=packing, local_batch_size=2)
+    state = folder / "state.json"
+    if state.exists():
+        loader.load_state_dict(json.loads(state.read_text()))
+    dist.barrier()
+    taken = take(loader, batches * 8 // world // 2)  # micro-batches of 2
+    (folder / f"digests.{rank}.json").write_text(json.dumps(taken))
+    statistics, after = loader.statistics(), loader.state_dict()
+    if rank == 0:
+        state.write_text(json.dumps(after))
+        (folder / "statistics.json").write_text(json.dumps(statistics))
+    dist.barrier()
+    dist.destroy_process_group()
