@@ -108,7 +108,9 @@ def test_a_packer_goes_on_from_its_state(lengths: list[int], seq_len: int, mode:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=80), st.integers(20, 40))
-def test_best_fit_splits_no_document_and_leaves_none_alone_that_fits_elsewhere(lengths: list[int], capacity: int) -> None:
+def test_best_fit_splits_no_document_and_leaves_none_alone_that_fits_elsewhere(
+    lengths: list[int], capacity: int
+) -> None:
     pieces = [Piece(d, 0, len(d.tokens)) for d in Listed(lengths).documents]
     bins = best_fit_decreasing(pieces, capacity)
     assert sorted(id(p.document) for b in bins for p in b) == sorted(id(p.document) for p in pieces)

@@ -167,7 +167,7 @@ class CompressedJsonLines:
 
     def divide(self, num_chunks: int) -> None:
         # Each chunk decompresses the whole file, so no more of them than there are streams to read it.
-        self.num_chunks = max(num_chunks // 16, 1)
+        self.num_chunks = -(-num_chunks // 16)
 
     def _open(self) -> IO[bytes]:
         if self.path.name.endswith(".gz"):

@@ -134,7 +134,7 @@ class StreamedShard:
 
     def divide(self, num_chunks: int) -> None:
         # A part re-reads the whole shard; only when there are fewer shards than streams is that worth it.
-        self.num_chunks = max(num_chunks // 16, 1)
+        self.num_chunks = -(-num_chunks // 16)
 
     def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
         done, failures = start, 0

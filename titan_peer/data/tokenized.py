@@ -8,9 +8,10 @@ documents, one after the other, without begin and end tokens), `shard-N.ends.npy
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -44,14 +45,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _sync(file: IO[bytes]) -> None:
+    """Have the file on disk before a manifest says that it is there."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def write_shard(folder: Path, name: str, documents: Sequence[TokenizedText], dtype: str) -> dict[str, Any]:
     """Write the files of a shard; returns its entry for the manifest."""
     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
     with (folder / f"{name}.tokens").open("wb") as file:
         for document in documents:
             file.write(document.ids.astype(_DTYPES[dtype]).tobytes())
-    np.save(folder / f"{name}.ends.npy", np.cumsum(lengths))
-    np.save(folder / f"{name}.bytes.npy", np.array([d.num_bytes for d in documents], dtype=np.int64))
+        _sync(file)
+    num_bytes = np.array([d.num_bytes for d in documents], dtype=np.int64)
+    for kind, array in (("ends", np.cumsum(lengths)), ("bytes", num_bytes)):
+        with (folder / f"{name}.{kind}.npy").open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            _sync(file)
     return {"name": name, "documents": len(documents), "tokens": int(lengths.sum())}
 
 

@@ -1,0 +1,158 @@
+"""`titan-peer data inspect`: what a job would be trained on, before it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from tqdm import tqdm
+
+from titan_peer.config import JobConfig, load_config
+from titan_peer.data.loader import Batch, TrainingLoader, build_dataloader
+from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.errors import UserError
+from titan_peer.ops.cross_entropy import IGNORE_INDEX
+
+_EXAMPLE = """\
+any key of a job can be given as well, as for `titan-peer train`
+
+example:
+  titan-peer data inspect --job.config_file train_configs/debug_model.toml --sequences 2 --output outputs/inspect
+"""
+
+
+def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
+    parser = argparse.ArgumentParser(
+        prog="titan-peer data inspect",
+        description="Show a job's data: decoded sequences with document borders, each source's share, and a histogram of "
+        "the documents' lengths.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sequences", type=int, default=2, help="sequences to show (default: 2)")
+    parser.add_argument("--batches", type=int, default=20, help="global batches to count shares over (default: 20)")
+    parser.add_argument(
+        "--documents", type=int, default=2000, help="documents of each source to measure (default: 2000)"
+    )
+    parser.add_argument("--output", default="", help="folder for the histogram (default: job.dump_folder)")
+    options, job = parser.parse_known_args(args)
+    for name in ("sequences", "batches", "documents"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)}: must not be negative")
+    return options, load_config(job)
+
+
+def describe(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """The lines that show sequence `row` of a batch."""
+    tokens, labels, documents = (batch[key][row].tolist() for key in ("tokens", "labels", "document_ids"))
+    parts = [[t for t, _ in group] for _, group in groupby(zip(tokens, documents), key=lambda pair: pair[1])]
+    # padding tokens are documents of one token each, at the end, that no label tells of
+    padding = 0
+    while len(parts) > 1 and len(parts[-1]) == 1 and labels[len(tokens) - padding - 1] == IGNORE_INDEX:
+        if parts[-1][0] != (tokenizer.eos_id or 0):
+            break
+        padding += 1
+        parts.pop()
+    learnt = sum(label != IGNORE_INDEX for label in labels)
+    yield f"sequence {row}: {len(tokens)} tokens, {learnt} learnt, {len(parts)} documents, {padding} padding"
+    for number, part in enumerate(parts):
+        begins = " begins" if part[0] == tokenizer.bos_id else " continues" if number == 0 else ""
+        ends = ", ends" if part[-1] == tokenizer.eos_id else ""
+        yield f"--- document {number}{begins}{ends}, {len(part)} tokens"
+        yield tokenizer.decode(part)
+    yield "---"
+
+
+def document_lengths(loader: TrainingLoader, limit: int) -> dict[str, list[int]]:
+    """Tokens of the first `limit` documents of each source, in the order of training."""
+    lengths: dict[str, list[int]] = {source.name: [] for source in loader.pipeline.sources}
+    bar = tqdm(total=limit * len(lengths), unit="document", desc="measuring", disable=not sys.stderr.isatty())
+    for stream in map(loader.pipeline.stream, range(loader.pipeline.num_streams)):
+        for source, documents in zip(loader.pipeline.sources, stream.documents):
+            for _ in range(-(-limit // loader.pipeline.num_streams)):
+                document = documents.next()
+                if document is None or document.epoch > 0 or len(lengths[source.name]) == limit:
+                    break
+                lengths[source.name].append(len(document.tokens))
+                bar.update()
+    bar.close()
+    return lengths
+
+
+def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> None:
+    """Histogram of tokens a document, one line a source, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    measured = {name: values for name, values in lengths.items() if values}
+    longest = max((max(values) for values in measured.values()), default=1)
+    bins = np.unique(np.geomspace(1, longest + 1, 60).round())
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, values in measured.items():
+        label = f"{name}: median {np.median(values):,.0f}, {len(values):,} documents"
+        axes.hist(
+            values, bins=bins, weights=np.full(len(values), 100 / len(values)), histtype="step", label=label, lw=1.5
+        )
+    axes.axvline(seq_len, color="0.4", linestyle=":", label=f"training.seq_len = {seq_len:,}")
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents (%)", title="Length of documents by source")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def shares_table(loader: TrainingLoader) -> Iterator[str]:
+    """A line a source: what was asked for and what came."""
+    sources, statistics = loader.pipeline.sources, loader.statistics()
+    total = sum(source.config.weight for source in sources)
+    width = max(6, *(len(source.name) for source in sources))
+    yield f"{'source':<{width}}  {'weight':>7}  {'share':>7}  {'tokens':>13}  {'epoch':>5}  {'left out':>8}  chunks"
+    for source in sources:
+        tokens, share, epoch, skipped = (
+            statistics[f"data/{source.name}_{what}"] for what in ("tokens", "share", "epoch", "skipped")
+        )
+        yield (
+            f"{source.name:<{width}}  {source.config.weight / total:>7.2%}  {share:>7.2%}  {tokens:>13,}  {epoch:>5}  "
+            f"{skipped:>8,}  {source.num_chunks:,}"
+        )
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    options, config = parse(args)
+    tokenizer, training = load_tokenizer(config.model.tokenizer_path), config.training
+    batch_size = training.local_batch_size if training.global_batch_size == -1 else training.global_batch_size
+    loader = build_dataloader(
+        data=config.data,
+        tokenizer=tokenizer,
+        seq_len=training.seq_len,
+        global_batch_size=batch_size,
+        local_batch_size=batch_size,
+        dp_rank=0,
+        dp_world_size=1,
+        seed=config.debug.seed,
+    )
+    shown = 0
+    for _ in tqdm(range(max(options.batches, 1)), unit="batch", desc="reading", disable=not sys.stderr.isatty()):
+        batch = next(loader)
+        for row in range(min(options.sequences - shown, batch_size)):
+            print("\n".join(describe(batch, row, tokenizer)))
+            shown += 1
+    print(f"\n{loader.pipeline.num_streams} streams, packing {config.data.packing}, {max(options.batches, 1)} batches:")
+    print("\n".join(shares_table(loader)))
+    lengths = document_lengths(loader, options.documents)
+    folder = Path(options.output or config.job.dump_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_lengths(lengths, training.seq_len, folder / "document_lengths.png")
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written: {error.strerror or error}") from None
+    print(f"\n{folder / 'document_lengths.png'}")
+    return 0

@@ -1,0 +1,90 @@
+"""`titan-peer data train-tokenizer`: a byte-level BPE tokenizer out of a source's text."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from titan_peer.data.records import BadDocument, TokenizedText
+from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.errors import UserError
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
+_SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+@dataclass
+class TrainTokenizerOptions:
+    """Train a byte-level BPE tokenizer; write it as tokenizer.json, which a job reads with model.tokenizer_path.
+
+    Example:
+      titan-peer data train-tokenizer --source.path assets/sample_text/train.jsonl --vocab_size 4096 --output outputs/bpe
+    """
+
+    output: str
+    """Folder for tokenizer.json."""
+    vocab_size: int
+    """Entries, the two special tokens and the 256 bytes included."""
+    source: DataSource = field(default_factory=lambda: DataSource(""))
+    """The text; weight and epochs have no meaning here."""
+    max_documents: int = 0
+    """Take only the first so many documents; 0: all."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with a begin and an end token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def texts_of(source: Source) -> Iterator[str]:
+    """The documents in the order of the files.
+
+    Raises:
+        UserError: a bad document under on_bad_document = "error", or the source is tokenised already.
+    """
+    for chunk in tqdm(range(source.num_chunks), unit="chunk", disable=not sys.stderr.isatty(), desc="reading"):
+        for record in source.records(chunk):
+            if isinstance(record, TokenizedText):
+                raise UserError(f"{source.key}.path = {source.config.path}: holds tokens, not text")
+            if not isinstance(record, BadDocument):
+                yield record
+            elif source.config.on_bad_document == "error":
+                raise source.refusal(record)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    options = tyro.cli(TrainTokenizerOptions, args=args, prog="titan-peer data train-tokenizer", use_underscores=True)
+    if not options.source.path:
+        raise UserError("--source.path: must be given: the text to train on")
+    if options.vocab_size < _SMALLEST_VOCABULARY:
+        raise UserError(f"--vocab_size {options.vocab_size}: must be at least {_SMALLEST_VOCABULARY}")
+    (source,), _ = open_sources([options.source], "source", num_streams=1)
+    tokenizer = train_tokenizer(itertools.islice(texts_of(source), options.max_documents or None), options.vocab_size)
+    found = tokenizer.get_vocab_size()
+    file = Path(options.output) / "tokenizer.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(file))
+    except OSError as error:
+        raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
+    note = "" if found == options.vocab_size else f", not {options.vocab_size:,}: the text has no more to merge"
+    print(f"{file}: {found:,} entries{note}")
+    return 0
