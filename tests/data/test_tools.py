@@ -1,0 +1,135 @@
+"""titan-peer data inspect, tokenize and train-tokenizer, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, write_jsonl
+
+from titan_peer import cli
+from titan_peer.data.sources import DataSource
+from titan_peer.data.tokenized import TokenizedShard, open_shards
+from titan_peer.data.tokenizer import load_tokenizer
+
+DEBUG = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--model.tokenizer_path", TOKENIZER]
+
+
+def tokenize(output: Path, *arguments: str, source: Path = SAMPLE) -> int:
+    words = ["--source.path", str(source), "--tokenizer_path", TOKENIZER, "--output", str(output), *arguments]
+    return cli.main(["data", "tokenize", *words])
+
+
+def test_tokenized_documents_are_what_the_tokenizer_makes_of_the_text(tmp_path: Path) -> None:
+    assert tokenize(tmp_path, "--tokens_per_shard", "100000") == 0
+    shards = open_shards(tmp_path, "data.sources[0]")
+    assert len(shards) > 2
+    found = [record for shard in shards for c in range(shard.num_chunks) for record in shard.records(c, 0)]
+    texts = sample_texts()
+    assert [d.ids.tolist() for d in found] == load_tokenizer(TOKENIZER).encode_batch(texts)
+    assert [d.num_bytes for d in found] == [len(t.encode()) for t in texts]
+    assert isinstance(shards[0], TokenizedShard) and shards[0].tokens.dtype == np.uint16
+
+
+def test_a_job_reads_tokens_as_it_reads_the_text(tmp_path: Path) -> None:
+    tokenize(tmp_path)
+    settings = {"shuffle": False, "num_streams": 1}
+    assert take(make_loader([DataSource(str(tmp_path))], **settings), 40) == take(
+        make_loader([DataSource(str(SAMPLE))], **settings), 40
+    )
+
+
+def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    source = write_jsonl(tmp_path / "a.jsonl", sample_texts() * 4)
+    settings = ["--tokens_per_shard", "100000"]
+    tokenize(whole, *settings, source=source)
+    command = [sys.executable, "-m", "titan_peer.cli", "data", "tokenize", "--source.path", str(source), *settings]
+    process = subprocess.Popen([*command, "--tokenizer_path", TOKENIZER, "--output", str(killed)])
+    deadline = time.monotonic() + 120
+    while not (killed / "shard-00002.tokens").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    made = len(json.loads((killed / "tokenized.json").read_text())["shards"])
+    assert made < len(json.loads((whole / "tokenized.json").read_text())["shards"])
+    job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(killed)]
+    assert cli.main(job) == 2
+    assert "tokenising was interrupted; repeat the `titan-peer data tokenize` command" in capsys.readouterr().err
+
+    written = {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")}
+    tokenize(killed, *settings, source=source)
+    for path in whole.iterdir():
+        assert (killed / path.name).read_bytes() == path.read_bytes()
+    assert {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")} == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokenizer_path", "byte"], "holds what was made with another tokenizer"),
+        (["--source.path", str(SAMPLE.with_name("validation.jsonl"))], "holds what was made with another source"),
+        (["--tokens_per_shard", "0"], "--tokens_per_shard 0: must be at least 1"),
+        (["--source.path", ""], "--source.path: must be given"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenize(tmp_path)
+    assert tokenize(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_shards_and_other_tokenizers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenize(tmp_path)
+    job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert cli.main([*job, "--model.tokenizer_path", "byte"]) == 2
+    assert "was tokenised by another tokenizer than model.tokenizer_path" in capsys.readouterr().err
+    tokens = tmp_path / "shard-00000.tokens"
+    tokens.write_bytes(tokens.read_bytes()[:-1000])
+    assert cli.main(job) == 2
+    assert "shard-00000.tokens: is damaged: it has 586,175 tokens, not 586,675" in capsys.readouterr().err
+
+
+def test_inspect_shows_sequences_shares_and_a_histogram(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(SAMPLE), "--output", str(tmp_path)]
+    assert cli.main([*job, "--sequences", "3", "--data.shuffle", "false", "--data.num_streams", "1"]) == 0
+    shown = capsys.readouterr().out
+    first = sample_texts(0, 1)[0]
+    assert first in shown  # whole, since the sequence begins with it
+    assert "--- document 0 begins, ends, " in shown and shown.count("sequence ") == 3
+    assert "sample text  100.00%  100.00%         40,960" in shown
+    assert (tmp_path / "document_lengths.png").stat().st_size > 10_000
+
+
+def test_inspect_shows_padding(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(SAMPLE), "--output", str(tmp_path)]
+    assert cli.main([*job, "--sequences", "8", "--data.packing", "pad", "--batches", "1"]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sequence ")]
+    padding = [int(line.split()[-2]) for line in heads]
+    assert len(heads) == 8 and all(", 1 documents, " in line for line in heads) and max(padding) > 100
+
+
+def test_the_bundled_tokenizer_is_what_the_command_makes_of_the_sample_text(tmp_path: Path) -> None:
+    words = ["--source.path", str(SAMPLE), "--vocab_size", "4096", "--output", str(tmp_path)]
+    assert cli.main(["data", "train-tokenizer", *words]) == 0
+    assert (tmp_path / "tokenizer.json").read_bytes() == (ROOT / "assets/tokenizer/tokenizer.json").read_bytes()
+
+
+def test_a_vocabulary_too_small_or_larger_than_the_text_allows_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["aa bb"])
+    words = ["data", "train-tokenizer", "--source.path", str(source), "--output", str(tmp_path)]
+    assert cli.main([*words, "--vocab_size", "100"]) == 2
+    assert "--vocab_size 100: must be at least 258" in capsys.readouterr().err
+    assert cli.main([*words, "--vocab_size", "300"]) == 0
+    assert "261 entries, not 300: the text has no more to merge" in capsys.readouterr().out
