@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -146,7 +147,13 @@ class Tokenization:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    options = tyro.cli(TokenizeOptions, args=args, prog="titan-peer data tokenize", use_underscores=True)
+    options = tyro.cli(
+        TokenizeOptions,
+        args=args,
+        prog="titan-peer data tokenize",
+        description=inspect.getdoc(TokenizeOptions),
+        use_underscores=True,
+    )
     if not options.source.path:
         raise UserError("--source.path: must be given: what is to be tokenised")
     if options.tokens_per_shard < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,7 +72,13 @@ def texts_of(source: Source) -> Iterator[str]:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    options = tyro.cli(TrainTokenizerOptions, args=args, prog="titan-peer data train-tokenizer", use_underscores=True)
+    options = tyro.cli(
+        TrainTokenizerOptions,
+        args=args,
+        prog="titan-peer data train-tokenizer",
+        description=inspect.getdoc(TrainTokenizerOptions),
+        use_underscores=True,
+    )
     if not options.source.path:
         raise UserError("--source.path: must be given: the text to train on")
     if options.vocab_size < _SMALLEST_VOCABULARY:
