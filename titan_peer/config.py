@@ -65,6 +65,12 @@ class Training:
     """Compute dtype of matmuls; master weights stay float32. auto: bfloat16 where the device has it in hardware."""
     loss_chunk_size: int = 1024
     """Tokens whose logits exist at a time in the loss."""
+    expert_balance_coeff: float = 0.0
+    """Weight of an auxiliary loss that evens the use of experts: the KL divergence from uniform of a micro-batch's
+    gate-weighted usage, summed over PEER layers. 0: none; 0.01 is a start."""
+    reinit_dead_experts_freq: int = 0
+    """Steps between re-initialisations of sub-keys that no token chose since the last one, and of their unused experts,
+    from used ones. 0: never."""
     gc_freq: int = 50
     """Run Python's garbage collector every so many steps and at no other time; 0 leaves it automatic."""
 
@@ -547,6 +553,8 @@ def check(config: JobConfig) -> None:
     for key in (
         "training.max_norm",
         "training.gc_freq",
+        "training.expert_balance_coeff",
+        "training.reinit_dead_experts_freq",
         "metrics.heartbeat_seconds",
         "optimizer.lr",
         "optimizer.weight_decay",
@@ -598,7 +606,6 @@ def check(config: JobConfig) -> None:
             bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]"
         )
     has_peer = any(config.model.has_peer(layer) for layer in range(config.model.n_layers))
-    require(has_peer or not config.metrics.log_expert_usage, "metrics.log_expert_usage", "the model has no PEER layer")
     require(
         config.evaluation.limit >= 1 or config.evaluation.limit == -1, "evaluation.limit", "must be at least 1 or -1"
     )
@@ -612,6 +619,9 @@ def check(config: JobConfig) -> None:
         "optimizer.table_gradient",
         'must be "sorted" with debug.deterministic = true',
     )
+    for key in ("metrics.log_expert_usage", "training.expert_balance_coeff", "training.reinit_dead_experts_freq"):
+        section, name = key.split(".")
+        require(has_peer or not getattr(getattr(config, section), name), key, "the model has no PEER layer")
     if config.optimizer.expert_update == "dense":
         for key in ("expert_moment_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)

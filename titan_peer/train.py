@@ -30,7 +30,9 @@ from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
+from titan_peer.expert_balance import add_balance_loss
 from titan_peer.expert_report import UsageReporter
+from titan_peer.expert_revival import ExpertRevival
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
@@ -107,6 +109,13 @@ class Trainer:
             enabled=world.is_first,
         )
         self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
+        if training.expert_balance_coeff:
+            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps)
+        self.revival: ExpertRevival | None = None
+        if training.reinit_dead_experts_freq:
+            self.revival = ExpertRevival(
+                model, self.optimizers, freq=training.reinit_dead_experts_freq, seed=config.debug.seed
+            )
         self.expert_usage = self._expert_usage() if config.metrics.log_expert_usage else None
         self.stop_signal = 0
 
@@ -243,6 +252,9 @@ class Trainer:
                 )
             if self.expert_usage is not None and self.expert_usage.due(self.step):
                 self.expert_usage.report(self.step)
+            if self.revival is not None and self.revival.due(self.step):
+                for line in self.revival.revive(self.step):
+                    self.metrics.print(line)
             is_last = self.step == config.training.steps
             if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
                 self.validate()

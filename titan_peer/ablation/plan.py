@@ -202,7 +202,7 @@ def load_mixes(file: str) -> dict[str, list[DataSource]]:
 class Plan:
     runs: list[Run]
     axes: dict[str, dict[str, str]]
-    """axis -> label -> point of the runs that have this value and else the base job's."""
+    """axis -> label -> point of the runs with this value and all else as in the base job. Empty for a grid."""
 
 
 def build_plan(
@@ -273,6 +273,9 @@ def build_plan(
         if not grid:
             ((axis, point),) = combination
             of_axes[axis.name][point.label] = point_name
+    for labels in of_axes.values():
+        if not grid and "base" not in labels.values():  # every axis is compared with the base job
+            labels["base job"] = "base"
     runs = [_run(labels, seed, config, output_dir, processes) for labels, config in designs.values() for seed in seeds]
     return Plan(runs, of_axes)
 

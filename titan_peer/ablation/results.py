@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from titan_peer.ablation.plan import Plan, Run
 from titan_peer.ablation.run import folder_of, status_of
@@ -197,7 +198,8 @@ def _loss_curves(plan: Plan, results: Sequence[Result]) -> Figure:
         axes.set(xlabel="tokens", title=name)
         axes.set_ylabel("loss (nats a token); o: validation")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, ncols=1 + len(entries) // 10)
+        if axes.lines:
+            axes.legend(fontsize=8, ncols=1 + len(entries) // 10)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     return figure
@@ -224,11 +226,16 @@ def _loss_scaling(results: Sequence[Result]) -> Figure:
         ("active parameters a token", lambda run: run.cost.active_parameters),
     ]
     for axes, (label, quantity) in zip(figure.subplots(1, 3, sharey=True), quantities):
-        for i, found in enumerate(points):
-            place = quantity(found.results[0].run)
+        places = [quantity(found.results[0].run) for found in points]
+        for i, (found, place) in enumerate(zip(points, places)):
             style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]}
             axes.errorbar([place], [found.mean], yerr=[found.deviation], capsize=4, label=found.point, **style)
-        axes.set(xlabel=label, xscale="log")
+        axes.set_xlabel(label)
+        if places and max(places) > 4 * min(places):
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("loss (nats a token); bars: standard deviation over seeds")
     if points:

@@ -1,0 +1,106 @@
+"""What does counting experts cost? The same job with and without it, step by step in turns in one process.
+
+Times whole optimizer steps of two trainers that see the same batches, one of them counting; then reports, without and with
+plots. A report's share of a step is its time over metrics.expert_usage_freq steps.
+
+Examples:
+    python benchmarks/expert_usage.py
+    python benchmarks/expert_usage.py --config train_configs/peer_small.toml --steps 20 --output /tmp/trial
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from report import RESULTS, markdown_table, synchronize, write_results
+
+from titan_peer.config import load_config
+from titan_peer.expert_plots import draw
+from titan_peer.parallelize import init_world
+from titan_peer.train import Trainer
+
+
+def trainer(options: argparse.Namespace, folder: Path, count: bool) -> Trainer:
+    arguments = ["--job.config_file", options.config, "--job.dump_folder", str(folder), "--checkpoint.enable", "false"]
+    arguments += ["--validation.enable", "false", "--metrics.log_expert_usage", str(count).lower()]
+    config = load_config([*arguments, *options.job])
+    return Trainer(config, init_world(config.parallelism))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="train_configs/debug_model.toml")
+    parser.add_argument("--steps", type=int, default=60, help="of each trainer, after the warmup")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("job", nargs="*", help="more keys of the job, after --")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pair = {count: trainer(options, Path(scratch) / str(count), count) for count in (False, True)}
+        batches = {count: iter(one.loader) for count, one in pair.items()}
+        device = pair[True].device
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for step in range(options.warmup + options.steps):
+            for count in (False, True) if step % 2 else (True, False):  # neither is always the first
+                one = pair[count]
+                one.model.train()
+                one.step += 1
+                synchronize(device.type)
+                start = time.perf_counter()
+                one.train_step(batches[count])
+                synchronize(device.type)
+                if step >= options.warmup:
+                    times[count].append(time.perf_counter() - start)
+
+        counting = pair[True]
+        reporter = counting.expert_usage
+        assert reporter is not None
+        reporter._drawing_seconds = float("inf")  # first without plots
+        start = time.perf_counter()
+        reporter.report(counting.step)
+        report_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        draw(reporter.folder / "expert_usage.jsonl", reporter.folder)
+        plot_seconds = time.perf_counter() - start
+        freq = counting.config.metrics.expert_usage_freq
+        peer = counting.config.model.peer
+
+    off, on = (statistics.median(times[count]) for count in (False, True))
+    pairs = sorted(with_ / without - 1 for with_, without in zip(times[True], times[False]))
+    quarter = len(pairs) // 4
+    rows = [
+        ["step without counting", f"{1e3 * off:.1f} ms", ""],
+        ["step with counting", f"{1e3 * on:.1f} ms", f"{100 * (on / off - 1):+.2f} %"],
+        [
+            "the same, step by step: median (quartiles)",
+            "",
+            f"{100 * statistics.median(pairs):+.2f} % ({100 * pairs[quarter]:+.2f} to {100 * pairs[-1 - quarter]:+.2f})",
+        ],
+        [
+            f"report, every {freq} steps",
+            f"{1e3 * report_seconds:.1f} ms",
+            f"{100 * report_seconds / freq / off:+.3f} %",
+        ],
+        ["plots, as often as 0.5 % of the time allows", f"{1e3 * plot_seconds:.0f} ms", "at most +0.5 %"],
+    ]
+    layers = sum(counting.config.model.has_peer(layer) for layer in range(counting.config.model.n_layers))
+    setting = (
+        f"{options.config} {' '.join(options.job)}: {layers} PEER layers of {peer.num_experts:,} experts, {peer.num_heads} heads "
+        f"x {peer.num_experts_per_tok} experts a token, {counting.config.training.global_batch_size} x "
+        f"{counting.config.training.seq_len} tokens a step, compile {counting.config.compile.enable}; {options.steps} steps "
+        f"each, in turns"
+    )
+    text = f"{setting}.\n\n{markdown_table(['', 'time', 'of a step'], rows)}"
+    data = {"setting": setting, "seconds_without": times[False], "seconds_with": times[True]}
+    name = f"expert-usage-{Path(options.config).stem}"
+    write_results(name, device.type, text, data | {"report": report_seconds, "plots": plot_seconds}, options.output)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
