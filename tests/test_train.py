@@ -135,6 +135,8 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_says_what_broke(tmp_path: P
     assert done.returncode == 1
     assert "gradient norm = " in done.stderr and "parameters no longer finite: " in done.stderr
     assert "try a lower optimizer.lr" in done.stderr and "Traceback" not in done.stderr
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["alert"] == "loss or gradient is not finite" and last["text"] in done.stderr
     assert not (tmp_path / "checkpoint" / "step-50").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,13 @@ def _records(path: Path) -> Iterator[Any]:
 
 
 def wandb_records(path: Path, kind: str) -> list[Any]:
-    """The records of a kind ("history", "alert", "artifact", "run", ...) in a run-ID.wandb file."""
-    return [getattr(record, kind) for record in _records(path) if record.WhichOneof("record_type") == kind]
+    """The records of a kind ("history", "alert", "artifact", "run", ...) in the run-ID.wandb file of a finished run."""
+    deadline = time.monotonic() + 60
+    while True:  # W&B's own process writes the file, and may do so after the run's process has gone on
+        records = list(_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
+            return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
+        time.sleep(0.1)
 
 
 def wandb_history(path: Path) -> list[dict[str, Any]]:
