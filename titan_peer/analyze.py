@@ -7,20 +7,26 @@ kinds of attention, and the memory of a process for the configured parallelism: 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.estimate import MemoryEstimate, estimate_memory
+from titan_peer.expert_usage import LayerUsage
+from titan_peer.experts import batches, measure, read_documents, usage_table
+from titan_peer.latent_cache import cache_bytes_per_token
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.model_size import COMPONENTS, ComponentSize, ModelSize, model_size
 from titan_peer.resolve import resolve_vocabulary
@@ -40,6 +46,8 @@ class Analysis:
     kv_cache: dict[str, int]
     """Bytes a token, all layers, by kind of attention."""
     memory: MemoryEstimate
+    usage: list[LayerUsage]
+    """Of a checkpoint's PEER layers, on text; empty when none is given."""
 
     @property
     def weight_bytes(self) -> int:
@@ -69,12 +77,9 @@ class Analysis:
             "training_flops_per_token": size.training_flops,
             "weight_bytes_read_per_token": self.weight_bytes,
             "kv_cache_bytes_per_token": self.kv_cache,
-            "memory_bytes_per_process": {
-                **self.memory.by_kind,
-                "process": self.memory.process_base,
-                "total": self.memory.total,
-            },
+            "memory_bytes_per_process": {**self.memory.rows(), "total": self.memory.total},
             "world_size": self.memory.world_size,
+            "expert_usage": [usage.scalars() for usage in self.usage],
             "components": [asdict(part) for part in size.components],
         }
 
@@ -106,16 +111,34 @@ def kv_cache_bytes(args: ModelArgs) -> dict[str, int]:
     mla = args.mla
     head = mla.qk_head_dim + mla.v_head_dim
     groups = -(-mla.n_heads // 4)
+    latent = cache_bytes_per_token(args, torch.bfloat16)
     numbers = {
-        "MLA (latent and rotary key)": mla.kv_lora_rank + mla.qk_rope_head_dim,
         f"MHA ({mla.n_heads} heads)": mla.n_heads * head,
         f"GQA ({groups} groups)": groups * head,
         "MQA": head,
     }
-    return {name: BYTES_A_NUMBER * args.n_layers * count for name, count in numbers.items()}
+    others = {name: BYTES_A_NUMBER * args.n_layers * count for name, count in numbers.items()}
+    return {"MLA (latent and rotary key)": latent, **others}
 
 
-def analyze(config: JobConfig, world_size: int) -> Analysis:
+def checkpoint_usage(config: JobConfig, checkpoint: str, num_tokens: int) -> list[LayerUsage]:
+    """Which experts a checkpoint of the job uses, on the first `num_tokens` tokens of the job's held-out text (of its
+    training text if it has none).
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is not of this job's model.
+    """
+    model, job, tokenizer = load_model_for_inference(checkpoint)
+    ours, theirs = asdict(config.model), asdict(job.model)
+    for key in ours:
+        if key not in ("vocab_size", "tokenizer_path") and ours[key] != theirs[key]:
+            raise UserError(f"--checkpoint {checkpoint}: its model.{key} = {theirs[key]}, but the job's is {ours[key]}")
+    paths = [source.path for source in config.validation.sources or config.data.sources]
+    work = batches(read_documents(paths, tokenizer), config.training.seq_len, 8, num_tokens)
+    return measure(model, work)
+
+
+def analyze(config: JobConfig, world_size: int, usage: Sequence[LayerUsage] = ()) -> Analysis:
     """Analyse a job on the meta device.
 
     Raises:
@@ -128,7 +151,7 @@ def analyze(config: JobConfig, world_size: int) -> Analysis:
     size = model_size(model, config.training.seq_len)
     memory = estimate_memory(config, world_size)
     name = config.job.description or Path(config.job.config_file).stem or "default job"
-    return Analysis(name, config.training.seq_len, size, kv_cache_bytes(config.model), memory)
+    return Analysis(name, config.training.seq_len, size, kv_cache_bytes(config.model), memory, list(usage))
 
 
 # ---- showing it
@@ -146,7 +169,7 @@ def print_tables(analysis: Analysis) -> None:
         table.add_column(title)
         for column in ("parameters", "active a token", "FLOPs forward", "FLOPs training", "weights read"):
             table.add_column(column, justify="right")
-        for name, part in groups.items():
+        for name, part in _runs(groups):
             table.add_row(name, *_cells(part))
         total = ComponentSize(
             None,
@@ -165,12 +188,23 @@ def print_tables(analysis: Analysis) -> None:
         "cache of a token in decoding, bfloat16",
         *(f"  {name:<28} {bytes_text(count):>10}" for name, count in analysis.kv_cache.items()),
         f"memory of a process ({analysis.memory.world_size} in the job)",
-        *(f"  {kind:<28} {bytes_text(count):>10}" for kind, count in analysis.memory.by_kind.items() if count),
-        f"  {'process (CPU run)':<28} {bytes_text(analysis.memory.process_base):>10}",
+        *(f"  {kind:<28} {bytes_text(count):>10}" for kind, count in analysis.memory.rows().items()),
         f"  {'most at a time':<28} {bytes_text(analysis.memory.total):>10}",
     ]
     for line in lines:
         console.print(line, highlight=False)
+    if analysis.usage:
+        console.print(f"\nexperts used, {analysis.usage[0].expected:.1f} uses of an expert if all were used alike")
+        console.print(usage_table(analysis.usage), highlight=False)
+
+
+def _runs(groups: dict[str, ComponentSize]) -> Iterator[tuple[str, ComponentSize]]:
+    """Blocks in a row that are equal become one row, "block 0 to 4", with the numbers of each."""
+    items = list(groups.items())
+    for _, equal in itertools.groupby(items, key=lambda item: dataclasses.replace(item[1], component="")):
+        names = [name for name, _ in equal]
+        label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].split()[-1]}, each"
+        yield label, groups[names[0]]
 
 
 def _cells(part: ComponentSize) -> list[str]:
@@ -192,7 +226,8 @@ def plot(analysis: Analysis, output: Path) -> None:
 
     components = analysis.by_component()
     names = list(components)
-    figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    rows = 3 if analysis.usage else 2
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.25 * rows), layout="constrained")
     figure.suptitle(
         f"{analysis.job}\n{count_text(analysis.size.total_parameters)} parameters, "
         f"{count_text(analysis.size.active_parameters)} active a token"
@@ -203,14 +238,14 @@ def plot(analysis: Analysis, output: Path) -> None:
     total = [components[name].total_parameters for name in names]
     active = [components[name].active_parameters for name in names]
     panel = axes[0][0]
-    panel.barh([p + 0.2 for p in places], total, 0.4, label="total", color=colours(0))
-    panel.barh([p - 0.2 for p in places], active, 0.4, label="active a token", color=colours(1))
+    panel.barh([p - 0.2 for p in places], total, 0.4, label="total", color=colours(0))
+    panel.barh([p + 0.2 for p in places], active, 0.4, label="active a token", color=colours(1))
     panel.set(xscale="log", title="parameters", yticks=list(places), yticklabels=names, xlim=(1, 12 * max(total)))
     panel.invert_yaxis()
     for place, whole, part in zip(places, total, active):
-        panel.text(max(whole, 1) * 1.15, place + 0.2, count_text(whole), va="center", fontsize=8)
-        panel.text(max(part, 1) * 1.15, place - 0.2, count_text(part), va="center", fontsize=8)
-    panel.legend()
+        panel.text(max(whole, 1) * 1.15, place - 0.2, count_text(whole), va="center", fontsize=8)
+        panel.text(max(part, 1) * 1.15, place + 0.2, count_text(part), va="center", fontsize=8)
+    panel.legend(loc="lower right")
 
     panel = axes[0][1]
     layers = sorted({part.layer for part in analysis.size.components if part.layer is not None})
@@ -219,7 +254,7 @@ def plot(analysis: Analysis, output: Path) -> None:
     for i, component in enumerate(COMPONENTS):
         heights = [
             sum(
-                part.forward_flops + part.backward_flops
+                (part.forward_flops + part.backward_flops) / 1e6
                 for part in analysis.size.components
                 if part.component == component
                 and (part.layer == column or (part.layer is None and column == len(layers)))
@@ -231,19 +266,38 @@ def plot(analysis: Analysis, output: Path) -> None:
             bottom = [b + h for b, h in zip(bottom, heights)]
     step = max(1, len(layers) // 12)
     panel.set(
-        title=f"training FLOPs a token at {analysis.seq_len:,} tokens", xlabel="block", ylim=(0, 1.35 * max(bottom))
+        title=f"training MFLOPs a token, sequences of {analysis.seq_len:,}",
+        xlabel="block",
+        ylim=(0, 1.35 * max(bottom)),
     )
     panel.set_xticks([*layers[::step], len(layers)], [*map(str, layers[::step]), "head"])
     panel.legend(ncols=3, fontsize=8, loc="upper center")
 
     _bars(axes[1][0], analysis.kv_cache, "cache of a token in decoding, bfloat16", colours)
-    memory = {kind: size for kind, size in analysis.memory.by_kind.items() if size}
-    if analysis.memory.process_base:
-        memory["process"] = analysis.memory.process_base
     title = f"memory of a process ({analysis.memory.world_size} in the job): {bytes_text(analysis.memory.total)}"
-    _bars(axes[1][1], memory, title, colours)
+    _bars(axes[1][1], analysis.memory.rows(), title, colours)
+    if analysis.usage:
+        _plot_usage(axes[2], analysis.usage, colours)
     figure.savefig(output, dpi=120)
     plt.close(figure)
+
+
+def _plot_usage(panels: Any, usage: Sequence[LayerUsage], colours: Any) -> None:
+    names = [f"block {layer.layer}" for layer in usage]
+    shares = [100 * layer.whole.share_used for layer in usage]
+    panels[0].barh(names, shares, color=colours(0))
+    panels[0].invert_yaxis()
+    panels[0].set(title="experts used, per cent", xlim=(0, 115))
+    for i, share in enumerate(shares):
+        panels[0].text(share, i, f"  {share:.1f}", va="center", fontsize=9)
+    for i, layer in enumerate(usage):
+        ranks = [(rank, load) for rank, load in zip(layer.ranks, layer.loads_at_ranks) if load > 0]
+        panels[1].plot(*zip(*ranks), label=names[i], color=colours(i))
+    panels[1].axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    panels[1].set(
+        xscale="log", yscale="log", title="gates of an expert by rank (1: all alike)", xlabel="rank of the expert"
+    )
+    panels[1].legend(fontsize=8)
 
 
 def _bars(panel: Any, sizes: dict[str, int], title: str, colours: Any) -> None:
@@ -261,17 +315,25 @@ def main(args: Sequence[str] | None = None) -> int:
         description="Parameters, FLOPs, cache and memory of a job's model, which is never built.",
         epilog="Any key of a job may follow, as for run_train.sh.\n\nExamples:\n"
         "  titan-peer analyze --job.config_file train_configs/peer_1m.toml --output model_analysis.png\n"
-        "  titan-peer analyze --job.config_file train_configs/peer_1m_multinode.toml --world-size 16 --json analysis.json",
+        "  titan-peer analyze --job.config_file train_configs/peer_1m_multinode.toml --world-size 16 --json analysis.json\n"
+        "  titan-peer analyze --job.config_file train_configs/debug_model.toml --checkpoint "
+        "outputs/debug_model/checkpoint/step-80 --output model_analysis.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="write a plot")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
+    parser.add_argument("--checkpoint", metavar="DIR", help="also run this checkpoint of the job and count its experts")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of held-out text for that (default: %(default)s)")
     parser.add_argument("--world-size", type=int, default=1, help="processes of the job, all machines together")
     options, job_arguments = parser.parse_known_args(args)
     if options.world_size < 1:
         parser.error(f"--world-size = {options.world_size}: must be at least 1")
-    analysis = analyze(load_config(job_arguments), options.world_size)
+    if options.tokens < 1:
+        parser.error(f"--tokens = {options.tokens}: must be at least 1")
+    config = load_config(job_arguments)
+    usage = checkpoint_usage(config, options.checkpoint, options.tokens) if options.checkpoint else []
+    analysis = analyze(config, options.world_size, usage)
     print_tables(analysis)
     try:
         if options.json is not None:

@@ -6,6 +6,7 @@ process group. `./run_train.sh ... --comm.mode fake_backend` prints the result: 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.expert_usage import ExpertUsage
 from titan_peer.model import PEERArgs, Transformer
 from titan_peer.ops import cross_entropy
 from titan_peer.optimizer import Optimizers
@@ -30,6 +32,7 @@ from titan_peer.units import bytes_text
 KINDS = (
     "parameters",
     "moments",
+    "expert usage",
     "gradients",
     "row-gradient factors",
     "activations",
@@ -56,7 +59,7 @@ class StepTrace:
 
 @contextmanager
 def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
-    """Rank 0 of `world_size` processes that do not exist.
+    """Rank 0 of `world_size` processes that do not exist. It is on the CPU, whatever the machine has: shapes are the same.
 
     Raises:
         UserError: the job's parallel degrees do not fit that number.
@@ -66,7 +69,7 @@ def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
 
         dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        yield init_world(config.parallelism)
+        yield init_world(config.parallelism, torch.device("cpu"))
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -85,6 +88,7 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
     How many places of a token an expert-parallel process has is not known: they are taken to be spread by chance.
     """
     micro_batches = resolve(config, world.world_size)
+    config = _with_dtype_of_this_machine(config)
     with torch.device("meta"):
         model = Transformer(config.model)
     model.loss_chunk_size = config.training.loss_chunk_size
@@ -98,17 +102,30 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
     with _stand_in_for_compiled_loss(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         with ledger.booked_as("parameters"):
             model.to_empty(device=world.device)
+        with ledger.booked_as("expert usage"):
+            usage = ExpertUsage(model) if config.metrics.log_expert_usage else None
         with ledger.booked_as("moments"):
             optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens * micro_batches)
         step = _Step(config, world, model, optimizers, ledger, micro_batches)
         step.run()  # the first one makes what is kept from step to step
         ledger.forget_peak()
         step.run()
+        del usage
+    if config.compile.enable:
+        torch._dynamo.reset()  # the real blocks are compiled anew, for real
     dims = _mesh_dims(world)
     traffic = {(dims.get(c.group_name, "all"), c): t for c, t in ledger.traffic.items()}
     memory = {kind: ledger.peak[kind] for kind in KINDS}
     memory["activations"] += sum(size for kind, size in ledger.peak.items() if kind not in KINDS)
     return StepTrace(memory, traffic, micro_batches)
+
+
+def _with_dtype_of_this_machine(config: JobConfig) -> JobConfig:
+    """The fake device is a CPU; what "auto" means is a matter of the real one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bfloat16 = compute_dtype(config.training.mixed_precision_param, device) == torch.bfloat16
+    training = dataclasses.replace(config.training, mixed_precision_param="bfloat16" if bfloat16 else "float32")
+    return dataclasses.replace(config, training=training)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """`titan-peer estimate`: the memory a process of a job will take, before it is launched.
 
-The books of one step on fake tensors (`dry_run.py`), and on a CPU, where a run reports the resident set of its process,
-what the interpreter and the libraries take.
+The books of one step on fake tensors (`dry_run.py`); and on a CPU, where a run reports the resident set of its process,
+what interpreter, libraries and the heap take besides.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -15,17 +16,20 @@ from dataclasses import dataclass
 import torch
 
 from titan_peer.config import JobConfig, load_config
-from titan_peer.dry_run import StepTrace, fake_world, trace_step
-from titan_peer.parallelize import World
+from titan_peer.dry_run import fake_world, trace_step
 from titan_peer.units import bytes_text
 
 MIB = 2**20
 
 PROCESS_BASE = 560 * MIB
-"""Resident set of a process that trains a model of no size: interpreter, torch, tokenizer, text, kernels, thread stacks.
-Measured with torch 2.13 for CPU on x86-64; see docs/analysis.md."""
-COMPILER_BASE = 250 * MIB
+"""Resident set of a process that trains a model of hardly any size: interpreter, torch, tokenizer, text, kernels, threads."""
+COMPILER_BASE = 50 * MIB
 """What torch.compile adds to it: the compiler's modules and caches."""
+ALLOCATOR_SHARE = {False: 0.5, True: 0.15}
+"""What the C library's heap keeps besides, and buffers inside of operators, as a share of the memory that comes and goes in
+a step; with compile.enable False and True. Measured on CPU, see docs/analysis.md."""
+_KEPT = ("parameters", "moments", "expert usage", "row-gradient factors")
+"""Kinds of tensors that stay from step to step."""
 
 
 @dataclass(frozen=True)
@@ -34,36 +38,41 @@ class MemoryEstimate:
 
     by_kind: dict[str, int]
     """Tensors, by what they are for, at the moment of the most bytes."""
-    process_base: int
-    """On a CPU: interpreter and libraries. 0 on a GPU, whose allocator has tensors only."""
+    process: int
+    """On a CPU: interpreter, libraries and what the heap keeps. 0 on a GPU, whose allocator has tensors only."""
     world_size: int
 
     @property
     def total(self) -> int:
-        return sum(self.by_kind.values()) + self.process_base
+        return sum(self.by_kind.values()) + self.process
+
+    def rows(self) -> dict[str, int]:
+        """By kind, what is not 0; the process last."""
+        rows = {**self.by_kind, "process": self.process}
+        return {name: size for name, size in rows.items() if size}
 
     def line(self) -> str:
         """One line for the banner."""
-        parts = ", ".join(f"{kind} {bytes_text(size)}" for kind, size in self.by_kind.items() if size)
-        base = f" + process {bytes_text(self.process_base)}" if self.process_base else ""
-        return f"about {bytes_text(self.total)} a process: {parts}{base}"
-
-
-def from_trace(trace: StepTrace, config: JobConfig, world: World) -> MemoryEstimate:
-    base = 0
-    if world.device.type == "cpu":
-        base = PROCESS_BASE + (COMPILER_BASE if config.compile.enable else 0)
-    return MemoryEstimate(trace.memory, base, world.world_size)
+        return f"about {bytes_text(self.total)} a process: " + ", ".join(
+            f"{name} {bytes_text(size)}" for name, size in self.rows().items()
+        )
 
 
 def estimate_memory(config: JobConfig, world_size: int) -> MemoryEstimate:
-    """The memory of rank 0 of `world_size` processes; fills in what the job leaves to the tokenizer and the world size.
+    """The memory of rank 0 of `world_size` processes, on a device as this machine's.
 
     Raises:
-        UserError: parallel degrees or batch do not fit the number of processes.
+        UserError: the vocabulary, the parallel degrees or the batch do not fit.
     """
+    config = copy.deepcopy(config)
     with fake_world(config, world_size) as world:
-        return from_trace(trace_step(config, world), config, world)
+        memory = trace_step(config, world).memory
+    process = 0
+    if not torch.cuda.is_available():
+        comes_and_goes = sum(size for kind, size in memory.items() if kind not in _KEPT)
+        compiled = config.compile.enable
+        process = PROCESS_BASE + compiled * COMPILER_BASE + round(ALLOCATOR_SHARE[compiled] * comes_and_goes)
+    return MemoryEstimate(memory, process, world_size)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,20 +94,17 @@ def main(args: Sequence[str] | None = None) -> int:
     config = load_config(job_arguments)
     estimate = estimate_memory(config, options.world_size)
     if options.json:
-        print(json.dumps({**estimate.by_kind, "process": estimate.process_base, "total": estimate.total}))
+        print(json.dumps({**estimate.rows(), "total": estimate.total}))
         return 0
-    print(memory_table(estimate.by_kind, estimate.process_base, estimate.total))
-    if not torch.cuda.is_available():
-        print(
-            "The process is that of a CPU run. On a GPU: the sum of the tensors, and what its allocator keeps in reserve."
-        )
+    rows = {**estimate.rows(), "most at a time": estimate.total}
+    width = max(map(len, rows))
+    for name, size in rows.items():
+        print(f"{name:<{width}}  {bytes_text(size):>12}")
+    if torch.cuda.is_available():
+        print("Tensors only; the GPU's allocator keeps some memory in reserve besides.")
+    else:
+        print("process: interpreter and libraries of a CPU run; a GPU has the tensors only.")
     return 0
-
-
-def memory_table(by_kind: dict[str, int], process_base: int, total: int) -> str:
-    rows = [*by_kind.items(), ("process (interpreter, libraries)", process_base), ("most at a time", total)]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {bytes_text(size):>12}" for name, size in rows if size)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,11 @@ class World:
         return self.expert_mesh.size(1) if self.expert_mesh is not None else 1
 
 
-def init_world(parallelism: Parallelism) -> World:
+def init_world(parallelism: Parallelism, device: torch.device | None = None) -> World:
     """Join the process group that torchrun describes (NCCL on CUDA, gloo on CPU); a single process needs none.
 
+    Args:
+        device: None takes this process' GPU, or the CPU where there is none.
     Raises:
         UserError: the parallel degrees do not fit the number of processes.
     """
@@ -72,10 +74,11 @@ def init_world(parallelism: Parallelism) -> World:
         raise UserError(
             f"parallelism.expert_parallel_degree = {expert}: must divide the number of processes, {world_size}"
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if device is None and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    elif device is None:
+        device = torch.device("cpu")
     if world_size == 1:
         return World(rank, world_size, device, None, None)
     timeout = datetime.timedelta(seconds=parallelism.timeout_seconds)

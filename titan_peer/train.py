@@ -28,6 +28,7 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.estimate import estimate_memory
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
 from titan_peer.expert_balance import add_balance_loss
@@ -62,12 +63,15 @@ class NonFiniteLossError(Exception):
 class Trainer:
     """One training job on this process.
 
+    Args:
+        memory_estimate: for the banner.
     Raises (from the constructor, before any step):
         UserError: something in the job cannot be, or cannot be read.
     """
 
-    def __init__(self, config: JobConfig, world: World) -> None:
+    def __init__(self, config: JobConfig, world: World, memory_estimate: str = "") -> None:
         self.config, self.world, self.device = config, world, world.device
+        self.memory_estimate = memory_estimate
         training = config.training
         self.dump_folder = Path(config.job.dump_folder)
         self._make_reproducible()
@@ -203,6 +207,7 @@ class Trainer:
             f"attention  {attention_backend(self.device)}",
             f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
             f"batch      {batch}, steps {self.step + 1} to {training.steps}",
+            *([f"memory     {self.memory_estimate}"] if self.memory_estimate else []),
             f"output     {self.dump_folder}",
         ]
         return "\n".join(lines)
@@ -470,11 +475,13 @@ def main(args: Sequence[str] | None = None) -> int:
             if is_first:
                 print(config.to_toml(), end="")
             return 0
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
         if config.comm.mode == "fake_backend":
             if is_first:
-                print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", 1))))
+                print(dry_run.report(config, world_size))
             return 0
-        return Trainer(config, init_world(config.parallelism)).train()
+        memory = estimate_memory(config, world_size).line() if is_first else ""
+        return Trainer(config, init_world(config.parallelism), memory).train()
     except UserError as error:
         if is_first:
             for line in str(error).splitlines():

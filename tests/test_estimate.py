@@ -1,0 +1,90 @@
+"""The memory estimate against what a run then measures, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_peer import cli
+from titan_peer.config import load_config
+from titan_peer.estimate import estimate_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = {"MiB": 2**-10, "GiB": 1.0}
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU run's resident set")
+
+
+def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: int = 1) -> tuple[float, float]:
+    """GiB of a process: in the banner of a run, and the most that the run reports."""
+    done = subprocess.run(
+        ["./run_train.sh", "--job.config_file", f"train_configs/{job}.toml", "--job.dump_folder", folder, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "NGPU": str(processes)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    banner = re.search(r"memory +about ([\d.,]+) ([MG]iB) a process: parameters .*process", done.stderr)
+    assert banner is not None, done.stderr
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return float(banner[1]) * GIB[banner[2]], max(r["peak_memory_gib"] for r in records if "peak_memory_gib" in r)
+
+
+@on_cpu
+@pytest.mark.parametrize("processes", [1, 2])
+def test_banner_is_within_fifteen_per_cent_of_what_the_run_measures(tmp_path: Path, processes: int) -> None:
+    arguments = ["--training.steps", "4", "--compile.enable", "false", "--checkpoint.enable", "false"]
+    if processes > 1:
+        arguments += ["--training.local_batch_size", "4", "--parallelism.expert_parallel_degree", "2"]
+    estimated, measured = estimated_and_measured(tmp_path, "debug_model", *arguments, processes=processes)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@on_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "arguments"),
+    [
+        ("debug_model", []),
+        ("debug_model", ["--training.local_batch_size", "24", "--compile.enable", "false"]),
+        ("debug_model", ["--activation_checkpoint.mode", "full", "--training.local_batch_size", "24"]),
+        ("debug_model", ["--optimizer.expert_update", "dense"]),
+        ("peer_small", []),
+        ("peer_1m", ["--training.local_batch_size", "1", "--training.seq_len", "256"]),  # 9.5 GiB
+    ],
+)
+def test_jobs_as_they_are_stay_within_fifteen_per_cent(tmp_path: Path, job: str, arguments: list[str]) -> None:
+    arguments = [*arguments, "--training.steps", "3", "--validation.enable", "false", "--checkpoint.enable", "false"]
+    estimated, measured = estimated_and_measured(tmp_path, job, *arguments)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_command_prints_what_the_function_returns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    job = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
+    job += ["--parallelism.expert_parallel_degree", "4"]
+    estimate = estimate_memory(load_config(job), 4)
+    assert cli.main(["estimate", *job, "--world-size", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**estimate.rows(), "total": estimate.total}
+    assert cli.main(["estimate", *job, "--world-size", "4"]) == 0
+    assert "most at a time" in capsys.readouterr().out
+    assert cli.main(["estimate", *job, "--world-size", "6"]) == 2
+    assert "parallelism.expert_parallel_degree = 4: must divide" in capsys.readouterr().err
+
+
+def test_dense_update_of_the_tables_takes_gradients_of_their_size() -> None:
+    arguments = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
+    arguments += ["--model.tokenizer_path", str(ROOT / "assets/tokenizer")]
+    tables = 3 * 2 * 16384 * 256 * 4
+    assert estimate_memory(load_config(arguments), 1).by_kind["gradients"] < 0.2 * tables
+    dense = estimate_memory(load_config([*arguments, "--optimizer.expert_update", "dense"]), 1)
+    assert dense.by_kind["gradients"] > tables
