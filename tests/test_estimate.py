@@ -83,7 +83,7 @@ def test_command_prints_what_the_function_returns(
 
 def test_dense_update_of_the_tables_takes_gradients_of_their_size() -> None:
     arguments = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
-    arguments += ["--model.tokenizer_path", str(ROOT / "assets/tokenizer")]
+    arguments += ["--model.tokenizer_path", str(ROOT / "assets/tokenizer"), "--training.local_batch_size", "1"]
     tables = 3 * 2 * 16384 * 256 * 4
     assert estimate_memory(load_config(arguments), 1).by_kind["gradients"] < 0.2 * tables
     dense = estimate_memory(load_config([*arguments, "--optimizer.expert_update", "dense"]), 1)
