@@ -1,0 +1,121 @@
+"""A real job on a mix: what metrics.jsonl says of it, and how it ends when the data do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from corpora import ROOT, SAMPLE, make_loader, write_jsonl
+
+from titan_peer.data.sources import DataSource
+
+
+def sample_part(name: str) -> list[str]:
+    with SAMPLE.open() as file:
+        return [record["text"] for record in map(json.loads, file) if record["source"] == name]
+
+
+def standard_library(characters: int) -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        yield text
+        characters -= len(text)
+        if characters < 0:
+            return
+
+
+def three_corpora(folder: Path) -> list[DataSource]:
+    """A dictionary, Python's standard library and the New Testament, at 0.7, 0.2 and 0.1."""
+    parts = {
+        "jargon": (sample_part("jargon-4.4.7"), 0.7),
+        "python": (list(standard_library(3_000_000)), 0.2),
+        "bible": (sample_part("kjv-new-testament"), 0.1),
+    }
+    return [
+        DataSource(str(write_jsonl(folder / f"{name}.jsonl", texts)), name=name, weight=weight)
+        for name, (texts, weight) in parts.items()
+    ]
+
+
+def test_token_shares_are_within_half_a_percent_after_two_million_tokens(tmp_path: Path) -> None:
+    loader = make_loader(three_corpora(tmp_path), seq_len=1024, global_batch_size=16)
+    for _ in range(2_000_000 // (16 * 1024) + 1):
+        next(loader)
+    statistics = loader.statistics()
+    shares = [statistics[f"data/{name}_share"] for name in ("jargon", "python", "bible")]
+    assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.005)
+    assert statistics["data/jargon_epoch"] >= 1  # it has less than its share of 2M tokens: it was begun anew
+
+
+def run_job(job: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, float]]]:
+    command = [sys.executable, "-m", "titan_peer.train", "--job.config_file", str(job), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done, [json.loads(line) for line in (job.parent / "out/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path: Path) -> None:
+    sources = three_corpora(tmp_path)
+    write_jsonl(tmp_path / "short.jsonl", [sample_part("jargon-4.4.7")[i] for i in range(60)])
+    job = tmp_path / "job.toml"
+    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    text = text.replace("outputs/debug_model", str(tmp_path / "out"))
+    weights = {"short": 0.5, "bible": 0.5}
+    for name, weight in weights.items():
+        text += f'[[data.sources]]\nname = "{name}"\npath = "{tmp_path / name}.jsonl"\nweight = {weight}\n'
+        text += 'max_epochs = 1\nat_end = "stop"\n' if name == "short" else ""
+    for source in sources[::2]:
+        text += f'[[validation.sources]]\nname = "{source.name}"\npath = "{source.path}"\n'
+    job.write_text(text)
+    small = [
+        "--compile.enable",
+        "false",
+        "--model.n_layers",
+        "1",
+        "--training.seq_len",
+        "64",
+        "--metrics.log_freq",
+        "1",
+    ]
+    small += ["--validation.steps", "2", "--validation.freq", "5"]
+    done, records = run_job(job, *small)
+    assert done.returncode == 0, done.stderr
+    steps = [r for r in records if "data/short_share" in r]
+    last = int(steps[-1]["step"])
+    assert f"the data ended after step {last} of 80" in done.stderr and last < 80
+    assert (tmp_path / f"out/checkpoint/step-{last}").is_dir()
+    assert steps[-1]["data/short_share"] == pytest.approx(0.5, abs=0.1)
+    assert steps[-1]["data/bible_tokens"] > 0 and steps[-1]["data/short_skipped"] == 0
+
+    validations = [r for r in records if "validation_loss" in r]
+    assert [r["step"] for r in validations] == [*range(5, last, 5), last]
+    for record in validations:
+        of_sets = [record["validation/jargon_loss"], record["validation/bible_loss"]]
+        assert min(of_sets) < record["validation_loss"] < max(of_sets)
+        assert record["validation/bible_bits_per_byte"] > 0 and record["validation/bible_perplexity"] > 1
+
+    again, _ = run_job(job, *small)
+    assert again.returncode == 0 and f"resumed from step {last}" in again.stderr
+    assert f"the data ended after step {last} of 80" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"text": "fine"}\n' * 40 + b"{broken\n", ":41: is not JSON"), (b"", "it has no documents")],
+)
+def test_bad_data_end_a_job_with_one_clear_message(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    job = tmp_path / "job.toml"
+    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    text += f'[[data.sources]]\npath = "{tmp_path / "a.jsonl"}"\n'
+    job.write_text(text.replace("outputs/debug_model", str(tmp_path / "out")))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").touch()
+    small = ["--compile.enable", "false", "--model.n_layers", "1", "--validation.enable", "false"]
+    done, _ = run_job(job, *small, "--checkpoint.enable", "false")
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
