@@ -25,7 +25,7 @@ from titan_peer import __version__, dry_run
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
-from titan_peer.data.loader import build_dataloader, build_validation_dataloader
+from titan_peer.data.loader import build_dataloader, build_validation_dataloader, gather
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.estimate import estimate_memory
@@ -283,10 +283,12 @@ class Trainer:
             whether any process has been told to stop.
         """
         config, n_processes = self.config, self.world.world_size
-        micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
-        learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
+        micro_batches, failure = self._read(batches)
+        learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches) if not failure else -math.inf
         with self.metrics.waiting():
             learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
+        if learnt_tokens < 0:
+            raise UserError(next(filter(None, gather(failure))))
         if learnt_tokens == 0:
             raise EndOfDataError
 
@@ -372,6 +374,13 @@ class Trainer:
             self.metrics.log_checkpoint(step, folder)
 
     # ---- one call down
+
+    def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], str]:
+        """The step's micro-batches; or why there are none, which all processes are to hear, not only this one."""
+        try:
+            return [next(batches) for _ in range(self.accumulation_steps)], ""
+        except UserError as error:
+            return [], str(error)
 
     def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
         return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]

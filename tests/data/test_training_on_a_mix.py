@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -119,3 +120,30 @@ def test_bad_data_end_a_job_with_one_clear_message(content: bytes, message: str,
     done, _ = run_job(job, *small, "--checkpoint.enable", "false")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / f"texts/{i}.txt").write_text(f"text {i}. " * 300)
+    (tmp_path / "texts/3.txt").write_bytes(b"caf\xe9")  # unshuffled, odd files are the second stream's
+    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    job = tmp_path / "job.toml"
+    job.write_text(
+        text + f'[data]\nnum_streams = 2\nshuffle = false\n[[data.sources]]\npath = "{tmp_path / "texts"}"\n'
+    )
+    small = ["--compile.enable", "false", "--model.n_layers", "1", "--validation.enable", "false"]
+    small += [
+        "--training.seq_len",
+        "64",
+        "--training.local_batch_size",
+        "1",
+        "--job.dump_folder",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "NGPU": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["./run_train.sh", "--job.config_file", str(job), *small]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert f"error: data.sources[0]: {tmp_path / 'texts/3.txt'}: is not UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -296,7 +296,7 @@ class TrainingLoader:
         tokens = torch.from_numpy(self._tokens.copy())
         if self.dp_world_size > 1:
             dist.all_reduce(tokens)
-            streams = merge_streams(_gather(streams))
+            streams = merge_streams(gather(streams))
         totals = self._tokens_before + tokens.numpy()
         return {
             "format": _STATE_FORMAT,
@@ -375,9 +375,11 @@ def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
     return [worker["dataset_state"] for worker in workers if worker["dataset_state"] is not None]
 
 
-def _gather(streams: dict[str, State]) -> list[dict[str, State]]:
-    """Every process's `streams`."""
-    mine = torch.frombuffer(bytearray(json.dumps(streams).encode()), dtype=torch.uint8)
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, which JSON can hold, in the order of ranks. Called by every process."""
+    if not dist.is_initialized():
+        return [value]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(mine)]))
     longest = int(max(sizes).item())
