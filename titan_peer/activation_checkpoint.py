@@ -24,14 +24,15 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 KEPT_OPS = (
     "titan_peer::product_key_retrieve",
+    "titan_peer::peer_experts",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
 )
-"""Ops whose outputs `selective_op` keeps: attention, the dear one, and retrieval, whose outputs are small. FlexAttention,
-a higher-order op without a schema, is the other."""
+"""Ops whose outputs `selective_op` keeps: attention, retrieval and experts, which are dear for what they return.
+FlexAttention, a higher-order op without a schema, is one more."""
 
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint, *, compiled: bool) -> None:

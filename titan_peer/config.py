@@ -255,7 +255,7 @@ class ActivationCheckpoint:
 
     mode: Literal["none", "full", "selective", "selective_op"] = "none"
     """none; full: every block; selective: every n-th block; selective_op: every block, but the outputs of attention and
-    of PEER's retrieval are kept."""
+    of PEER's retrieval and experts are kept."""
     every_n_layers: int = 2
     """selective: recompute every n-th block."""
 

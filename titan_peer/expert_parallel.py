@@ -10,16 +10,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import (
-    all_gather_tensor,
-    all_gather_tensor_autograd,
-    reduce_scatter_tensor_autograd,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from titan_peer.collectives import all_gather, reduce_scatter
 from titan_peer.model import Experts
 from titan_peer.ops import peer_experts
 
@@ -57,12 +53,12 @@ class ShardedExperts(Experts):
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """x [T, D], indices and gates [T, K] of this process' tokens -> [T, D]."""
-        all_x = all_gather_tensor_autograd(x.contiguous(), 0, self.group)  # [group x T, D]
-        all_gates = all_gather_tensor_autograd(gates.contiguous(), 0, self.group)  # [group x T, K]
-        all_indices = all_gather_tensor(indices.int().contiguous(), 0, self.group).long()
+        all_x = all_gather(x, self.group)  # [group x T, D]
+        all_gates = all_gather(gates, self.group)  # [group x T, K]
+        all_indices = all_gather(indices.int(), self.group).long()
         is_here = (all_indices >= self.first) & (all_indices < self.last)
         here = torch.where(is_here, all_indices - self.first, -1)
         assert isinstance(self.expert_down, DTensor) and isinstance(self.expert_up, DTensor)
         down, up = self.expert_down.to_local(), self.expert_up.to_local()  # [N / group, E, D]
         y = peer_experts(all_x, here, all_gates, down, up, self.activation, rowwise=self.rowwise)
-        return reduce_scatter_tensor_autograd(y, "sum", 0, self.group)  # type: ignore[no-any-return]
+        return reduce_scatter(y, self.group)

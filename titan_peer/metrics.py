@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from titan_peer.collectives import all_gather_into
 from titan_peer.config import JobConfig
 from titan_peer.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
 
@@ -178,10 +179,9 @@ class MetricsLogger:
         if not dist.is_initialized():
             return {}
         own = torch.tensor([(seconds - self._waited_seconds) / steps], dtype=torch.float64)
-        of_all = torch.empty(dist.get_world_size(), dtype=torch.float64)
         self._waited_seconds = 0.0
         with self.waiting():
-            dist.all_gather_into_tensor(of_all, own)
+            of_all = all_gather_into(own)
         slowest = int(of_all.argmax())
         excess = (of_all[slowest] - of_all.median()).item()
         return {

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from titan_peer.activation_checkpoint import apply_activation_checkpointing
+from titan_peer.collectives import all_gather
 from titan_peer.config import JobConfig, Parallelism
 from titan_peer.errors import UserError
 from titan_peer.expert_parallel import ExpertParallel
@@ -119,7 +119,7 @@ def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch
     group = mesh._flatten("dp").get_group() if mesh.ndim > 1 else mesh.get_group()
 
     def gather(moments: Tensor) -> Tensor:
-        return all_gather_tensor_autograd(moments[None], gather_dim=0, group=group)  # type: ignore[no-any-return]
+        return all_gather(moments[None], group)
 
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_peer.collectives import all_gather_into
 from titan_peer.ops import RowGradients
 
 
@@ -54,7 +55,7 @@ def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGr
         moved = sum(factor.numel() * factor.element_size() for factor in (indices, dz, hidden, x, dy))
         table_bytes = sum(4 * table.numel() for table in tables)
         if factors_move_fewer_bytes(moved, table_bytes, group.size()):
-            collector.replace(*(_all_gather(factor, group) for factor in (indices, dz, hidden, x, dy)))
+            collector.replace(*(all_gather_into(factor, group) for factor in (indices, dz, hidden, x, dy)))
         else:
             _all_reduce_dense(collector, group)
 
@@ -67,12 +68,6 @@ def _compact(indices: Tensor, dz: Tensor, hidden: Tensor, group: dist.ProcessGro
     places = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, : int(most)]
     wide = places.unsqueeze(-1).expand(-1, -1, dz.shape[2])
     return indices.gather(1, places), dz.gather(1, wide), hidden.gather(1, wide)
-
-
-def _all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    whole = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-    return whole
 
 
 def _all_reduce_dense(collector: RowGradients, group: dist.ProcessGroup) -> None:

@@ -1,0 +1,36 @@
+"""The collectives used here under one name each: PyTorch 2.13 renamed them, and the old names warn there.
+
+`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients; `all_gather_into` fills a tensor outside
+of graphs.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_all_gather_autograd = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
+_reduce_scatter_autograd = (
+    getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
+)
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenation of all processes' `part` [T, ...] -> [group x T, ...]; the backward pass sums and scatters."""
+    gather = _all_gather_autograd if part.requires_grad else _all_gather
+    return gather(part.contiguous(), 0, group)  # type: ignore[no-any-return]
+
+
+def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of all processes' `whole` [group x T, ...], of which each gets its [T, ...]; the backward pass all-gathers."""
+    return _reduce_scatter_autograd(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
+
+
+def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`all_gather` without gradients, outside of compiled graphs."""
+    whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
+    _all_gather_into(whole, part.contiguous(), group=group)
+    return whole
