@@ -46,11 +46,10 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
     for i, block in enumerate(model.layers):
         if config.mode == "selective" and i % config.every_n_layers:
             continue
-        contexts = _keep_chosen_ops if config.mode == "selective_op" else _keep_nothing
+        contexts = _keep_chosen_ops if config.mode == "selective_op" else None
         if not compiled:
-            contexts = partial(_with_buffers_kept, contexts, block)
-        # the compiler takes contexts that choose operations, and no others
-        options: dict[str, Any] = {} if compiled and config.mode != "selective_op" else {"context_fn": contexts}
+            contexts = partial(_with_buffers_kept, contexts or _keep_nothing, block)
+        options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
         model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=True, **options)
 
 
