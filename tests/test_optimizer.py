@@ -57,3 +57,29 @@ def test_rowwise_and_dense_take_the_same_first_step_and_report_the_same_norm(max
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=1e-6)
     for (name, dense), row in zip(dense_model.named_parameters(), row_model.parameters()):
         torch.testing.assert_close(row, dense, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bfloat16_copies_of_the_tables_are_computed_with_and_follow_the_updates() -> None:
+    model = built(small_model(n_layers=2))
+    optimizers = Optimizers(model, Optimizer(expert_compute_dtype="bfloat16", lr=1e-2))
+    experts = model.layers[1].peer.experts
+    before = experts.expert_up.detach().clone()
+    for step in range(3):
+        tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(step))
+        (model(tokens, labels=tokens) / 32).backward()
+        optimizers.clip_and_step(1.0)
+        assert experts.expert_up.dtype == torch.float32
+        for table, copy_ in zip((experts.expert_down, experts.expert_up), experts.compute_copies):
+            assert torch.equal(copy_, table.detach().bfloat16())
+    touched = (experts.expert_up != before).any(-1).any(-1)
+    assert 0 < touched.sum() < len(touched)
+    plain = copy.deepcopy(model)
+    plain.layers[1].peer.experts.compute_copies = None
+    tokens = torch.randint(50, (1, 16), generator=torch.Generator().manual_seed(9))
+    rounded, exact = model(tokens, labels=tokens), plain(tokens, labels=tokens)
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
+    with torch.no_grad():
+        experts.expert_up.zero_()
+    optimizers.refresh_copies()
+    assert not experts.compute_copies[1].any()

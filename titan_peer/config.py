@@ -63,6 +63,9 @@ class Training:
     """Clip the gradient to this norm; 0 only measures it."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype of matmuls; master weights stay float32. auto: bfloat16 where the device has it in hardware."""
+    enable_cpu_offload: bool = False
+    """Keep what FSDP shards (dense parameters, their gradients and moments) in the host's memory; expert tables, of which
+    a step reads rows at random, stay on the device."""
     loss_chunk_size: int = 1024
     """Tokens whose logits exist at a time in the loss."""
     expert_balance_coeff: float = 0.0
@@ -98,6 +101,9 @@ class Optimizer:
     torch's AdamW over whole tables."""
     expert_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the moments of expert tables (rowwise only); bfloat16 is written with stochastic rounding."""
+    expert_compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the tables that forward and backward read (rowwise only). bfloat16: copies, half the bytes of every row
+    read, beside the float32 tables that the optimizer updates and checkpoints hold."""
     expert_second_moment: Literal["element", "row"] = "element"
     """element: one second moment a weight; row: one an expert's table row (rowwise only)."""
     table_gradient: Literal["sorted", "atomic", "fastest"] = "sorted"
@@ -623,7 +629,7 @@ def check(config: JobConfig) -> None:
         section, name = key.split(".")
         require(has_peer or not getattr(getattr(config, section), name), key, "the model has no PEER layer")
     if config.optimizer.expert_update == "dense":
-        for key in ("expert_moment_dtype", "expert_second_moment"):
+        for key in ("expert_moment_dtype", "expert_compute_dtype", "expert_second_moment"):
             default = getattr(Optimizer(), key)
             require(
                 getattr(config.optimizer, key) == default,

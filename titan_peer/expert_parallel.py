@@ -58,7 +58,12 @@ class ShardedExperts(Experts):
         all_indices = all_gather(indices.int(), self.group).long()
         is_here = (all_indices >= self.first) & (all_indices < self.last)
         here = torch.where(is_here, all_indices - self.first, -1)
-        assert isinstance(self.expert_down, DTensor) and isinstance(self.expert_up, DTensor)
-        down, up = self.expert_down.to_local(), self.expert_up.to_local()  # [N / group, E, D]
-        y = peer_experts(all_x, here, all_gates, down, up, self.activation, rowwise=self.rowwise)
+        y = peer_experts(all_x, here, all_gates, *self.tables(), self.activation, rowwise=self.rowwise)
         return reduce_scatter(y, self.group)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What this process computes with: [last - first, E, D] each."""
+        if self.compute_copies is not None:
+            return self.compute_copies
+        assert isinstance(self.expert_down, DTensor) and isinstance(self.expert_up, DTensor)
+        return self.expert_down.to_local(), self.expert_up.to_local()

@@ -365,7 +365,11 @@ class QueryBatchNorm(nn.Module):
 class Experts(nn.Module):
     """The tables of N tiny experts: expert n computes expert_up[n]^T act(expert_down[n] x)."""
 
-    rowwise = False  # set from outside: table gradients are kept as factors of the touched rows, not as dense tensors
+    # set from outside:
+    rowwise = False  # table gradients are kept as factors of the touched rows, not as dense tensors
+    compute_copies: tuple[Tensor, Tensor] | None = (
+        None  # the tables in lower precision, kept up to date by the optimizer
+    )
 
     def __init__(self, dim: int, args: PEERArgs) -> None:
         super().__init__()
@@ -376,7 +380,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D]."""
-        return peer_experts(x, indices, gates, self.expert_down, self.expert_up, self.activation, rowwise=self.rowwise)
+        return peer_experts(x, indices, gates, *self.tables(), self.activation, rowwise=self.rowwise)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What is computed with: [N, E, D] each."""
+        return self.compute_copies if self.compute_copies is not None else (self.expert_down, self.expert_up)
 
     def init_weights(self, residual_scale: float) -> None:
         dim = self.expert_down.shape[-1]

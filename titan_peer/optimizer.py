@@ -21,6 +21,7 @@ from titan_peer.config import LRScheduler
 from titan_peer.config import Optimizer as OptimizerConfig
 from titan_peer.model import PEER, Experts
 from titan_peer.ops import RowGradients, rowwise_adamw_
+from titan_peer.ops.sorted_pairs import SortedPairs
 from titan_peer.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
 
 
@@ -56,7 +57,7 @@ def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
     """Have the tables' gradients recorded as factors; the collectors live as long as the returned list."""
     for module in experts:
         module.rowwise = True
-    return [RowGradients(local(module.expert_down), local(module.expert_up)) for module in experts]
+    return [RowGradients(*(local(table) for table in module.tables())) for module in experts]
 
 
 class RowwiseAdamW(torch.optim.Optimizer):
@@ -69,6 +70,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
         experts: modules whose tables are updated; their `rowwise` is switched on and a gradient collector is registered.
         moment_dtype: storage of the moments; bfloat16 is written with stochastic rounding.
         second_moment: "element", or "row" for one number a table row (the mean square of its gradient).
+        compute_dtype: of the tables that forward and backward read; other than float32 makes copies, of which a step
+            writes the rows that it has updated.
     """
 
     def __init__(
@@ -81,9 +84,14 @@ class RowwiseAdamW(torch.optim.Optimizer):
         weight_decay: float,
         moment_dtype: torch.dtype = torch.float32,
         second_moment: str = "element",
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         tables = [table for module in experts for table in (module.expert_down, module.expert_up)]
         super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.experts = experts
+        for module in experts if compute_dtype != torch.float32 else []:
+            down, up = local(module.expert_down), local(module.expert_up)
+            module.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
         self.collectors = collect_row_gradients(experts)
         for table in tables:
             self.state[table] = {
@@ -129,7 +137,30 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     bias_correction2=1 - beta2**step,
                     seed=step,
                 )
+                self._update_copy(table, pairs)
             collector.clear()
+
+    def _update_copy(self, table: Tensor, pairs: SortedPairs) -> None:
+        """Write the updated rows of a table into its copy."""
+        copy = self._copies().get(table)
+        if copy is None:
+            return
+        rows = pairs.row_ids[: int(pairs.num_rows)].long()
+        for part in rows.split(1 << 14):
+            copy.index_copy_(0, part, local(table).index_select(0, part).to(copy.dtype))
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        copies: dict[Tensor, Tensor] = {}
+        for module in self.experts:
+            if module.compute_copies is not None:
+                copies.update(zip((module.expert_down, module.expert_up), module.compute_copies))
+        return copies
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Make the copies anew, after something else than `step` has written the tables."""
+        for table, copy in self._copies().items():
+            copy.copy_(local(table))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for collector in self.collectors:
@@ -203,6 +234,7 @@ class Optimizers:
                 weight_decay=config.expert_weight_decay,
                 moment_dtype=getattr(torch, config.expert_moment_dtype),
                 second_moment=config.expert_second_moment,
+                compute_dtype=getattr(torch, config.expert_compute_dtype),
             )
             self.collectors = self.rowwise.collectors
         elif self.experts and self._replicas > 1 and self._factors_are_smaller(tokens_per_step):
@@ -247,6 +279,11 @@ class Optimizers:
                 if not collector.is_empty:
                     collector.write_dense(which, local(table.grad))  # type: ignore[arg-type]
             collector.clear()
+
+    def refresh_copies(self) -> None:
+        """Call when something else than a step has written the expert tables: they may have copies to compute with."""
+        if self.rowwise is not None:
+            self.rowwise.refresh_copies()
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self.adamw.param_groups:

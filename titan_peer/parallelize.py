@@ -11,12 +11,13 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from titan_peer.activation_checkpoint import apply_activation_checkpointing
@@ -114,28 +115,35 @@ def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             parallelize_module(module, mesh, ExpertParallel())
 
 
-def apply_data_parallel(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
-    """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global."""
-    group = mesh._flatten("dp").get_group() if mesh.ndim > 1 else mesh.get_group()
+def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dtype, *, offload: bool) -> None:
+    """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global.
+
+    Args:
+        offload: keep the shards, their gradients and moments in the host's memory.
+    """
+    mesh, everyone = world.mesh, dist.group.WORLD
+    assert mesh is not None and everyone is not None
+    if mesh.size(0) == 1:
+        mesh = mesh["dp_shard"]
 
     def gather(moments: Tensor) -> Tensor:
-        return all_gather(moments[None], group)
+        return all_gather(moments[None], everyone)
 
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
             module.gather_from_replicas = gather
-    tables = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-    # rope and router scores stay float32: inputs are not cast
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        # rope and router scores stay float32: inputs are not cast
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "ignored_params": {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()},
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
+    }
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=tables)
-    fully_shard(
-        model,
-        mesh=mesh,
-        mp_policy=policy,
-        ignored_params=tables,
-        reshard_after_forward=False,
-    )
+        fully_shard(block, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
@@ -149,4 +157,20 @@ def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
         apply_compile(model)
     if world.mesh is not None:
         dtype = compute_dtype(config.training.mixed_precision_param, world.device)
-        apply_data_parallel(model, world.mesh, dtype)
+        apply_data_parallel(model, world, dtype, offload=config.training.enable_cpu_offload)
+    elif config.training.enable_cpu_offload:
+        raise UserError("training.enable_cpu_offload = true: offloads what FSDP shards, which takes several processes")
+
+
+def materialize(model: Transformer, device: torch.device, *, offload: bool) -> None:
+    """Give a parallelized model on the meta device memory; `init_weights` or a checkpoint then fills it.
+
+    Args:
+        offload: dense parameters to the host's memory, expert tables and buffers to `device`.
+    """
+    model.to_empty(device=torch.device("cpu") if offload else device)
+    for module in model.modules() if offload else []:
+        if isinstance(module, Experts):
+            module.to_empty(device=device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device=device)

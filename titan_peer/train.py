@@ -43,7 +43,7 @@ from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, learning_rate_factor
-from titan_peer.parallelize import World, compute_dtype, init_world, parallelize
+from titan_peer.parallelize import World, compute_dtype, init_world, materialize, parallelize
 from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.sharded_init import sharded_init
 
@@ -89,7 +89,7 @@ class Trainer:
         self._prepare_dump_folder()
         model.loss_chunk_size = training.loss_chunk_size
         parallelize(model, config, world)
-        model.to_empty(device=self.device)
+        materialize(model, self.device, offload=training.enable_cpu_offload)
         with sharded_init(config.debug.seed):
             model.init_weights()
         self.model = model
@@ -182,6 +182,7 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self.checkpointer.load()
+        self.optimizers.refresh_copies()
         if state is None:
             return
         self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)

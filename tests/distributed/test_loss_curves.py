@@ -54,10 +54,6 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     require_same_curves(curves(tmp_path, ["1 process", "FSDP x 2", "ep 2"], ["rowwise"], compiled=True))
 
 
-def test_four_processes_follow_one(tmp_path: Path) -> None:
-    require_same_curves(curves(tmp_path, ["1 process", "ep 2 x FSDP 2"], ["dense"], compiled=False))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_plan_and_update_follows_one_process(compiled: bool, tmp_path: Path) -> None:
