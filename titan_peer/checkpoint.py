@@ -42,6 +42,7 @@ from titan_peer.checkpoint_saving import BackgroundSave, CheckpointSaveError, Ra
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
+from titan_peer.float8 import master_weight
 from titan_peer.model import Transformer, rope_table
 from titan_peer.optimizer import Optimizers
 
@@ -170,7 +171,8 @@ class Checkpointer:
         return {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in model.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(self.model).items()}
+        model: dict[str, Any] = get_model_state_dict(self.model)
+        tensors: dict[str, Any] = {f"model.{name}": master_weight(value) for name, value in model.items()}
         tensors.update({f"optimizer.{name}": tensor for name, tensor in self.optimizers.named_state()})
         tensors.update(_random_states())
         return tensors

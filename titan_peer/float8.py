@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titan_peer.config import Float8
 from titan_peer.errors import UserError
@@ -57,6 +59,22 @@ def apply_float8(model: Transformer, config: Float8, *, sharded: bool) -> list[s
             f"float8.filter_fqns = {config.filter_fqns}"
         )
     return converted
+
+
+def master_weight(weight: Tensor) -> Tensor:
+    """A weight that FSDP2 gathers in float8 without what torchao wraps it in: the same memory, for checkpoints, which any
+    job can read. Other tensors as they are."""
+    if not isinstance(weight, DTensor) or "torchao.float8.fsdp_utils" not in sys.modules:
+        return weight
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    part = weight.to_local()
+    if not isinstance(part, WeightWithDynamicFloat8CastTensor):
+        return weight
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(
+        part._tensor, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
 
 
 def precompute_scales_after_step(model: Transformer, optimizer: torch.optim.Optimizer, config: Float8) -> None:

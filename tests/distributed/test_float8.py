@@ -37,6 +37,17 @@ def test_float8_gathered_in_float8_trains_close_to_bfloat16(tmp_path: Path) -> N
     assert losses(tmp_path / "tensorwise") != losses(tmp_path / "bfloat16")
 
 
+def test_checkpoint_of_weights_gathered_in_float8_goes_on_without_float8(tmp_path: Path) -> None:
+    job = [*JOB, "--job.dump_folder", tmp_path, "--training.seq_len", 32, "--model.n_layers", 1]
+    job += ["--compile.enable", "false", "--checkpoint.enable", "true", "--training.global_batch_size", 8]
+    train_jobs(
+        2, [[*job, *FLOAT8, *ALL_GATHER, "--training.steps", 3], [*job, *FLOAT8, *ALL_GATHER, "--training.steps", 5]]
+    )
+    train_jobs(1, [[*job, "--training.steps", 8]])
+    curve = losses(tmp_path)
+    assert len(curve) == 8 and curve[5] < curve[0]
+
+
 @pytest.mark.slow
 def test_compiled_debug_model_ends_within_two_percent_of_bfloat16(tmp_path: Path) -> None:
     recipes = {
