@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from titan_peer.config import load_config
 from titan_peer.expert_parallel import ExpertParallel, ShardedExperts
-from titan_peer.model import Experts, PEERArgs
+from titan_peer.model import Experts, MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients
-from titan_peer.parallelize import init_world
+from titan_peer.parallelize import apply_expert_parallel, init_world
 from titan_peer.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.train import Trainer
 
@@ -245,3 +245,27 @@ def test_no_process_ever_holds_a_whole_table(tmp_path: Path) -> None:
     ):
         assert rowwise == dense == table_bytes // 4
         assert whole == whole_dense == table_bytes  # what the measurement says where tables are whole
+
+
+def test_equal_blocks_with_sharded_experts_share_one_compilation() -> None:
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+        peer = PEERArgs(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16)
+        mla = MLAArgs(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+        args = ModelArgs(vocab_size=64, dim=32, n_layers=10, n_dense_layers=0, max_seq_len=32, mla=mla, peer=peer)
+        with torch.device("meta"):
+            model = Transformer(args)
+        apply_expert_parallel(model, mesh)
+        model.to_empty(device="cpu")
+        model.init_weights()
+        for block in model.layers:
+            block.compile(fullgraph=True)
+        tokens = torch.randint(64, (2, 16))
+        torch._dynamo.utils.counters.clear()
+        for _ in range(2):
+            model(tokens, labels=tokens).backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    finally:
+        dist.destroy_process_group()
