@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,25 @@ JOB = [
 DELAY = 0.4
 
 
+class SlowLoader:
+    """The batches of another loader, each after a delay."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            time.sleep(DELAY)
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
 class SlowTrainer(train.Trainer):
     def _training_loader(self) -> Any:
         loader = super()._training_loader()
-        if self.world.rank != 1:
-            return loader
-
-        def slowly() -> Any:
-            for batch in loader:
-                time.sleep(DELAY)
-                yield batch
-
-        return slowly()
+        return SlowLoader(loader) if self.world.rank == 1 else loader
 
 
 def _train(slow: list[str], plain: list[str], offloaded: list[str], ports: list[int]) -> None:
