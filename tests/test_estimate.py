@@ -40,7 +40,7 @@ def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: i
 @on_cpu
 @pytest.mark.parametrize("processes", [1, 2])
 def test_banner_is_within_fifteen_per_cent_of_what_the_run_measures(tmp_path: Path, processes: int) -> None:
-    arguments = ["--training.steps", "4", "--compile.enable", "false", "--checkpoint.enable", "false"]
+    arguments = ["--training.steps", "3", "--compile.enable", "false", "--checkpoint.enable", "false"]
     if processes > 1:
         arguments += ["--training.local_batch_size", "4", "--parallelism.expert_parallel_degree", "2"]
     estimated, measured = estimated_and_measured(tmp_path, "debug_model", *arguments, processes=processes)
@@ -75,10 +75,17 @@ def test_command_prints_what_the_function_returns(
     estimate = estimate_memory(load_config(job), 4)
     assert cli.main(["estimate", *job, "--world-size", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {**estimate.rows(), "total": estimate.total}
-    assert cli.main(["estimate", *job, "--world-size", "4"]) == 0
-    assert "most at a time" in capsys.readouterr().out
     assert cli.main(["estimate", *job, "--world-size", "6"]) == 2
     assert "parallelism.expert_parallel_degree = 4: must divide" in capsys.readouterr().err
+
+
+def test_command_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    job = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
+    assert cli.main(["estimate", *job, "--training.seq_len", "32", "--checkpoint.async_mode", "async"]) == 0
+    rows = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    assert rows["parameters"] == "108.4 MiB" and rows["checkpoint copy"] == "325.1 MiB"
+    assert "most at a time" in rows
 
 
 def test_dense_update_of_the_tables_takes_gradients_of_their_size() -> None:

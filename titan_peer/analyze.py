@@ -114,7 +114,7 @@ def kv_cache_bytes(args: ModelArgs) -> dict[str, int]:
     latent = cache_bytes_per_token(args, torch.bfloat16)
     numbers = {
         f"MHA ({mla.n_heads} heads)": mla.n_heads * head,
-        f"GQA ({groups} groups)": groups * head,
+        f"GQA ({groups} group{'s' * (groups > 1)})": groups * head,
         "MQA": head,
     }
     others = {name: BYTES_A_NUMBER * args.n_layers * count for name, count in numbers.items()}
@@ -241,11 +241,11 @@ def plot(analysis: Analysis, output: Path) -> None:
     panel.barh([p - 0.2 for p in places], total, 0.4, label="total", color=colours(0))
     panel.barh([p + 0.2 for p in places], active, 0.4, label="active a token", color=colours(1))
     panel.set(xscale="log", title="parameters", yticks=list(places), yticklabels=names, xlim=(1, 12 * max(total)))
-    panel.invert_yaxis()
+    panel.set_ylim(len(names) - 0.4, -1.4)  # downwards, with room for the legend
     for place, whole, part in zip(places, total, active):
         panel.text(max(whole, 1) * 1.15, place - 0.2, count_text(whole), va="center", fontsize=8)
         panel.text(max(part, 1) * 1.15, place + 0.2, count_text(part), va="center", fontsize=8)
-    panel.legend(loc="lower right")
+    panel.legend(loc="upper right", ncols=2)
 
     panel = axes[0][1]
     layers = sorted({part.layer for part in analysis.size.components if part.layer is not None})

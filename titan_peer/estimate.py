@@ -28,7 +28,7 @@ COMPILER_BASE = 50 * MIB
 ALLOCATOR_SHARE = {False: 0.5, True: 0.15}
 """What the C library's heap keeps besides, and buffers inside of operators, as a share of the memory that comes and goes in
 a step; with compile.enable False and True. Measured on CPU, see docs/analysis.md."""
-_KEPT = ("parameters", "moments", "expert usage", "row-gradient factors")
+_KEPT = ("parameters", "moments", "expert usage", "row-gradient factors", "checkpoint copy")
 """Kinds of tensors that stay from step to step."""
 
 
@@ -69,6 +69,8 @@ def estimate_memory(config: JobConfig, world_size: int) -> MemoryEstimate:
         memory = trace_step(config, world).memory
     process = 0
     if not torch.cuda.is_available():
+        if config.checkpoint.enable and config.checkpoint.async_mode == "async":
+            memory["checkpoint copy"] = memory["parameters"] + memory["moments"]
         comes_and_goes = sum(size for kind, size in memory.items() if kind not in _KEPT)
         compiled = config.compile.enable
         process = PROCESS_BASE + compiled * COMPILER_BASE + round(ALLOCATOR_SHARE[compiled] * comes_and_goes)

@@ -473,6 +473,16 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def _memory_line(config: JobConfig, world_size: int) -> str:
+    """The estimate for the banner; only a job that cannot be is stopped by it."""
+    try:
+        return estimate_memory(config, world_size).line()
+    except UserError:
+        raise
+    except Exception as error:
+        return f"no estimate: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; the return value is the exit status."""
     _die_with_launcher()
@@ -490,7 +500,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if is_first:
                 print(dry_run.report(config, world_size))
             return 0
-        memory = estimate_memory(config, world_size).line() if is_first else ""
+        memory = _memory_line(config, world_size) if is_first else ""
         return Trainer(config, init_world(config.parallelism), memory).train()
     except UserError as error:
         if is_first:
