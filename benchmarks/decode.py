@@ -8,22 +8,26 @@ experts. Random weights: speed does not depend on them.
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from report import device_name, markdown_table, median_ms, synchronize, write_results
-from torch import Tensor
+from torch import Tensor, nn
 
-from titan_peer import decoder as decoder_module
 from titan_peer.decoder import Decoder
 from titan_peer.latent_cache import CacheBatch, cache_bytes_per_token
+from titan_peer.model import PEER as PEERLayer
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 
 CONTEXTS = (128, 2048, 8192)
+WARMUP, REPEATS, ROUNDS = 5, 40, 3
 MLA = MLAArgs(n_heads=16, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
 PEER = PEERArgs(num_experts=16384, product_key_dim=[128, 128], num_heads=8, num_experts_per_tok=16, query_dim=128)
 MODEL = ModelArgs(vocab_size=4096, dim=512, n_layers=4, ffn_hidden_dim=1536, max_seq_len=8448, mla=MLA, peer=PEER)
@@ -34,8 +38,15 @@ def build(args: ModelArgs, device: str, dtype: torch.dtype) -> Transformer:
         model = Transformer(args)
     model.to_empty(device=device)
     torch.manual_seed(0)
+    shared, model.shared_experts = model.shared_experts, None
     with torch.no_grad():
         model.init_weights()
+        if shared is not None:  # random rows, repeated: drawing every number of a million experts takes long
+            for table in shared.parameters():
+                rows = torch.randn(16384, *table.shape[1:], device=device) * table.shape[-1] ** -0.5
+                for part in table.split(16384):
+                    part.copy_(rows)
+    model.shared_experts = shared
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
@@ -52,11 +63,12 @@ class LatentDecoding:
         for pool in self.cache.layers:
             pool.normal_()
         self.context, self.batch_size = context, batch_size
-        self.tokens = torch.randint(model.args.vocab_size, (batch_size, 1), device=self.decoder.device)
+        # other tokens every time, so that the rows they retrieve are not in the processor's cache
+        self.tokens = torch.randint(model.args.vocab_size, (64, batch_size, 1), device=self.decoder.device)
 
-    def __call__(self) -> Tensor:
+    def __call__(self, i: int = 0) -> Tensor:
         batch = CacheBatch(self.blocks, [self.context] * self.batch_size, self.decoder.device)
-        hidden = self.decoder(self.tokens, batch.step([1] * self.batch_size), self.cache)
+        hidden = self.decoder(self.tokens[i % len(self.tokens)], batch.step([1] * self.batch_size), self.cache)
         return self.decoder.model.output(hidden[:, 0]).argmax(-1)
 
 
@@ -70,10 +82,13 @@ class PlainCacheDecoding:
         dtype = model.tok_embeddings.weight.dtype
         self.keys = [torch.randn(*shape, mla.qk_head_dim, device=device, dtype=dtype) for _ in model.layers]
         self.values = [torch.randn(*shape, mla.v_head_dim, device=device, dtype=dtype) for _ in model.layers]
-        self.tokens = torch.randint(model.args.vocab_size, (batch_size, 1), device=device)
+        self.tokens = torch.randint(model.args.vocab_size, (64, batch_size, 1), device=device)
 
-    def __call__(self) -> Tensor:
-        x, rope = self.model.tok_embeddings(self.tokens), self.model.rope[None, self.context : self.context + 1]
+    def __call__(self, i: int = 0) -> Tensor:
+        x, rope = (
+            self.model.tok_embeddings(self.tokens[i % len(self.tokens)]),
+            self.model.rope[None, self.context : self.context + 1],
+        )
         for block, keys, values in zip(self.model.layers, self.keys, self.values):
             mla, h = block.attention, block.attention_norm(x)
             q = torch.cat(mla.queries(h, rope), dim=-1).transpose(1, 2)
@@ -84,29 +99,35 @@ class PlainCacheDecoding:
         return self.model.output(self.model.norm(x)[:, 0]).argmax(-1)
 
 
-def attention_ms(step: Callable[[], object], device: str, repeats: int) -> float:
-    """Milliseconds of one step spent in attention over the cache: scores, softmax, weighted sum, and gathering pages."""
+def ms_within(
+    modules: Sequence[nn.Module], method: str, step: Callable[[int], object], device: str, repeats: int
+) -> float:
+    """Median milliseconds of a step spent in a method of these modules, all together."""
     spent = 0.0
-    inner = decoder_module._attention
 
-    def timed(*arguments: object) -> Tensor:
-        nonlocal spent
-        synchronize(device)
-        start = time.perf_counter()
-        out = inner(*arguments)  # type: ignore[arg-type]
-        synchronize(device)
-        spent += time.perf_counter() - start
-        return out
+    def timed(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: object) -> Tensor:
+            nonlocal spent
+            synchronize(device)
+            start = time.perf_counter()
+            out = inner(*arguments)
+            synchronize(device)
+            spent += time.perf_counter() - start
+            return out
 
-    decoder_module._attention = timed  # type: ignore[assignment]
-    try:
-        step()
+        return run
+
+    originals = [getattr(module, method) for module in modules]
+    for module, inner in zip(modules, originals):
+        setattr(module, method, timed(inner))
+    times = []
+    for i in range(WARMUP + repeats):
         spent = 0.0
-        for _ in range(repeats):
-            step()
-    finally:
-        decoder_module._attention = inner
-    return spent / repeats * 1e3
+        step(i)
+        times.append(spent * 1e3)
+    for module, inner in zip(modules, originals):
+        setattr(module, method, inner)
+    return statistics.median(times[WARMUP:])
 
 
 def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) -> tuple[str, list[dict[str, float]]]:
@@ -114,39 +135,23 @@ def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) 
     for context in CONTEXTS:
         latent = LatentDecoding(model, context, 1, compile=compile)
         plain = PlainCacheDecoding(model, context, 1)
-        latent_ms = median_ms(lambda _, run=latent: run(), device, repeats=30)
-        plain_ms = median_ms(lambda _, run=plain: run(), device, repeats=30)
-        in_attention = attention_ms(latent, device, 10) if not compile else float("nan")
-        whole_ms = float("nan")
+        latent_ms = median_ms(latent, device, REPEATS, WARMUP)
+        rest_ms = ms_within(model.layers, "after_attention", latent, device, REPEATS) if not compile else math.nan
+        plain_ms = median_ms(plain, device, REPEATS, WARMUP)
+        whole_ms = math.nan
         if recompute:
             tokens = torch.randint(MODEL.vocab_size, (1, context + 1), device=device)
-            decoder = latent.decoder
-            whole_ms = median_ms(
-                lambda _, t=tokens, d=decoder: model.output(d.whole(t)[:, -1]), device, repeats=3 if context < 4096 else 1,
-                warmup=1,
-            )  # fmt: skip
-        record = {
-            "context": context,
-            "latent_ms": latent_ms,
-            "attention_ms": in_attention,
-            "plain_ms": plain_ms,
-            "recompute_ms": whole_ms,
-        }
-        records.append(record)
-        rows.append(
-            [
-                f"{context:,}",
-                f"{1e3 / latent_ms:.1f}",
-                f"{latent_ms:.2f}",
-                f"{in_attention:.2f}",
-                f"{latent_ms - in_attention:.2f}",
-                f"{1e3 / plain_ms:.1f}",
-                f"{1e3 / whole_ms:.2f}",
-                f"{whole_ms / latent_ms:,.0f} x",
-            ]
-        )
-    header = ["context", "tokens/s, latent cache", "ms a token", "of it attention", "the rest"]
-    header += ["tokens/s, plain MHA cache", "tokens/s, whole prefix again", "faster than that"]
+
+            def again(_: int, tokens: Tensor = tokens, decoder: Decoder = latent.decoder) -> Tensor:
+                return model.output(decoder.whole(tokens)[:, -1]).argmax(-1)
+
+            whole_ms = median_ms(again, device, repeats=3 if context < 4096 else 1, warmup=1)
+        times = {"latent": latent_ms, "rest": rest_ms, "plain": plain_ms, "whole": whole_ms}
+        records.append({"context": context, **times})
+        speeds = [f"{1e3 / ms:.4g}" for ms in (latent_ms, plain_ms, whole_ms)]
+        rows.append([f"{context:,}", f"{latent_ms:.2f}", f"{rest_ms:.2f}", *speeds, f"{whole_ms / latent_ms:,.0f} x"])
+    header = ["context", "ms a token", "of it PEER and feed-forward", "tokens/s", "tokens/s with a plain cache"]
+    header += ["tokens/s with the whole prefix again", "faster than that"]
     return markdown_table(header, rows), records
 
 
@@ -167,37 +172,43 @@ def cache_sizes() -> tuple[str, list[dict[str, object]]]:
 
 
 def by_experts(
-    device: str, dtype: torch.dtype, compile: bool, batch_sizes: tuple[int, ...]
-) -> tuple[str, list[dict[str, object]]]:
+    device: str, dtype: torch.dtype, compile: bool, batch_sizes: Sequence[int]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Models that differ in the number of experts only take turns."""
     rows, records = [], []
     for keys_per_head in (True, False):
+        models = []
+        for side in (128, 1024):
+            peer = replace(PEER, num_experts=side**2, product_key_dim=[side, side], keys_per_head=keys_per_head)
+            models.append(build(replace(MODEL, peer=replace(peer, share_experts=True)), device, dtype))
         for batch_size in batch_sizes:
-            times = []
-            for side in (128, 1024):
-                peer = replace(PEER, num_experts=side**2, product_key_dim=[side, side], keys_per_head=keys_per_head)
-                peer = replace(peer, share_experts=True)
-                model = build(replace(MODEL, peer=peer), device, dtype)
-                step = LatentDecoding(model, 128, batch_size, compile=compile)
-                # other tokens every time, so that the rows they retrieve are not in the processor's cache
-                inputs = torch.randint(MODEL.vocab_size, (40, batch_size, 1), device=device)
-
-                def run(i: int, step: LatentDecoding = step, inputs: Tensor = inputs) -> None:
-                    step.tokens = inputs[i % len(inputs)]
-                    step()
-
-                times.append(median_ms(run, device, repeats=30))
-                del model, step
-            ratio = times[1] / times[0]
-            rows.append(
-                [
-                    "own" if keys_per_head else "shared",
-                    batch_size,
-                    *(f"{ms / batch_size:.3f}" for ms in times),
-                    f"{100 * (ratio - 1):+.0f}%",
-                ]
+            step_ms: list[list[float]] = [[], []]
+            peer_ms: list[list[float]] = [[], []]
+            steps = [LatentDecoding(model, 128, batch_size, compile=compile) for model in models]
+            for _ in range(ROUNDS):
+                for which, (model, step) in enumerate(zip(models, steps)):
+                    step_ms[which].append(median_ms(step, device, REPEATS // 2, WARMUP))
+                    if not compile:
+                        layers = [module for module in model.modules() if isinstance(module, PEERLayer)]
+                        peer_ms[which].append(ms_within(layers, "forward", step, device, REPEATS // 2) / len(layers))
+            few, many = (statistics.median(times) for times in step_ms)
+            row = [
+                "own" if keys_per_head else "shared",
+                batch_size,
+                f"{few:.2f}",
+                f"{many:.2f}",
+                f"{100 * (many / few - 1):+.0f}%",
+            ]
+            if not compile:
+                few, many = (statistics.median(times) for times in peer_ms)
+                row += [f"{few:.2f}", f"{many:.2f}", f"{100 * (many / few - 1):+.0f}%"]
+            rows.append(row)
+            records.append(
+                {"keys_per_head": keys_per_head, "batch": batch_size, "step_ms": step_ms, "layer_ms": peer_ms}
             )
-            records.append({"keys_per_head": keys_per_head, "batch_size": batch_size, "ms": times})
-    header = ["sub-keys of the heads", "batch", "ms a token, 16,384 experts", "1,048,576 experts", "difference"]
+    header = ["sub-keys of the heads", "batch", "ms a step, 16,384 experts", "1,048,576 experts", "difference"]
+    if not compile:
+        header += ["ms a PEER layer, 16,384 experts", "1,048,576 experts", "difference"]
     return markdown_table(header, rows), records
 
 
@@ -217,7 +228,7 @@ def main() -> None:
     with torch.no_grad():
         sizes, size_records = cache_sizes()
         contexts, context_records = by_context(args.device, dtype, args.compile, not args.no_recompute)
-        experts, expert_records = by_experts(args.device, dtype, args.compile, tuple(args.batch_sizes))
+        experts, expert_records = by_experts(args.device, dtype, args.compile, args.batch_sizes)
     text = "\n\n".join(
         [
             f"{device_name(args.device)}, {str(dtype).removeprefix('torch.')}, "

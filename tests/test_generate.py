@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -355,3 +358,76 @@ def test_blocks_come_back_when_sequences_end(tokenizer: Tokenizer, monkeypatch: 
     ((num_blocks, cache),) = caches
     assert num_blocks == 3 + 2 + 2  # the three that need most
     assert cache.free_blocks == num_blocks
+
+
+# ---- on other devices, compiled, sharded
+
+
+def test_the_compiled_decode_step_gives_the_same_text_without_compiling_for_every_length(tokenizer: Tokenizer) -> None:
+    model = build_model(tokenizer.vocab_size, **YARN)
+    prompts = [list(range(10, 10 + length)) for length in (40, 120)]  # both pass into a new block of the cache
+    wanted = Generator(model, tokenizer).generate(prompts, GREEDY)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = Generator(model, tokenizer, compile=True).generate(prompts, GREEDY)
+    assert [c.token_ids for c in compiled] == [c.token_ids for c in wanted]
+    assert not counters["graph_break"]
+    # blocks with and without experts, for one length of the cache and then for any
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4
+
+
+def test_two_processes_with_sharded_weights_and_experts_write_what_one_writes(tmp_path: Path) -> None:
+    job = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
+    job += [
+        "--training.mixed_precision_param",
+        "float32",
+        "--validation.enable",
+        "false",
+        "--model.n_dense_layers",
+        "1",
+    ]
+    job += ["--checkpoint.enable", "false", "--model.init_std", "0.1", "--job.dump_folder", str(tmp_path / "run")]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["In the beginning", "def f(x):", "A longer text, " * 10]))
+
+    def run(processes: int, *more: str) -> dict[str, list[object]]:
+        output = tmp_path / f"{processes}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = str(ROOT / "tests/distributed/generate_sharded.py")
+        done = subprocess.run([*launch, script, str(output), str(prompts), *job, *more], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        return json.loads(output.read_text())
+
+    one, two = run(1), run(2, "--parallelism.expert_parallel_degree", "2")
+    assert two["token_ids"] == one["token_ids"]
+    assert two["sum_logprobs"] == pytest.approx(one["sum_logprobs"], rel=1e-5)
+
+
+# ---- a million experts
+
+
+@pytest.mark.slow
+def test_a_million_experts_decode_from_the_file_in_little_memory(tmp_path: Path) -> None:
+    job = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
+    job += ["--model.n_layers", "1", "--model.dim", "64", "--model.peer.num_experts", str(1024**2)]
+    job += ["--model.peer.product_key_dim", "1024", "1024", "--optimizer.expert_second_moment", "row"]
+    job += ["--training.steps", "1", "--training.local_batch_size", "1", "--validation.enable", "false"]
+    started = [sys.executable, "-m", "titan_peer.train", *job, "--job.dump_folder", str(tmp_path)]
+    done = subprocess.run(started, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    words = ["generate", "--checkpoint", str(tmp_path / "checkpoint/step-1"), "--prompt", "In the beginning"]
+    words += ["--max-new-tokens", "20", "--seed", "1", "--json", "--tables"]
+    code = "import resource, sys; from titan_peer import cli; assert cli.main(sys.argv[1:]) == 0; "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+    def run(tables: str) -> tuple[str, float]:
+        """The completion and the process's peak memory in MB."""
+        done = subprocess.run([sys.executable, "-c", code, *words, tables], capture_output=True, text=True, check=True)
+        completion, peak_kib = done.stdout.splitlines()
+        return completion, int(peak_kib) * 1024 / 1e6
+
+    (mapped, mapped_mb), (loaded, loaded_mb) = run("mapped"), run("device")
+    assert mapped == loaded
+    tables_mb = 2 * 1024**2 * 64 * 4 / 1e6  # 537
+    assert loaded_mb - mapped_mb > 0.6 * tables_mb

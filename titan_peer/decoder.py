@@ -41,10 +41,11 @@ class Decoder:
     def __init__(self, model: Transformer, *, compile: bool) -> None:
         self.model, self.compile = model, compile
         self.device = model.tok_embeddings.weight.device
-        self.decode_block = torch.compile(_block) if compile else _block
         mla = model.args.mla
         shape = (mla.kv_lora_rank, mla.qk_rope_head_dim)
         self.no_flash_mla = flash_mla_unavailable_reason(self.device, self.cache_dtype(), *shape)
+        # FlashMLA's call is a graph break
+        self.decode_block = torch.compile(_block, fullgraph=self.no_flash_mla is not None) if compile else _block
         for module in model.modules():
             if isinstance(module, Experts) and module.expert_down.device != self.device:
                 module.forward = partial(_experts_at_home, module)  # type: ignore[method-assign]

@@ -81,7 +81,7 @@ def load(args: GenerateArgs) -> Generator:
         args.checkpoint, device=first, dtype=dtype, mmap_tables=args.tables == "mapped"
     )
     if first != target:
-        _move_all_but_tables(model, target)
+        move_all_but_tables(model, target)
     logger.info(
         "%s: %s parameters, %s; loaded in %.1f s",
         args.checkpoint,
@@ -92,7 +92,7 @@ def load(args: GenerateArgs) -> Generator:
     return Generator(model, tokenizer, max_batch_size=args.max_batch_size, compile=args.compile)
 
 
-def _move_all_but_tables(model: Transformer, device: torch.device) -> None:
+def move_all_but_tables(model: Transformer, device: torch.device) -> None:
     tables = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in tables:
