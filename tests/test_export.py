@@ -93,7 +93,7 @@ def test_transformers_generates_our_greedy_text_with_its_cache(checkpoint: Path,
     wanted = Generator(model, tokenizer).generate(TEXTS, params)
     theirs, their_tokenizer = in_transformers(exported), AutoTokenizer.from_pretrained(exported, padding_side="left")
     their_tokenizer.pad_token = their_tokenizer.eos_token
-    inputs = their_tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = their_tokenizer(TEXTS, return_tensors="pt", padding=True)
     for use_cache in (True, False):
         out = theirs.generate(**inputs, max_new_tokens=60, do_sample=False, use_cache=use_cache)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -220,6 +220,18 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, capsys) -> Non
 def test_nothing_is_written_over(checkpoint: Path, exported: Path, capsys) -> None:
     message = failure(capsys, "export", "--checkpoint", checkpoint, "--output", exported)
     assert "exists already" in message
+
+
+def test_a_disk_that_refuses_leaves_nothing_half_written(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code += "from titan_peer import cli; sys.exit(cli.main(sys.argv[1:]))"
+    export = ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    back = ["import", "--input", str(exported), "--output", str(tmp_path / "out")]
+    for words in (export, back):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert f"error: --output {tmp_path / 'out'}: cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "missing"])

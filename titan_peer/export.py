@@ -173,7 +173,7 @@ def export_checkpoint(
         UserError: the checkpoint is damaged or foreign, the output exists or cannot be written, a library is missing.
     """
     try:
-        import safetensors.torch  # noqa: F401
+        from safetensors import SafetensorError
     except ImportError:
         raise UserError("export needs safetensors; install it with: pip install 'titan_peer[export]'") from None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -203,9 +203,10 @@ def export_checkpoint(
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: cannot be written ({error})") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
 
 _DESCRIPTION = """Write a checkpoint as a folder that transformers loads (trust_remote_code=True) and that can be shared.

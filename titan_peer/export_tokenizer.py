@@ -39,8 +39,9 @@ def write_tokenizer(path: str, folder: Path) -> None:
     theirs.no_truncation()
     _begin_documents(theirs, ours)
     theirs.save(str(folder / "tokenizer.json"))
-    config = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # special tokens spelled out in a text stay text, as in training
     }

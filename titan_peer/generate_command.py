@@ -125,7 +125,12 @@ def main(words: Sequence[str]) -> int:
         prompts = [sys.stdin.read()]
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     generator = load(args)
-    write(generator, prompts, args.sampling, as_json=args.json)
+    try:
+        write(generator, prompts, args.sampling, as_json=args.json)
+    except KeyboardInterrupt:
+        print(flush=True)
+        logger.info("interrupted")
+        return 130
     return 0
 
 

@@ -131,9 +131,17 @@ def import_model(folder: Path, output: Path) -> Path:
         model.output.weight = model.tok_embeddings.weight
     model.rope = rope_table(job.model.mla, job.model.max_seq_len)
 
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        return _write_run(folder, output, job, model, state)
+    except OSError as error:
+        shutil.rmtree(output, ignore_errors=True)
+        raise UserError(f"--output {output}: cannot be written ({error})") from None
+
+
+def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, state: dict[str, Any]) -> Path:
+    """The run's folder: tokenizer, config.toml and the checkpoint, which is returned."""
     tokenizer = output / "tokenizer"
-    tokenizer.mkdir()
+    tokenizer.mkdir(parents=True)
     shutil.copyfile(folder / "tokenizer.json", tokenizer / "tokenizer.json")
     job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
     (output / CONFIG).write_text(job.to_toml())

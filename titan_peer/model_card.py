@@ -75,7 +75,7 @@ _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "THIS_FOLDER"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("In the beginning", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("In the beginning", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 """
 
