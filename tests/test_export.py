@@ -125,6 +125,7 @@ def test_large_models_are_written_in_shards_with_an_index(exported: Path) -> Non
     files = sorted(exported.glob("*.safetensors"))
     assert len(files) > 2 and {path.name for path in files} == set(index.values())
     for path in files:
+        assert path.stat().st_mode == (exported / "config.json").stat().st_mode  # readable by whom it is shared with
         tensors = load_file(path)
         assert all(index[name] == path.name for name in tensors)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 300_000
@@ -171,7 +172,8 @@ def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: P
     records = [
         {"step": 2, "validation_loss": 5.0},
         {"step": 4, "validation_loss": 4.25, "loss": 3.0},
-        {"step": 4, "evaluation/tasks/copy/acc": 0.75, "expert_usage/layer_1/used": 0.5},
+        {"step": 4, "evaluation/tasks/copy/acc": 0.75, "expert_usage/layer_1/share_used": 0.5},
+        {"step": 4, "expert_usage/layer_1/head_0/gini": 0.25},
         {"step": 6, "validation_loss": 1.0},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "va')
@@ -180,7 +182,10 @@ def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: P
     assert card.startswith("---\nlibrary_name: transformers\n") and "\nlicense: mit\n" in card
     assert "- **Tokens**: 512" in card and "- **Step**: 4 of 4" in card
     assert "| validation_loss | 4.25 | 4 |" in card
-    assert "| evaluation/tasks/copy/acc | 0.75 | 4 |" in card and "| expert_usage/layer_1/used | 0.5 | 4 |" in card
+    assert (
+        "| evaluation/tasks/copy/acc | 0.75 | 4 |" in card and "| expert_usage/layer_1/share_used | 0.5 | 4 |" in card
+    )
+    assert "head_0" not in card  # a table a person can read
 
 
 # ---- damaged and foreign input

@@ -199,6 +199,8 @@ def export_checkpoint(
         for name in (CONFIG, TRAIN_STATE):
             shutil.copyfile(checkpoint / name, partial / name)
         (partial / "README.md").write_text(model_card(checkpoint, model, job, table_dtype, license_name))
+        for path in partial.glob("*.safetensors"):  # its writer makes files that only their owner can read
+            shutil.copymode(partial / CONFIG_JSON, path)
         write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
         if output.exists():
             output.rmdir()

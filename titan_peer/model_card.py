@@ -31,7 +31,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     tables = {"float": "as the other weights", "int8": "int8, a scale a row", "float8_e4m3": "float8, a scale a row"}
     facts = {
         "Parameters": f"{size.total_parameters:,}, of which {size.active_parameters:,} are used for a token",
-        "Blocks": f"{args.n_layers}, {n_peer} of them with {args.peer.num_experts:,} experts (PEER), the others dense",
+        "Blocks": f"{args.n_layers}, of which {n_peer} have {args.peer.num_experts:,} experts each (PEER)",
         "Attention": f"MLA, {args.mla.n_heads} heads, latent of {args.mla.kv_lora_rank} + {args.mla.qk_rope_head_dim}",
         "Context": f"{args.max_seq_len:,} tokens ({training.seq_len:,} in training)",
         "Vocabulary": f"{args.vocab_size:,}",
@@ -59,7 +59,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     ]
     latest = _latest_metrics(checkpoint.resolve().parent.parent / "metrics.jsonl", state["step"])
     for section, prefixes in _SECTIONS.items():
-        values = {name: value for name, value in latest.items() if name.startswith(prefixes)}
+        values = {name: v for name, v in latest.items() if name.startswith(prefixes) and "/head_" not in name}
         if values:
             rows = [f"| {name} | {value[1]:.6g} | {value[0]:,} |" for name, value in values.items()]
             parts.append("\n".join([f"## {section}\n", "| metric | value | step |", "| --- | ---: | ---: |", *rows]))
