@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,25 +29,33 @@ from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 
 CONTEXTS = (128, 2048, 8192)
 WARMUP, REPEATS, ROUNDS = 5, 40, 3
+EXPERTS_DIM = 256  # model dim where the number of experts is compared: tables of a million rows take 2 GiB
 MLA = MLAArgs(n_heads=16, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
 PEER = PEERArgs(num_experts=16384, product_key_dim=[128, 128], num_heads=8, num_experts_per_tok=16, query_dim=128)
 MODEL = ModelArgs(vocab_size=4096, dim=512, n_layers=4, ffn_hidden_dim=1536, max_seq_len=8448, mla=MLA, peer=PEER)
 
 
-def build(args: ModelArgs, device: str, dtype: torch.dtype) -> Transformer:
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def build(args: ModelArgs, device: str, dtype: torch.dtype, tables: nn.Module | None = None) -> Transformer:
+    """A model of random weights, with these shared expert tables if given."""
     with torch.device("meta"):
         model = Transformer(args)
+    shared, model.shared_experts = model.shared_experts, None
     model.to_empty(device=device)
     torch.manual_seed(0)
-    shared, model.shared_experts = model.shared_experts, None
     with torch.no_grad():
         model.init_weights()
-        if shared is not None:  # random rows, repeated: drawing every number of a million experts takes long
+        if shared is not None and tables is None:
+            shared.to_empty(device=device)
+            # random rows, repeated: drawing every number of a million experts takes long
             for table in shared.parameters():
                 rows = torch.randn(16384, *table.shape[1:], device=device) * table.shape[-1] ** -0.5
                 for part in table.split(16384):
                     part.copy_(rows)
-    model.shared_experts = shared
+    model.shared_experts = tables or shared
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
@@ -133,6 +142,7 @@ def ms_within(
 def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) -> tuple[str, list[dict[str, float]]]:
     model, rows, records = build(MODEL, device, dtype), [], []
     for context in CONTEXTS:
+        say(f"context {context}")
         latent = LatentDecoding(model, context, 1, compile=compile)
         plain = PlainCacheDecoding(model, context, 1)
         latent_ms = median_ms(latent, device, REPEATS, WARMUP)
@@ -176,12 +186,16 @@ def by_experts(
 ) -> tuple[str, list[dict[str, Any]]]:
     """Models that differ in the number of experts only take turns."""
     rows, records = [], []
+    tables: dict[int, nn.Module] = {}
     for keys_per_head in (True, False):
         models = []
         for side in (128, 1024):
             peer = replace(PEER, num_experts=side**2, product_key_dim=[side, side], keys_per_head=keys_per_head)
-            models.append(build(replace(MODEL, peer=replace(peer, share_experts=True)), device, dtype))
+            args = replace(MODEL, dim=EXPERTS_DIM, peer=replace(peer, share_experts=True))
+            models.append(build(args, device, dtype, tables.get(side)))
+            tables[side] = models[-1].shared_experts
         for batch_size in batch_sizes:
+            say(f"{'own' if keys_per_head else 'shared'} sub-keys, batch {batch_size}")
             step_ms: list[list[float]] = [[], []]
             peer_ms: list[list[float]] = [[], []]
             steps = [LatentDecoding(model, 128, batch_size, compile=compile) for model in models]
@@ -237,7 +251,7 @@ def main() -> None:
             f"{PEER.num_heads} x {PEER.num_experts_per_tok} experts a token.",
             "## Cache\n\n" + sizes,
             "## One sequence, by context\n\n" + contexts,
-            "## By number of experts, context 128, whole decode step\n\n" + experts,
+            f"## By number of experts, context 128, dim {EXPERTS_DIM}\n\n" + experts,
         ]
     )
     data = {"sizes": size_records, "contexts": context_records, "experts": expert_records, "compile": args.compile}
