@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_files import CONFIG, MANIFEST, TRAIN_STATE, DamagedCheckpointError, mismatch, verify
+from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
@@ -133,7 +134,7 @@ def import_model(folder: Path, output: Path) -> Path:
 
     try:
         return _write_run(folder, output, job, model, state)
-    except OSError as error:
+    except (OSError, CheckpointSaveError) as error:
         shutil.rmtree(output, ignore_errors=True)
         raise UserError(f"--output {output}: cannot be written ({error})") from None
 
