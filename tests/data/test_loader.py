@@ -15,6 +15,7 @@ from corpora import SAMPLE, TOKENIZER, make_loader, sample_texts, take, three_so
 from processes import continue_loader, in_new_processes, run_rank
 
 from titan_peer.data.loader import build_validation_dataloader, merge_streams
+from titan_peer.data.records import RecordReader
 from titan_peer.data.sources import DataSource
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
@@ -230,3 +231,20 @@ def test_a_validation_that_stops_early_goes_on_with_the_whole_set_next_time() ->
 
 
 ROOT_VALIDATION = SAMPLE.with_name("validation.jsonl")
+
+
+def test_a_resume_reads_one_window_a_stream_not_what_was_read_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DataSource(str(write_jsonl(tmp_path / "a.jsonl", sample_texts() * 3)))
+    settings = {"shuffle_buffer_size": 20, "num_streams": 4}
+    straight = make_loader([source], **settings)
+    take(straight, 1500)  # three quarters of 7,332 documents
+    state = straight.state_dict()
+    read: list[int] = []
+    from_json = RecordReader.from_json
+    monkeypatch.setattr(RecordReader, "from_json", lambda *a: read.append(1) or from_json(*a))
+    resumed = make_loader([source], **settings)
+    resumed.load_state_dict(state)
+    assert take(resumed, 1) == take(straight, 1)
+    assert len(read) < 4 * 20 * 4

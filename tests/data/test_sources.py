@@ -370,3 +370,18 @@ def test_the_ready_mixes_name_datasets_and_parse() -> None:
 
 def test_a_bad_document_says_where_and_why() -> None:
     assert str(BadDocument("a.jsonl:3", "is empty")) == "a.jsonl:3: is empty"
+
+
+@pytest.mark.slow
+def test_a_line_of_50_megabytes_is_read_when_it_is_allowed(tmp_path: Path) -> None:
+    words = " ".join(" ".join(TEXTS).split())
+    text = (words * (50 * 2**20 // len(words) + 1))[: 50 * 2**20]
+    path = write_jsonl(tmp_path / "a.jsonl", [text, "x" * 50 * 2**20])
+    source = DataSource(str(path), name="a", max_document_bytes=2**27, max_epochs=1)
+    loader = make_loader([source], num_streams=1, seq_len=4096, global_batch_size=64, shuffle=False)
+    start = time.monotonic()
+    counted = 0.0
+    while (batch := next(loader))["num_bytes"]:
+        counted += batch["num_bytes"].item()
+    assert counted == pytest.approx(len(text.encode()) + 50 * 2**20)
+    assert time.monotonic() - start < 300

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +149,75 @@ def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_
     assert done.returncode == 2, done.stderr
     assert f"error: data.sources[0]: {tmp_path / 'texts/3.txt'}: is not UTF-8" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def start_job(job: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+    environment = {**os.environ, "NGPU": str(processes), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["./run_train.sh", "--job.config_file", str(job), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def mix_job(folder: Path, settings: str = "") -> Path:
+    job = folder / "job.toml"
+    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0] + settings
+    for source in three_corpora(folder):
+        text += f'[[data.sources]]\nname = "{source.name}"\npath = "{source.path}"\nweight = {source.weight}\n'
+    job.write_text(text)
+    return job
+
+
+def records_of(folder: Path) -> dict[int, dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record for record in map(json.loads, lines)}
+
+
+SMALL = [
+    "--compile.enable",
+    "false",
+    "--model.n_layers",
+    "1",
+    "--validation.enable",
+    "false",
+    "--metrics.log_freq",
+    "1",
+]
+SMALL += ["--training.seq_len", "64", "--training.global_batch_size", "8"]
+
+
+def test_a_signal_ends_a_job_with_workers_and_it_goes_on_without_them_as_if_nothing_had_been(tmp_path: Path) -> None:
+    job = mix_job(tmp_path)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    settings = [*SMALL, "--training.local_batch_size", "4", "--training.steps", "16"]
+    assert start_job(job, *settings, "--job.dump_folder", str(straight)).wait(300) == 0
+    process = start_job(job, *settings, "--job.dump_folder", str(stopped), "--data.num_workers", "2")
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not ((stopped / "metrics.jsonl").exists() and records_of(stopped)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert 1 <= max(records_of(stopped)) < 16
+    assert start_job(job, *settings, "--job.dump_folder", str(stopped)).wait(300) == 0
+    found, expected = records_of(stopped), records_of(straight)
+    for step in range(1, 17):
+        for key in ("loss", "data/jargon_tokens", "data/python_tokens", "data/bible_tokens"):
+            assert found[step][key] == expected[step][key], f"{key} at step {step}"
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp_path: Path) -> None:
+    job = mix_job(tmp_path)
+    straight, elastic = tmp_path / "straight", tmp_path / "elastic"
+    settings = [*SMALL, "--training.mixed_precision_param", "float32"]
+    one = start_job(job, *settings, "--training.steps", "16", "--job.dump_folder", str(straight))
+    assert one.wait(300) == 0
+    for part, processes in enumerate((1, 2, 4, 1), start=1):
+        arguments = ["--training.steps", str(4 * part), "--training.local_batch_size", str(8 // processes)]
+        process = start_job(job, *settings, *arguments, "--job.dump_folder", str(elastic), processes=processes)
+        _, said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+    found, expected = records_of(elastic), records_of(straight)
+    for step in range(1, 17):
+        for name in ("jargon", "python", "bible"):
+            assert found[step][f"data/{name}_tokens"] == expected[step][f"data/{name}_tokens"], step
+        # the schedule and the batch norm's statistics differ a little, the examples do not
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.1)

@@ -104,6 +104,12 @@ class JsonLines:
         return max(-(-self.size // self.chunk_bytes), 1)
 
     def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
+        try:
+            yield from self._records(chunk, start)
+        except OSError as error:
+            yield BadDocument(str(self.path), f"cannot be read: {error.strerror or error}")
+
+    def _records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
         position, end = chunk * self.chunk_bytes, min((chunk + 1) * self.chunk_bytes, self.size)
         with self.path.open("rb") as file:
             if position > 0:  # to the first line that begins in here, if one does

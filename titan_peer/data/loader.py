@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -359,9 +360,14 @@ def _unchanged(item: Any) -> Any:
 
 
 def _prepare_worker(_worker_id: int) -> None:
-    """One thread a worker: there are several of them, and torch's and the tokenizer's pools do not survive the fork."""
+    """One thread a worker: there are several of them, and torch's and the tokenizer's pools do not survive the fork.
+
+    Ctrl-C reaches the workers too; it is for the training process to save and to end them.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
