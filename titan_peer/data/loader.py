@@ -247,7 +247,8 @@ class TrainingLoader:
                 prefetch_factor=self.data.prefetch_factor * self.local_batch_size if workers else None,
                 multiprocessing_context="fork" if workers else None,
                 worker_init_fn=_prepare_worker if workers else None,
-                snapshot_every_n_steps=1,
+                # a state is asked for after whole global batches only
+                snapshot_every_n_steps=self.global_batch_size // self.dp_world_size,
             )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -9,7 +9,9 @@ from their beginning, the rest of that chunk.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,8 +25,8 @@ from titan_peer.errors import UserError
 State = dict[str, Any]
 
 _WINDOW_BYTES = 4 * 2**20
-# Texts are tokenised a few at a time: many are faster, but make the first batch of many streams wait.
-_TEXTS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 32, 2**16
+# Texts are tokenised a group at a time: large groups are faster, but would make the first batch of many streams wait.
+_FIRST_GROUP, _LARGEST_GROUP = 2**15, 2**19  # characters; each is twice the one before
 # Longer texts are tokenised in pieces, since the time and memory of some tokenizers grow faster than the text.
 _LONGEST_PIECE = 2**18
 
@@ -57,6 +59,8 @@ class DocumentEncoder:
         add_bos, add_eos: put the token there, if the vocabulary has one.
     """
 
+    _threads: tuple[int, ThreadPoolExecutor] | None = None
+
     def __init__(self, tokenizer: Tokenizer, *, add_bos: bool = True, add_eos: bool = True) -> None:
         self.tokenizer = tokenizer
         self._bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
@@ -73,6 +77,12 @@ class DocumentEncoder:
             encoded.append(TokenizedText(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), num_bytes))
         return encoded
 
+    def submit(self, texts: list[str]) -> Future[list[TokenizedText]]:
+        """encode_texts in a thread of this process: tokenizers compute without holding Python's lock."""
+        if self._threads is None or self._threads[0] != os.getpid():  # threads do not survive a fork
+            self._threads = (os.getpid(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer"))
+        return self._threads[1].submit(self.encode_texts, texts)
+
     def with_borders(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         return np.concatenate([self._bos, ids, self._eos], dtype=np.int32, casting="unsafe")
 
@@ -87,6 +97,15 @@ def _pieces(text: str) -> Iterator[str]:
     yield text
 
 
+class _Group(NamedTuple):
+    """Some documents of a window on their way through the tokenizer."""
+
+    window: State  # where their window begins
+    first: int  # place of the first of them in the window
+    records: list[str | TokenizedText]
+    tokens: Future[list[TokenizedText]]  # of the texts among them
+
+
 class DocumentStream:
     """The documents that stream `stream` of `num_streams` reads of one source.
 
@@ -97,6 +116,9 @@ class DocumentStream:
     Raises (from next):
         UserError: a bad document under on_bad_document = "error", or no good document in the whole source.
     """
+
+    _documents: list[Document]  # the next ones, last first
+    _following: _Group | None  # what comes after them
 
     def __init__(
         self,
@@ -116,23 +138,24 @@ class DocumentStream:
         self._enter({"epoch": 0, "chunk": 0, "record": 0, "index": 0, "skipped": 0})
 
     def next(self) -> Document | None:
-        while True:
-            if self._encoded:
-                self._index += 1
-                return self._encoded.pop()
-            if self._position < len(self._window):
-                self._encode_some()
-            elif not self._fill_window():
+        while not self._documents:
+            group = self._following or self._next_group()
+            if group is None:
                 return None
+            self._start, self._index = group.window, group.first
+            self._documents = self._documents_of(group)
+            self._following = self._next_group()  # is tokenised while these documents are used
+        self._index += 1
+        return self._documents.pop()
 
     def state_dict(self) -> State:
-        return {**self._window_start, "index": self._index}
+        return {**self._start, "index": self._index}
 
     def load_state_dict(self, state: State) -> None:
         self._enter(state)
         if state["index"]:
             self._fill_window()
-            self._index = self._position = state["index"]
+            self._position = state["index"]
 
     @property
     def skipped(self) -> int:
@@ -142,29 +165,39 @@ class DocumentStream:
     # ---- one call down
 
     def _enter(self, state: State) -> None:
+        # where the next document is
+        self._start = {k: state[k] for k in ("epoch", "chunk", "record", "skipped")}
+        self._index = state["index"]  # in the window that begins at _start
+        self._documents, self._following = [], None
+        # how far has been read: in the epoch, and in the window
         self._epoch, self._chunk, self._record = state["epoch"], state["chunk"], state["record"]
         self._skipped = state["skipped"]
-        self._window_start = {k: state[k] for k in ("epoch", "chunk", "record", "skipped")}
+        self._window_start = self._start
         self._window: list[str | TokenizedText] = []
-        self._encoded: list[Document] = []  # the next ones, last first
-        self._index = self._position = 0  # in the window: documents handed out, documents encoded
+        self._position = 0
+        self._group_size = _FIRST_GROUP
         self._records: Iterator[str | TokenizedText | BadDocument] | None = None
 
-    def _encode_some(self) -> None:
-        group: list[str | TokenizedText] = []
-        characters = 0
-        while (
-            self._position < len(self._window) and len(group) < _TEXTS_AT_A_TIME and characters < _CHARACTERS_AT_A_TIME
-        ):
-            group.append(self._window[self._position])
-            characters += _size(group[-1])
+    def _next_group(self) -> _Group | None:
+        """Send the next few documents to be tokenised; None at the end of the last epoch."""
+        if self._position == len(self._window) and not self._fill_window():
+            return None
+        first, size = self._position, 0
+        while self._position < len(self._window) and size < self._group_size:
+            size += _size(self._window[self._position])
             self._position += 1
-        texts = iter(self.encoder.encode_texts([d for d in group if isinstance(d, str)]))
-        epoch = self._window_start["epoch"]
-        for document in group:
-            ids, num_bytes = next(texts) if isinstance(document, str) else document
-            self._encoded.append(Document(self.encoder.with_borders(ids), num_bytes, self.number, epoch))
-        self._encoded.reverse()
+        self._group_size = min(2 * self._group_size, _LARGEST_GROUP)
+        records = self._window[first : self._position]
+        tokens = self.encoder.submit([record for record in records if isinstance(record, str)])
+        return _Group(self._window_start, first, records, tokens)
+
+    def _documents_of(self, group: _Group) -> list[Document]:
+        texts = iter(group.tokens.result())
+        documents = []
+        for record in group.records:
+            ids, num_bytes = next(texts) if isinstance(record, str) else record
+            documents.append(Document(self.encoder.with_borders(ids), num_bytes, self.number, group.window["epoch"]))
+        return documents[::-1]
 
     def _fill_window(self) -> bool:
         """Read the next window; False at the end of the last epoch."""
@@ -176,8 +209,7 @@ class DocumentStream:
                 "record": self._record,
                 "skipped": self._skipped,
             }
-            self._index = self._position = 0
-            self._window = []
+            self._window, self._position = [], 0
             if self.source.config.max_epochs and self._epoch >= self.source.config.max_epochs:
                 return False
             epoch_ended = self._read_window()
