@@ -9,12 +9,14 @@ stream after the last whole global batch, whoever read it: any number of process
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import json
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -220,6 +222,8 @@ class TrainingLoader:
         self.sequences_seen = 0  # by all processes, up to the last whole global batch
         self._micro_step = 0
         self._start(0, {}, {})
+        # Before the libraries' own hooks, which would wait for the workers and then kill them with an error.
+        atexit.register(_close, weakref.ref(self))
 
     def _start(self, sequences_seen: int, streams: dict[str, State], tokens: dict[str, int]) -> None:
         self.sequences_seen, self._start_streams = sequences_seen, streams
@@ -250,6 +254,11 @@ class TrainingLoader:
                 # a state is asked for after whole global batches only
                 snapshot_every_n_steps=self.global_batch_size // self.dp_world_size,
             )
+
+    def close(self) -> None:
+        """End the worker processes; the place in the data is lost."""
+        self._items = iter(())
+        self._loader = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -354,6 +363,12 @@ class TrainingLoader:
             self.pipeline.num_streams = saved
             for source in self.pipeline.sources:
                 source.divide(saved)
+
+
+def _close(loader: weakref.ref[TrainingLoader]) -> None:
+    alive = loader()
+    if alive is not None:
+        alive.close()
 
 
 def _unchanged(item: Any) -> Any:

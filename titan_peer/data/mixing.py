@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from titan_peer.data.packing import PackedSequence, Packer
 from titan_peer.data.streams import Document, DocumentStream, State
 
@@ -28,19 +26,17 @@ class WeightedDraw:
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], head_start: Sequence[float]) -> None:
-        self.names = list(names)
-        self.weights = np.array(weights, dtype=np.float64)
-        self.head_start = np.array(head_start, dtype=np.float64)
-        self.amounts = np.zeros(len(names))
-        self.active = self.weights > 0
+        self.names, self.weights, self.head_start = list(names), list(weights), list(head_start)
+        self.amounts = [0.0] * len(names)
+        self.active = [weight > 0 for weight in weights]
 
     def draw(self) -> int | None:
         """The active one that is farthest behind its part; None when none is active."""
-        if not self.active.any():
+        active = [i for i, is_active in enumerate(self.active) if is_active]
+        if not active:
             return None
-        weights = self.weights / self.weights[self.active].sum()
-        behind = weights * self.amounts[self.active].sum() - self.amounts + self.head_start
-        return int(np.argmax(np.where(self.active, behind, -np.inf)))
+        total = sum(self.amounts[i] for i in active) / sum(self.weights[i] for i in active)
+        return max(active, key=lambda i: self.weights[i] * total - self.amounts[i] + self.head_start[i])
 
     def add(self, which: int, amount: float) -> None:
         self.amounts[which] += amount
@@ -48,23 +44,23 @@ class WeightedDraw:
     def drop(self, which: int) -> None:
         """Go on without one; the others keep their proportions from here on."""
         self.active[which] = False
-        self.amounts[:] = 0
-        self.head_start[:] = 0
+        self.amounts = [0.0] * len(self.names)
+        self.head_start = [0.0] * len(self.names)
 
     def state_dict(self) -> State:
         return {
             name: {
-                "amount": float(self.amounts[i]),
-                "head_start": float(self.head_start[i]),
-                "active": bool(self.active[i]),
-                "weight": float(self.weights[i]),
+                "amount": self.amounts[i],
+                "head_start": self.head_start[i],
+                "active": self.active[i],
+                "weight": self.weights[i],
             }
             for i, name in enumerate(self.names)
         }
 
     def load_state_dict(self, state: State) -> None:
         """Go on; with other sources or weights than at the save, the count of shares begins anew."""
-        same = {name: entry["weight"] for name, entry in state.items()} == dict(zip(self.names, self.weights.tolist()))
+        same = {name: entry["weight"] for name, entry in state.items()} == dict(zip(self.names, self.weights))
         for i, name in enumerate(self.names):
             if name in state:
                 self.active[i] = state[name]["active"] and self.weights[i] > 0

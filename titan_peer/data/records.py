@@ -83,7 +83,7 @@ class RecordReader:
         if len(line) > self.max_bytes:
             return self.too_large(len(line), where)
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             return BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
         except RecursionError:

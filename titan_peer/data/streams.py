@@ -26,7 +26,7 @@ State = dict[str, Any]
 
 _WINDOW_BYTES = 4 * 2**20
 # Texts are tokenised a group at a time: large groups are faster, but would make the first batch of many streams wait.
-_FIRST_GROUP, _LARGEST_GROUP = 2**15, 2**19  # characters; each is twice the one before
+_FIRST_GROUP, _LARGEST_GROUP = 2**15, 2**17  # characters; each is twice the one before
 # Longer texts are tokenised in pieces, since the time and memory of some tokenizers grow faster than the text.
 _LONGEST_PIECE = 2**18
 
