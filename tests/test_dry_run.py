@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,8 @@ def test_sixty_four_processes_of_a_large_job(name: str) -> None:
     nodes = 8 if name.endswith("multinode") else 1
     if nodes > 1:
         arguments += ["--training.global_batch_size", "256", "--parallelism.data_parallel_replicate_degree", "8"]
+    start = time.monotonic()
     done = dry_run(*arguments, ngpu=64 // nodes, nnodes=nodes)
     assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 120
     assert "rank 0 of 64" in done.stdout and "ep 8" in done.stdout
