@@ -97,9 +97,9 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
         for block in model.layers:
             block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     tokens = config.training.local_batch_size * config.training.seq_len
-    places = _places_on_one_process(config.model.peer, world.expert_parallel_degree, tokens * world.world_size)
+    places = _places_on_one_process(config.model.peer, world.expert_parallel_degree)
     ledger = TensorLedger(lambda number: 1.0 if number.is_floating_point() else places)
-    with _stand_in_for_compiled_loss(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with _stand_in_for_compiler(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         with ledger.booked_as("parameters"):
             model.to_empty(device=world.device)
         with ledger.booked_as("expert usage"):
@@ -111,8 +111,6 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
         ledger.forget_peak()
         step.run()
         del usage
-    if config.compile.enable:
-        torch._dynamo.reset()  # the real blocks are compiled anew, for real
     dims = _mesh_dims(world)
     traffic = {(dims.get(c.group_name, "all"), c): t for c, t in ledger.traffic.items()}
     memory = {kind: ledger.peak[kind] for kind in KINDS}
@@ -129,8 +127,9 @@ def _with_dtype_of_this_machine(config: JobConfig) -> JobConfig:
 
 
 @contextmanager
-def _stand_in_for_compiled_loss() -> Iterator[None]:
-    """The compiler fuses all passes over a chunk's logits: what is left in memory is one product and its gradient."""
+def _stand_in_for_compiler() -> Iterator[None]:
+    """The compiler fuses all passes over a chunk's logits: what is left in memory is one product and its gradient. What
+    was compiled inside is forgotten afterwards, so that real blocks are compiled for real."""
 
     def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = hidden @ weight.t()
@@ -142,9 +141,10 @@ def _stand_in_for_compiled_loss() -> Iterator[None]:
         yield
     finally:
         cross_entropy._compiled_loss_and_logit_gradient = compiled
+        torch._dynamo.reset()
 
 
-def _places_on_one_process(peer: PEERArgs, parts: int, tokens: int) -> int:
+def _places_on_one_process(peer: PEERArgs, parts: int) -> int:
     """The most of a token's heads x k places that fall on one of `parts` processes, over all tokens: five standard
     deviations above the mean of a binomial distribution."""
     places = peer.num_heads * peer.num_experts_per_tok
