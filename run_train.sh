@@ -6,6 +6,7 @@
 #   LOG_RANK       local ranks whose output is shown    (default: 0)
 #   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        several machines; start this script on each
 #   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES without them
+#   MAX_RESTARTS   times that all processes are started anew, from the newest checkpoint, after one was lost (default: 0)
 #   PYTHON         the interpreter                      (default: python)
 set -euo pipefail
 
@@ -14,6 +15,7 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}
 LOG_RANK=${LOG_RANK:-0}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 if [[ -z ${NGPU:-} ]]; then
     NGPU=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
@@ -27,12 +29,12 @@ if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
     # A dry run: one process plays rank 0 of all.
     RANK=0 WORLD_SIZE=$((NGPU * NNODES)) exec "${PYTHON}" -m titan_peer.train "$@"
 fi
-if ((NGPU == 1 && NNODES == 1)); then
+if ((NGPU == 1 && NNODES == 1 && MAX_RESTARTS == 0)); then
     # One process needs no rendezvous: signals and exit status are its own.
     exec "${PYTHON}" -m titan_peer.train "$@"
 fi
 exec "${PYTHON}" -m titan_peer.launch \
     --nnodes "${NNODES}" --node-rank "${NODE_RANK}" --nproc-per-node "${NGPU}" \
-    --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT}" \
+    --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT}" --max-restarts "${MAX_RESTARTS}" \
     --local-ranks-filter "${LOG_RANK}" --role rank --tee 3 \
     -m titan_peer.train "$@"

@@ -1,33 +1,86 @@
 """torchrun with the job's exit status and without its traceback: what `run_train.sh` starts for several processes.
 
-Takes torchrun's arguments. On a worker's failure it says which rank failed and how, and exits with that worker's status
-(torchrun itself always exits with 1). SIGTERM and SIGINT reach the workers, which save and end by themselves.
+Takes torchrun's arguments. It says which rank was lost and how, starts all of them again while `--max-restarts` allows, and
+else exits with the status of the worker that failed first (torchrun itself always exits with 1). SIGTERM and SIGINT reach
+the workers, which save and end by themselves.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+import torch.distributed.launcher.api
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
 USER_ERROR_STATUS = 2
+SHUTDOWN_SECONDS = 600  # that workers have after a signal to write their last checkpoint
+
+
+def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """(rank, failure) that led to the others: a killed process before those that lost contact with it."""
+    return min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp, item[0]))
+
+
+def describe(rank: int, failure: ProcessFailure) -> str:
+    how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+    # the worker's own words, where it could leave any (faults.py)
+    has_words = isinstance(failure.error_file_data.get("message"), dict)
+    words = f": {failure.message}" if failure.exitcode > 0 and has_words else ""
+    return f"rank {rank} failed first ({how}, process {failure.pid}){words}"
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent; it names the lost rank before a restart, and does not repeat a job that the user must mend."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state is WorkerState.FAILED and self._remaining_restarts > 0:
+            rank, failure = first_failure(result.failures)
+            if failure.exitcode == USER_ERROR_STATUS:
+                self._remaining_restarts = 0
+            else:
+                number = worker_group.spec.max_restarts - self._remaining_restarts + 1
+                restart = f"restart {number} of {worker_group.spec.max_restarts} from the newest checkpoint"
+                print(f"{describe(rank, failure)}; {restart}", file=sys.stderr, flush=True)
+        return result
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        context = self._pcontext
+        handlers = context.subprocess_handlers.values() if isinstance(context, SubprocessContext) else ()
+        Agent.exit_statuses = [handler.proc.returncode for handler in handlers]
+
+    exit_statuses: list[int] = []  # noqa: RUF012 - of this process' workers, after the last shutdown
+
+
+def _status(exitcode: int) -> int:
+    return exitcode if exitcode >= 0 else 128 - exitcode
 
 
 def main() -> None:
-    # The agent logs each failing worker with a traceback of its own; the summary below replaces it.
+    # The agent logs each failing worker with a traceback of its own; the lines printed here replace it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    torch.distributed.launcher.api.LocalElasticAgent = Agent  # type: ignore[misc]
+    parser = get_args_parser()
+    parser.set_defaults(shutdown_timeout=SHUTDOWN_SECONDS)
     try:
-        run(get_args_parser().parse_args())
+        run(parser.parse_args())
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = first_failure(error.failures)
         if failure.exitcode != USER_ERROR_STATUS:  # those have printed their own message
-            how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-            print(f"error: rank {rank} failed first ({how}, process {failure.pid})", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+            print(f"error: {describe(rank, failure)}", file=sys.stderr)
+        sys.exit(_status(failure.exitcode))
     except SignalException as stop:
+        failed = [status for status in Agent.exit_statuses if status]
+        if failed:
+            print(f"error: stopped by {stop.sigval.name}, but a worker could not end well", file=sys.stderr)
+            sys.exit(_status(failed[0]))
         print(f"stopped by signal {stop.sigval.name}; start again with the same command to resume", file=sys.stderr)
 
 

@@ -34,6 +34,7 @@ from titan_peer.evaluation.perplexity import held_out_loss
 from titan_peer.expert_balance import add_balance_loss
 from titan_peer.expert_report import UsageReporter
 from titan_peer.expert_revival import ExpertRevival
+from titan_peer.faults import report_failure
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
@@ -49,7 +50,7 @@ from titan_peer.sharded_init import sharded_init
 
 logger = logging.getLogger("titan_peer")
 
-SAVE_GRACE_SECONDS = 30  # that a job which fails waits for a checkpoint being written
+SAVE_GRACE_SECONDS = 15  # that a job which fails waits for a checkpoint being written
 
 
 class EndOfDataError(Exception):
@@ -439,6 +440,9 @@ class Trainer:
 
     def _let_running_save_end(self) -> None:
         """After a failure: the checkpoint that is being written may still become whole, unless it waits for a lost process."""
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # so that a launcher which has seen the loss need not wait for this
         try:
             self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
         except TimeoutError:
@@ -514,6 +518,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        report_failure(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
