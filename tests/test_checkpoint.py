@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import tempfile
 import time
@@ -15,10 +16,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_files import verify
 from titan_peer.config import load_config
 from titan_peer.errors import UserError
 from titan_peer.parallelize import init_world
-from titan_peer.train import Trainer
+from titan_peer.train import Trainer, main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
@@ -317,3 +319,38 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(straight, 
             tmp_path, "--checkpoint.initial_load_path", straight / "checkpoint/step-4", "--model.peer.num_experts", 2048,
             "--model.peer.product_key_dim", 32, 64,
         )  # fmt: skip
+
+
+# ---- nowhere to write
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_without_space_training_goes_on_and_the_job_ends_with_an_error(straight, tmp_path, mode, caplog, capsys):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint/step-6")
+    arguments = [*SMALL, "--job.dump_folder", str(tmp_path), "--training.steps", "10", "--checkpoint.async_mode", mode]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, unlimited[1])
+    )  # no file may be longer, as on a disk almost full
+    try:
+        assert main(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    failed = [r.message for r in caplog.records if r.levelname == "ERROR" and "could not be written" in r.message]
+    assert [message.split(" could")[0] for message in failed] == [f"the checkpoint of step {n}" for n in (6, 8, 10)]
+    assert all("rank 0: " in message and "File too large" in message for message in failed)
+    assert "error: the job ends without its last checkpoint: rank 0: " in capsys.readouterr().err
+    assert sorted(losses(tmp_path)) == list(range(1, 11))
+    assert steps(tmp_path) == ["step-2", "step-4"]
+    for step in ("step-2", "step-4"):
+        verify(tmp_path / "checkpoint" / step)
+    # with space again the same command makes up for it
+    assert main(arguments) == 0
+    assert steps(tmp_path)[0] == "step-10"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "checkpoint").write_text("a file, not a folder")
+    with pytest.raises(UserError, match=r"checkpoint.folder = checkpoint: cannot be written: rank 0: .*File exists"):
+        trainer(tmp_path)

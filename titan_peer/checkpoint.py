@@ -79,13 +79,12 @@ class Checkpointer:
         return Ranks()
 
     def _require_writable_folder(self) -> None:
-        def write_something() -> None:
+        def create_a_file() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.write(b"?")
+            tempfile.TemporaryFile(dir=self.folder).close()
 
         try:
-            self._ranks.all_do(write_something)
+            self._ranks.all_do(create_a_file)
         except CheckpointSaveError as error:
             raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
 

@@ -114,21 +114,33 @@ def _prepare(partial: Path) -> None:
 
 def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     try:
-        writer = FileSystemWriter(partial, sync_files=False)
+        writer = _Writer(partial, sync_files=False)
         dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.is_alone)
     except CheckpointException as error:
         causes = (f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
         raise CheckpointSaveError("; ".join(causes)) from None
 
 
-def _first_line(error: BaseException) -> str:
-    """Of the error and of what it came from: the serializer reports a full disk as a failed write of its own."""
+class _Writer(FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            # The serializer reports a full disk as a failed write of its own, and what it came from is lost between processes.
+            raise OSError(_with_causes(error)) from None
+
+
+def _with_causes(error: BaseException) -> str:
     lines = []
     cause: BaseException | None = error
     while cause is not None:
-        lines.append(str(cause).strip().split("\n")[0])
+        lines.append(_first_line(cause))
         cause = cause.__cause__ or cause.__context__
-    return " <- ".join(lines)
+    return ", from ".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _finish_own_files(partial: Path, documents: dict[str, bytes], ranks: Ranks) -> ManifestEntries:

@@ -317,6 +317,26 @@ class Metrics:
 
 
 @dataclass
+class Profiling:
+    """Where time and memory go: traces and memory snapshots."""
+
+    enable_profiling: bool = False
+    """Write traces of profiler_active steps in every profile_freq; they open in Perfetto."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces inside job.dump_folder."""
+    profile_freq: int = 10
+    """Steps from one trace, or memory snapshot, to the next."""
+    profiler_active: int = 1
+    """Steps in a trace."""
+    profiler_warmup: int = 3
+    """Steps before those, in which the profiler runs but its own start-up cost is thrown away."""
+    enable_memory_snapshot: bool = False
+    """CUDA only: every profile_freq steps, and when memory runs out, write what holds the GPU's memory."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots inside job.dump_folder."""
+
+
+@dataclass
 class Debug:
     """Reproducibility."""
 
@@ -350,6 +370,7 @@ class JobConfig:
     compile: Compile = field(default_factory=Compile)
     float8: Float8 = field(default_factory=Float8)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
     debug: Debug = field(default_factory=Debug)
 
     def to_toml(self) -> str:
@@ -549,6 +570,7 @@ def check(config: JobConfig) -> None:
         "metrics.log_freq",
         "metrics.expert_usage_freq",
         "checkpoint.interval",
+        "profiling.profiler_active",
         "activation_checkpoint.every_n_layers",
         "parallelism.data_parallel_replicate_degree",
         "parallelism.expert_parallel_degree",
@@ -572,6 +594,7 @@ def check(config: JobConfig) -> None:
         "data.num_workers",
         "data.network_retries",
         "checkpoint.keep_every_n_steps",
+        "profiling.profiler_warmup",
         "debug.seed",
     ):
         section, name = key.split(".")
@@ -600,6 +623,13 @@ def check(config: JobConfig) -> None:
         config.parallelism.data_parallel_shard_degree >= 1 or config.parallelism.data_parallel_shard_degree == -1,
         "parallelism.data_parallel_shard_degree",
         "must be at least 1, or -1 for all processes that are left",
+    )
+    profiling = config.profiling
+    require(
+        profiling.profile_freq >= profiling.profiler_active + profiling.profiler_warmup,
+        "profiling.profile_freq",
+        f"must be at least profiling.profiler_warmup + profiling.profiler_active = "
+        f"{profiling.profiler_warmup} + {profiling.profiler_active}",
     )
     require(config.checkpoint.load_step >= -1, "checkpoint.load_step", "must be a step, 0 (start anew) or -1 (newest)")
     require(

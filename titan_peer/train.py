@@ -45,6 +45,7 @@ from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, learning_rate_factor
 from titan_peer.parallelize import World, compute_dtype, init_world, materialize, parallelize
+from titan_peer.profiling import Profiler
 from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.sharded_init import sharded_init
 
@@ -122,6 +123,7 @@ class Trainer:
                 model, self.optimizers, freq=training.reinit_dead_experts_freq, seed=config.debug.seed
             )
         self.expert_usage = self._expert_usage() if config.metrics.log_expert_usage else None
+        self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
         self.stop_signal = 0
 
     # ---- set-up
@@ -226,7 +228,8 @@ class Trainer:
         if self.world.is_first:
             logger.info(self.banner())
         try:
-            self._loop()
+            with self.profiler:
+                self._loop()
         except BaseException:
             self._let_running_save_end()
             raise
@@ -271,6 +274,7 @@ class Trainer:
                 self.evaluate(self.evaluation)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
                 gc.collect(1)
+            self.profiler.step(self.step)
             if stop and not is_last:
                 self._say_how_to_resume()
                 break

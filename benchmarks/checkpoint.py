@@ -1,0 +1,149 @@
+"""How long training stands still for a checkpoint: saved on the training thread, or beside it.
+
+A job trains real steps on the bundled text; every few steps it saves. What is measured is the time a step takes beyond the
+median step beside which none is written: the save call itself, the wait before the optimizer may change what is being copied,
+and what the writing takes from the following steps while it runs.
+
+Examples:
+    python benchmarks/checkpoint.py                                  # 65,536 experts a layer: about two minutes on two CPU cores
+    python benchmarks/checkpoint.py --experts 16384 --saves 3
+    python benchmarks/checkpoint.py --experts 262144 --dim 512      # larger tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import RESULTS, device_name, markdown_table, versions, write_results
+
+from titan_peer.config import load_config
+from titan_peer.parallelize import init_world
+from titan_peer.train import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of each step of a job that saves in `mode`, what its saves and waits took, and its checkpoint's size."""
+    side = round(options.experts**0.5)
+    steps = options.interval * (options.saves + 1)
+    arguments = {
+        "job.config_file": ROOT / "train_configs/debug_model.toml",
+        "job.dump_folder": folder,
+        "model.dim": options.dim,
+        "model.peer.num_experts": side * side,
+        "model.peer.product_key_dim": f"{side} {side}",
+        "training.steps": steps + 1,
+        "training.gc_freq": 0,
+        "validation.enable": "false",
+        "compile.enable": options.compile,
+        "checkpoint.interval": 10**9,
+        "checkpoint.keep_latest_k": 1,
+        "checkpoint.async_mode": mode,
+    }
+    config = load_config([word for key, value in arguments.items() for word in (f"--{key}", *str(value).split())])
+    os.chdir(ROOT)
+    trainer = Trainer(config, init_world(config.parallelism))
+    waits: list[float] = []
+    wait_until_copied = trainer.checkpointer.wait_until_copied
+
+    def timed_wait() -> None:
+        start = time.perf_counter()
+        wait_until_copied()
+        waits.append(time.perf_counter() - start)
+
+    trainer.checkpointer.wait_until_copied = timed_wait  # type: ignore[method-assign]
+    batches = iter(trainer.loader)
+    trainer.model.train()
+    seconds: list[float] = []
+    calls: list[float] = []
+    beside: list[bool] = []
+    for step in range(1, steps + 1):
+        trainer.step = step
+        start = time.perf_counter()
+        trainer.train_step(batches)
+        trained = time.perf_counter()
+        if step % options.interval == 0:
+            trainer.save_checkpoint(last=False, wait=False)
+            calls.append(time.perf_counter() - trained)
+        seconds.append(trained - start)
+        background = trainer.checkpointer._background
+        beside.append(background is not None and background.is_running)
+    trainer.checkpointer.finish()
+    size = sum(path.stat().st_size for path in folder.rglob("*.distcp"))
+    return {"seconds": seconds, "calls": calls, "waits": waits, "beside": beside, "bytes": size}
+
+
+def summary(found: dict[str, Any], interval: int) -> dict[str, float]:
+    """Medians of one save, in seconds; neither the first interval nor the first save counts: they touch memory first."""
+    seconds, beside, waits = found["seconds"], found["beside"], found["waits"]
+    measured = range(interval, len(seconds))
+    step = statistics.median(seconds[i] for i in measured if not beside[i - 1])
+    saves = range(2, len(found["calls"]) + 1)
+    slowed = []
+    for save in saves:
+        during = [i for i in range(save * interval, min((save + 1) * interval, len(seconds))) if beside[i - 1]]
+        slowed.append(sum(seconds[i] - waits[i] - step for i in during))
+    return {
+        "step": step,
+        "call": statistics.median(found["calls"][1:]),
+        "wait": statistics.median(waits[save * interval] for save in saves),
+        "slowed": statistics.median(slowed),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=65536, help="experts a layer, a square number; three layers")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--interval", type=int, default=12, help="steps from save to save")
+    parser.add_argument("--saves", type=int, default=4, help="saves of each kind; the first of them is not counted")
+    parser.add_argument("--compile", default="true", choices=["true", "false"])
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where checkpoints are written (default: a temporary folder)"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    options = parser.parse_args()
+    if round(options.experts**0.5) ** 2 != options.experts:
+        raise SystemExit(f"--experts {options.experts}: must be a square number")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for mode in ("disabled", "async"):
+            print(f"{mode}: {options.saves} saves, every {options.interval} steps", file=sys.stderr)
+            found[mode] = measure(mode, options, Path(folder) / mode)
+            shutil.rmtree(Path(folder) / mode)
+    rows = []
+    for mode, name in (("disabled", "synchronous"), ("async", "asynchronous")):
+        s = summary(found[mode], options.interval)
+        stands_still = s["call"] + s["wait"]
+        columns = (s["step"], s["call"], s["wait"], stands_still, s["slowed"], stands_still + s["slowed"])
+        rows.append([name, *(f"{value:.2f}" for value in columns)])
+    gib = found["async"]["bytes"] / 2**30
+    header = ["save", "a step, s", "save call, s", "wait for the copy, s", "stands still, s"]
+    header += ["following steps slower by, s", "total, s"]
+    text = f"{options.experts:,} experts a layer, dim {options.dim}: a checkpoint of {gib:.2f} GiB. Per save:\n\n"
+    text += markdown_table(header, rows)
+    print(f"{device_name(device)}; {versions()}\n\n{text}")
+    stem = write_results(
+        "checkpoint",
+        device,
+        text,
+        {"options": vars(options) | {"folder": None, "output": None}, **found},
+        options.output,
+    )
+    print(f"\nwritten to {stem}.md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
