@@ -163,7 +163,6 @@ def test_killed_and_resumed_ablation_loses_no_run_and_does_none_twice(tmp_path: 
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2 and "give --resume" in err
 
-    time.sleep(1)  # the trainer, told by the kernel, saves and ends
     resumed = ablate(folder, "--resume")
     out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 1, err

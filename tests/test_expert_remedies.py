@@ -157,13 +157,17 @@ def test_revival_is_the_same_on_two_processes_with_sharded_tables(tmp_path: Path
 
 
 def train(folder: Path, *arguments: str, collapse: bool = False) -> dict[str, float]:
-    """The last usage report of a small run; `collapse` begins with half of the first axis' sub-keys at zero."""
+    """The last usage report of a small run; `collapse` begins with half of the first axis' sub-keys out of reach: all
+    queries have a part along one direction, to which those sub-keys are opposed and the others at right angles."""
     config = load_config([*SMALL, "--job.dump_folder", str(folder), "--metrics.log_expert_usage", *arguments])
     trainer = Trainer(config, init_world(config.parallelism))
     if collapse:
         for _, peer in peer_layers(trainer.model):
             with torch.no_grad():
-                peer.sub_keys[0][:, 16:] = 0
+                peer.query_norm.bias[:, 0] = 3.0
+                peer.sub_keys[0][:, :, 0] = 0.0
+                peer.sub_keys[0][:, 16:] = 0.0
+                peer.sub_keys[0][:, 16:, 0] = -4.0
     trainer.train()
     lines = (folder / "expert_usage" / "expert_usage.jsonl").read_text().splitlines()
     report: dict[str, float] = json.loads(lines[-1])["whole"]
@@ -180,7 +184,7 @@ def test_the_balance_loss_evens_usage(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_revival_brings_dead_experts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    settings = ["--training.steps", "40", "--metrics.expert_usage_freq", "20"]
+    settings = ["--training.steps", "20", "--metrics.expert_usage_freq", "10"]
     collapsed = train(tmp_path / "collapsed", *settings, collapse=True)
     revived = train(tmp_path / "revived", *settings, "--training.reinit_dead_experts_freq", "10", collapse=True)
     assert revived["share_used"] > collapsed["share_used"] + 0.1

@@ -275,7 +275,7 @@ def build_plan(
             of_axes[axis.name][point.label] = point_name
     for labels in of_axes.values():
         if not grid and "base" not in labels.values():  # every axis is compared with the base job
-            labels["base job"] = "base"
+            labels["unchanged"] = "base"
     runs = [_run(labels, seed, config, output_dir, processes) for labels, config in designs.values() for seed in seeds]
     return Plan(runs, of_axes)
 

@@ -129,8 +129,10 @@ def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
     lines = [f"# {title}", ""]
     lines.append(f"{len(results)} runs: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) + ".")
     if done:
-        best = min(done, key=lambda found: found.mean)
+        best, *others = sorted(done, key=lambda found: found.mean)
         lines.append(f"Best: **{best.point}**, loss {best.loss_text()}.")
+        if others and others[0].mean - best.mean <= max(best.deviation, others[0].deviation):
+            lines.append(f"The next, {others[0].point}, is within one standard deviation over seeds of it.")
     lines.append("")
     header = ["design", "loss", "parameters", "active", "FLOPs a token", "tokens", "tokens/s"]
 
@@ -143,12 +145,13 @@ def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
     for axis, labels in plan.axes.items():
         if not labels:
             continue
-        rows = [row(label + (" (base)" if point == "base" else ""), points[point]) for label, point in labels.items()]
+        shown = {label: f"{label} (base)" if point == "base" else label for label, point in labels.items()}
+        rows = [row(shown[label], points[point]) for label, point in labels.items()]
         of_axis = [(points[point], label) for label, point in labels.items() if points[point].losses]
         lines += [f"## {axis}", "", *_table(header, rows), ""]
         if of_axis:
             best_label = min(of_axis, key=lambda entry: entry[0].mean)[1]
-            lines += [f"Best: {axis} = **{best_label}**.", ""]
+            lines += [f"Best {axis}: **{best_label}**.", ""]
     ranked = sorted(points.values(), key=lambda found: found.mean)
     lines += ["## All designs, best first", "", *_table(header, [row(found.point, found) for found in ranked]), ""]
     failed = [result for result in results if result.state == "failed"]

@@ -102,13 +102,16 @@ def _end_with_parent() -> None:
 
 
 def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (folder / LOG).open("ab") as log:
+    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w") as lock:
+        # The trainer inherits the lock and has it until it ends: one that a killed ablation left behind saves first.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
             command(folder, processes),
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],
             start_new_session=True,  # Ctrl-C reaches it through us, once
             preexec_fn=_end_with_parent,
         )
