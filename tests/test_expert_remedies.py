@@ -127,6 +127,7 @@ SMALL += ["--training.seq_len", "128", "--training.local_batch_size", "4", "--ch
 SMALL += ["--validation.enable", "false", "--training.mixed_precision_param", "float32"]
 
 
+@pytest.mark.slow
 def test_revival_is_the_same_on_two_processes_with_sharded_tables(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
@@ -176,7 +177,7 @@ def train(folder: Path, *arguments: str, collapse: bool = False) -> dict[str, fl
 
 def test_the_balance_loss_evens_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    settings = ["--training.steps", "60", "--metrics.expert_usage_freq", "20"]
+    settings = ["--training.steps", "40", "--metrics.expert_usage_freq", "20"]
     plain = train(tmp_path / "plain", *settings)
     balanced = train(tmp_path / "balanced", *settings, "--training.expert_balance_coeff", "0.1")
     assert balanced["unevenness"] < 0.8 * plain["unevenness"]

@@ -34,9 +34,9 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
     ("processes", "arguments"),
     [
         (1, ["--training.global_batch_size", "4"]),
-        (1, ["--activation_checkpoint.mode", "full"]),
+        pytest.param(1, ["--activation_checkpoint.mode", "full"], marks=pytest.mark.slow),
         (2, ["--parallelism.expert_parallel_degree", "2"]),
-        (2, ["--model.peer.share_experts", "true"]),
+        pytest.param(2, ["--model.peer.share_experts", "true"], marks=pytest.mark.slow),
     ],
     ids=["accumulated", "recomputed", "expert-parallel", "shared-tables"],
 )
@@ -59,7 +59,9 @@ def test_counts_equal_a_brute_force_recount(processes: int, arguments: list[str]
             np.testing.assert_allclose(counted[name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["none", "full", pytest.param("selective_op", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "selective_op"))]
+)
 def test_compiled_blocks_count_every_pair_once(mode: str) -> None:
     torch.manual_seed(0)
     peer = PEERArgs(num_experts=256, product_key_dim=[16, 16], num_heads=2, num_experts_per_tok=4, query_dim=16)
