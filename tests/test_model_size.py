@@ -99,8 +99,19 @@ class PlainRetrieval:
 )
 def test_flops_agree_with_torchs_counter(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     # equal head dims, so that attention on the CPU does not pad the values
-    model = built(small_model(mla__v_head_dim=12, **changes))
-    tokens = torch.randint(50, (1, 32))
+    compare_flops(built(small_model(mla__v_head_dim=12, **changes)), monkeypatch)
+
+
+@pytest.mark.parametrize("job", ["debug_model", "peer_small"])
+def test_flops_of_small_jobs_agree_with_torchs_counter(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(ROOT / "train_configs" / f"{job}.toml")
+    args = load_config(["--job.config_file", path, "--model.vocab_size", "4096"]).model
+    assert args.mla.qk_head_dim == args.mla.v_head_dim
+    compare_flops(built(args), monkeypatch)
+
+
+def compare_flops(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(model.args.vocab_size, (1, 32))
     size = model_size(model, 32)
     # the counter does not know SDPA's CPU flash kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
