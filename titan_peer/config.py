@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import tomli_w
 import tyro
 
-from titan_peer.data.sources import DataSource, source_problems
+from titan_peer.data.sources import DataSource, source_name, source_problems
 from titan_peer.errors import UserError
 from titan_peer.model import ModelArgs
 
@@ -475,10 +476,8 @@ def leaf_keys(cls: type = JobConfig, prefix: str = "") -> Iterator[tuple[str, An
 
 def _source_key(key: str) -> str | None:
     """The field of a data source that a key like data.sources.0.path names."""
-    parts = key.split(".")
-    if len(parts) == 4 and parts[0] in ("data", "validation") and parts[1] == "sources" and parts[2].isdigit():
-        return parts[3]
-    return None
+    match = re.fullmatch(r"(?:data\.sources|validation\.sources|evaluation\.perplexity)\.\d+\.(\w+)", key)
+    return match[1] if match else None
 
 
 def _checked_arguments(args: Sequence[str]) -> list[str]:
@@ -645,6 +644,11 @@ def check(config: JobConfig) -> None:
     require(
         config.evaluation.limit >= 1 or config.evaluation.limit == -1, "evaluation.limit", "must be at least 1 or -1"
     )
+    held_out = source_problems("evaluation.perplexity", config.evaluation.perplexity)
+    found += [problem.replace("perplexity.sources", "perplexity") for problem in held_out]
+    names = [source_name(source) for source in config.evaluation.perplexity]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append(f"evaluation.perplexity: two sets are called {name!r}; give each a name of its own")
     if config.evaluation.enable:
         named = config.evaluation.perplexity or config.evaluation.evals or config.evaluation.tasks
         require(

@@ -6,8 +6,11 @@ import gc
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,10 @@ if importlib.util.find_spec("evals") is None:  # importing it asks for an API ke
 
 from evaluation_helpers import QUICK, ROOT, titan_peer
 
+from titan_peer import cli, train
 from titan_peer.config import load_config
 from titan_peer.evaluation.during_training import PeriodicEvaluation, whole_model
+from titan_peer.evaluation.suite import generative_evaluations
 from titan_peer.parallelize import World, parallelize
 
 SMALL = [*QUICK, "--model.n_layers", "2", "--training.seq_len", "64", "--training.steps", "6"]
@@ -102,41 +107,68 @@ def test_training_takes_the_same_course_with_and_without(evaluated: Path, job_fi
     assert len(with_evaluation) == 6 and with_evaluation == [r["loss"] for r in records(tmp_path)]
 
 
-def test_the_last_evaluation_is_that_of_the_saved_checkpoint(evaluated: Path, tmp_path: Path):
-    titan_peer(
-        "eval", "--checkpoint", evaluated / "checkpoint/step-6", "--perplexity",
-        "held out=assets/sample_text/validation.jsonl", "--evals", "find-letter", "--tasks", "sample_text_continuation",
-        "--limit", 4, "--max-new-tokens", 4, "--precision", "float32", "--output", tmp_path,
-    )  # fmt: skip
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
-    alone = {f"{r['kind']}/{r['name']}/{metric}": value for r in results for metric, value in r["metrics"].items()}
-    during = evaluations(evaluated)[6]
-    assert len(alone) >= 8
-    for key, value in alone.items():
-        assert during[key] == pytest.approx(value, rel=1e-5), key
+def alone(checkpoint: Path, output: Path) -> dict[str, float]:
+    """What `titan-peer eval` finds on a checkpoint, under the names of a job's evaluation."""
+    words = ["--perplexity", "held out=assets/sample_text/validation.jsonl"]
+    words += ["--perplexity", "task texts=titan_peer/evaluation/lm_eval_tasks/texts.jsonl"]
+    words += ["--evals", "test-match,find-letter", "--tasks", "sample_text_continuation,sample_text_copy", "--limit", 4]
+    words += ["--max-new-tokens", 4, "--precision", "float32", "--output", output]
+    assert cli.main(["eval", "--checkpoint", str(checkpoint), *map(str, words)]) == 0
+    results = json.loads((output / "results.json").read_text())["results"]
+    return {f"{r['kind']}/{r['name']}/{metric}": value for r in results for metric, value in r["metrics"].items()}
 
 
-def test_two_processes_find_what_one_finds(evaluated: Path, job_file: Path, tmp_path: Path):
-    """The same weights, from the checkpoint of one process; one more step of almost no learning."""
-    more = ["--training.global_batch_size", 2, "--training.local_batch_size", 1, "--training.steps", 7]
-    more += ["--optimizer.lr", 1e-12, "--evaluation.freq", 7]
-    for processes in ("1", "2"):
-        folder = tmp_path / processes
-        (folder / "checkpoint").mkdir(parents=True)
-        (folder / "checkpoint/step-6").symlink_to(evaluated / "checkpoint/step-6")
-        done = subprocess.run(
-            ["./run_train.sh", *arguments(job_file, folder, *more)],
-            cwd=ROOT,
-            env={**os.environ, "NGPU": processes, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (evaluations(tmp_path / n)[7] for n in ("1", "2"))
-    assert set(one) == set(two)
-    for key, value in one.items():
-        assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+def assert_near(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys() and len(found) >= 12
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_the_last_evaluation_is_that_of_the_saved_checkpoint(evaluated: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert_near(evaluations(evaluated)[6], alone(evaluated / "checkpoint/step-6", tmp_path))
+
+
+def test_two_processes_with_sharded_tables_find_what_the_checkpoint_alone_gives(
+    job_file: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    more = ["--training.steps", 3, "--parallelism.expert_parallel_degree", 2]
+    done = subprocess.run(
+        ["./run_train.sh", *arguments(job_file, tmp_path, *more)],
+        env={**os.environ, "NGPU": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_near(evaluations(tmp_path)[3], alone(tmp_path / "checkpoint/step-3", tmp_path / "alone"))
+
+
+def test_a_job_that_is_told_to_stop_does_not_wait_for_its_evaluations(job_file: Path, tmp_path: Path):
+    more = ["--training.steps", 1000, "--checkpoint.interval", 3, "--evaluation.limit", -1]
+    more += [
+        "--evaluation.max_new_tokens",
+        30,
+        "--evaluation.evals",
+        "syllables.dev.v1",
+        "quartz.test.v1",
+    ]  # 1,552 and 3,860 samples
+    process = subprocess.Popen(
+        [sys.executable, "-m", "titan_peer.train", *arguments(job_file, tmp_path, *more)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "evaluation/step-3/syllables.dev.v1.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command resumes" in err
+    assert not any("failed" in key for values in evaluations(tmp_path).values() for key in values)
+    assert (tmp_path / "checkpoint/step-4").is_dir()
 
 
 def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp_path: Path):
@@ -157,13 +189,27 @@ def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp
     [
         (["--evaluation.evals", "no-such-eval"], "no eval 'no-such-eval'"),
         (["--evaluation.tasks", "sample_text_copi"], "no task 'sample_text_copi'"),
+        (["--evaluation.perplexity.1.name", "held out"], "two sets are called 'held out'"),
         (["--evaluation.limit", "0"], "evaluation.limit = 0: must be at least 1 or -1"),
         (["--evaluation.perplexity.1.path", "no/such.jsonl"], "evaluation.perplexity[1].path = no/such.jsonl"),
     ],
 )
-def test_a_mistake_in_the_section_is_found_before_training(job_file: Path, tmp_path: Path, more: list, message: str):
-    done = titan_peer("train", *arguments(job_file, tmp_path, *more), status=2)
-    assert message in done.stderr and "Traceback" not in done.stderr and "step" not in done.stderr
+def test_a_mistake_in_the_section_is_found_before_training(
+    job_file: Path, tmp_path: Path, more: list, message: str, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    assert train.main(arguments(job_file, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_section_in_the_docs_is_a_valid_one(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.S)
+    file = tmp_path / "job.toml"
+    file.write_text((ROOT / "train_configs/debug_model.toml").read_text() + block)
+    settings = load_config(["--job.config_file", str(file)]).evaluation
+    assert settings.enable and settings.perplexity[0].name == "held out"
+    assert len(generative_evaluations(settings)) == len(settings.evals) + len(settings.tasks) > 0
 
 
 def live_tensor_bytes() -> int:

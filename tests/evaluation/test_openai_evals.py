@@ -20,10 +20,6 @@ from evaluation_helpers import titan_peer
 from titan_peer.errors import UserError
 from titan_peer.evaluation.openai_evals import ModelCompletionFn, OpenAIEval, _package, _Request
 
-# Kinds: match, includes, fuzzy match; open and closed answers; chat and plain prompts; few-shot.
-TEN = ["test-match", "test-includes", "test-fuzzy-match", "rectangles", "find-letter", "gears_rotation"]
-TEN += ["track_objects", "number_series_test", "cube-pack", "pattern_identification", "polish-lexicon"]
-
 
 def test_a_prompt_is_completed_greedily_as_the_generator_does(language_model):
     with _package(), ModelCompletionFn(language_model) as complete:
@@ -80,18 +76,6 @@ def test_completions_are_made_in_batches(language_model, monkeypatch):
 def test_an_unknown_eval_is_named_with_its_neighbours():
     with pytest.raises(UserError, match=r"no eval 'test-mach'.*test-match"):
         OpenAIEval("test-mach")
-
-
-def test_ten_evals_and_more_in_one_command(checkpoint, tmp_path: Path):
-    done = titan_peer(
-        "eval", "--checkpoint", checkpoint, "--evals", ",".join(TEN), "--limit", 8, "--max-new-tokens", 8,
-        "--output", tmp_path,
-    )  # fmt: skip
-    results = {r["name"]: r for r in json.loads((tmp_path / "results.json").read_text())["results"]}
-    assert list(results) == TEN and not any(r["error"] for r in results.values())
-    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in results.values())
-    assert all(name in done.stdout for name in TEN) and "Traceback" not in done.stderr
-    assert done.stdout.strip() in (tmp_path / "results.md").read_text()
 
 
 def test_the_packages_own_command_finds_a_registered_checkpoint(checkpoint, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte against a computation without packing, masks or our loss."""
+"""Perplexity and bits per byte against transformers, without packing, masks or our loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from evaluation_helpers import VALIDATION
+from evaluation_helpers import VALIDATION, titan_peer
 
 from titan_peer.config import Data
 from titan_peer.data.sources import DataSource
@@ -29,7 +29,7 @@ def documents(tmp_path_factory):
 
 
 def pieces(texts, tokenizer):
-    """(inputs, labels) of every part of a document that lies in one sequence of the packed stream."""
+    """Every part of a document that lies in one sequence of the packed stream, and the token after it."""
     stream = []
     for number, ids in enumerate(tokenizer.encode_batch(texts)):
         stream += [(number, token) for token in [tokenizer.bos_id, *ids, tokenizer.eos_id]]
@@ -38,7 +38,7 @@ def pieces(texts, tokenizer):
         for number in sorted({n for n, _ in sequence}):
             tokens = [token for n, token in sequence if n == number]
             if len(tokens) > 1:
-                yield tokens[:-1], tokens[1:]
+                yield tokens
 
 
 def measured(language_model, file) -> HeldOutLoss:
@@ -49,16 +49,19 @@ def measured(language_model, file) -> HeldOutLoss:
     return loss_on(language_model, batches)
 
 
-def test_equals_one_forward_pass_a_document(language_model, documents):
+def test_equals_that_of_the_exported_model_in_transformers(language_model, checkpoint, documents, tmp_path):
+    """One forward pass of transformers a part of a document, its own loss."""
+    transformers = pytest.importorskip("transformers")
     file, texts = documents
     found = measured(language_model, file)
+    titan_peer("export", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     nll, count = 0.0, 0
-    model = language_model.generator.model
-    for inputs, labels in pieces(texts, language_model.tokenizer):
+    for ids in pieces(texts, language_model.tokenizer):
+        tokens = torch.tensor([ids])
         with torch.no_grad():
-            logits = model(torch.tensor([inputs]))[0].double()
-        nll -= logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum().item()
-        count += len(labels)
+            nll += exported(input_ids=tokens, labels=tokens).loss.item() * (len(ids) - 1)
+        count += len(ids) - 1
     assert found.tokens == count
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
     # all the text but what the first token of a sequence's part stands for

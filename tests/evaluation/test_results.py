@@ -18,13 +18,14 @@ def test_a_record_has_one_flat_key_a_metric():
     }
     assert BAD.record() == {"evaluation/tasks/a|b/failed": 1.0}
     assert Result("evals", "e", {"accuracy": math.nan}).record() == {}
+    assert Result("evals", "e", error="told to stop", stopped=True).record() == {}
 
 
 def test_the_table_shows_numbers_and_failures():
     table = result_table([GOOD, BAD]).splitlines()
     assert len({len(line) for line in table}) == 1
-    assert "0.2500" in table[2] and "1,200" in table[2] and "3.2" in table[2]
-    assert "failed" in table[4] and "KeyError: 'x'" in table[4] and "a\\|b" in table[4]
+    assert "0.2500 ± 0.1000" in table[2] and "1,200" in table[2] and "3.2" in table[2]
+    assert "failed" in table[3] and "KeyError: 'x'" in table[3] and "a\\|b" in table[3]
 
 
 def test_the_history_has_a_column_a_step_and_the_newest_ones_only():

@@ -109,19 +109,27 @@ class PeriodicEvaluation:
     # ---- one call down
 
     def _run_share(self, model: nn.Module, records: Path, should_stop: Callable[[], bool]) -> list[Result]:
-        """Run every world_size-th evaluation on a plain model; returns those of all processes, in order."""
-        plain = whole_model(model, self.model_args, self.world.device)
-        generator = Generator(plain, self.tokenizer, max_batch_size=self.settings.batch_size, compile=False)
-        language_model = LanguageModel(
-            generator, self.settings.max_new_tokens, self.settings.batch_size, self.precision, should_stop
-        )
+        """Run every world_size-th evaluation on a plain model; returns the results of all processes, in order."""
         mine = self.evaluations[self.world.rank :: self.world.world_size]
-        results = [run_one(evaluation, language_model, records) for evaluation in mine]
+        try:
+            language_model = self._language_model(model, should_stop)
+        except Exception as error:  # such as a GPU without room for the whole model
+            logger.error("the weights could not be put together for the evaluation", exc_info=error)
+            why = f"{type(error).__name__}: {error}"
+            results = [Result(evaluation.kind, evaluation.name, error=why) for evaluation in mine]
+        else:
+            results = [run_one(evaluation, language_model, records) for evaluation in mine]
         if self.group is None:
             return results
         shares: list[list[Result]] = [[] for _ in range(self.world.world_size)]
         dist.all_gather_object(shares, results, group=self.group)
         return [shares[i % len(shares)][i // len(shares)] for i in range(len(self.evaluations))]
+
+    def _language_model(self, model: nn.Module, should_stop: Callable[[], bool]) -> LanguageModel:
+        plain = whole_model(model, self.model_args, self.world.device)
+        generator = Generator(plain, self.tokenizer, max_batch_size=self.settings.batch_size, compile=False)
+        settings = self.settings
+        return LanguageModel(generator, settings.max_new_tokens, settings.batch_size, self.precision, should_stop)
 
     def _in_step(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
         """The batches; ends for all processes together, also when one of them cannot read on."""
@@ -132,7 +140,7 @@ class PeriodicEvaluation:
                 batch = next(iterator, None)
             except Exception as error:
                 problem = error
-            state = torch.tensor([problem is not None, batch is None])
+            state = torch.tensor([problem is not None, batch is None], dtype=torch.int32)
             if self.group is not None:
                 dist.all_reduce(state, dist.ReduceOp.MAX, group=self.group)
             if state[0]:

@@ -41,7 +41,7 @@ _FEWSHOT_SEED = 1234  # lm_eval's own default
 class TitanPeerLM(TemplateLM):  # type: ignore[misc]
     """lm_eval's view of a model.
 
-    Args: (those of `lm_eval --model_args name=value,...`)
+    Args: (`lm_eval --model_args checkpoint=...,max_new_tokens=... --device ... --batch_size ...`)
         checkpoint: folder `<dump_folder>/checkpoint/step-N`; or a LanguageModel that is already there.
         device, batch_size, max_new_tokens: as for `titan-peer eval`.
     """

@@ -106,7 +106,7 @@ def _guarded(kind: str, name: str, run: Callable[[], Result]) -> Result:
     try:
         result = run()
     except EvaluationStoppedError as stop:
-        return Result(kind, name, error=str(stop), seconds=time.perf_counter() - start)
+        return Result(kind, name, error=str(stop), stopped=True)
     except Exception as error:
         logger.error("evaluation %s of %s failed", name, kind, exc_info=error)
         result = Result(kind, name, error=f"{type(error).__name__}: {error}")
