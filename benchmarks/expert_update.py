@@ -4,7 +4,8 @@ Trains the debug job with more experts than a step can touch, once a variant, an
 No timing: the runs may share the machine.
 
 Examples:
-    python benchmarks/expert_update.py                       # 2,000 steps, three variants: most of an hour on two cores
+    python benchmarks/expert_update.py
+    python benchmarks/expert_update.py --experts 65536 --dim 256 --batch-size 4 --seq-len 256   # hours on two cores
     python benchmarks/expert_update.py --steps 20 --output /tmp/trial
 """
 
@@ -39,7 +40,9 @@ def job(options: argparse.Namespace, variant: str, folder: Path) -> list[str]:
         "job.dump_folder": folder,
         "model.peer.num_experts": options.experts,
         "training.steps": options.steps,
-        "training.local_batch_size": 4,
+        "model.dim": options.dim,
+        "training.local_batch_size": options.batch_size,
+        "training.seq_len": options.seq_len,
         "training.mixed_precision_param": "float32",
         "optimizer.lr": options.lr,
         "lr_scheduler.warmup_steps": options.steps // 20,
@@ -47,7 +50,7 @@ def job(options: argparse.Namespace, variant: str, folder: Path) -> list[str]:
         "checkpoint.enable": "false",
         "metrics.log_freq": 1,
         "validation.freq": max(1, options.steps // 10),
-        "validation.steps": 30,
+        "validation.steps": 60,
     }
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     words += ["--model.peer.product_key_dim", str(side), str(side)]
@@ -87,7 +90,10 @@ def _plot(found: dict[str, dict[str, dict[int, float]]], path: Path, title: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--experts", type=int, default=65536, help="a square number")
+    parser.add_argument("--experts", type=int, default=16384, help="a square number; a step should reach only a part")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table, JSON and plot")
@@ -115,8 +121,9 @@ def main() -> None:
         "against the first",
     ]
     setting = (
-        f"debug model with {options.experts:,} experts a layer, {options.steps:,} steps of 4 x 256 tokens of the bundled "
-        f"text, learning rate {options.lr:g}, float32"
+        f"debug model with {options.experts:,} experts a layer, {options.steps:,} steps of "
+        f"{options.batch_size} x {options.seq_len} tokens of the bundled text, dim {options.dim}, "
+        f"learning rate {options.lr:g}, float32"
     )
     text = f"{setting}.\n\n{markdown_table(header, rows)}"
     stem = write_results("expert-update", "cpu", text, {"setting": setting, "curves": found}, options.output)
