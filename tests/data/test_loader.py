@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import SAMPLE, TOKENIZER, make_loader, sample_texts, take, three_sources, write_jsonl
-from processes import continue_loader, in_new_processes, run_rank
+from reader_processes import continue_loader, in_new_processes, run_rank
 
 from titan_peer.data.loader import build_validation_dataloader, merge_streams
 from titan_peer.data.records import RecordReader

@@ -20,7 +20,7 @@ from titan_peer.data.sources import DataSource
 NEW_PROCESS = multiprocessing.get_context("forkserver")
 # The server imports it by name before it knows of pytest's search path.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-NEW_PROCESS.set_forkserver_preload(["processes"])
+NEW_PROCESS.set_forkserver_preload(["reader_processes"])
 
 
 def in_new_processes(target: Callable[..., None], *arguments: Any, count: int = 1) -> None:
