@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,20 @@ def test_one_then_two_then_four_then_one_process_read_the_same_sequences_in_the_
         found += [ranks[i % world][i // world] for i in range(40)]  # sequences are dealt to ranks in turn
         assert found == expected[: 40 * (part + 1)], f"on {world} processes"
     assert json.loads((tmp_path / "statistics.json").read_text()) == straight.statistics()
+
+
+def test_streams_that_are_read_several_times_are_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", sample_texts(0, 200))
+    caplog.set_level("INFO", "titan_peer")
+    logging.getLogger("titan_peer").propagate = True
+    make_loader([DataSource(str(SAMPLE)), DataSource(str(few), name="few")], world=4)
+    said = (
+        "data.num_streams = 2 (the most that few has documents for) is no multiple of processes x data.num_workers = 4"
+    )
+    assert said in caplog.text
+    caplog.clear()
+    make_loader([DataSource(str(SAMPLE))], world=4)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (1, 3), (2, 2), (3, 0), (8, 0), (12, 0)])

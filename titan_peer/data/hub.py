@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from titan_peer.data.records import BadDocument, Divisible, RecordReader
+from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader
 from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
@@ -130,7 +130,8 @@ class StreamedShard:
         self.num_chunks = 1
 
     def approximate_documents(self) -> float:
-        return 256  # not known before it is read; web data sets have thousands in a shard
+        """Enough for one stream: a second one would read the whole shard over the network again."""
+        return DOCUMENTS_PER_STREAM
 
     def divide(self, num_chunks: int) -> None:
         # A part re-reads the whole shard; only when there are fewer shards than streams is that worth it.

@@ -13,6 +13,7 @@ import atexit
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import signal
 import warnings
@@ -41,6 +42,8 @@ Batch = dict[str, Tensor]
 float64 0-d, UTF-8 bytes of the text that the labels stand for."""
 
 _STATE_FORMAT = 1
+
+logger = logging.getLogger("titan_peer")
 
 
 def collate(sequences: Sequence[PackedSequence], pin_memory: bool = False) -> Batch:
@@ -472,6 +475,17 @@ def build_dataloader(
     """
     sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries)
     pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
+    readers = dp_world_size * max(data.num_workers, 1)
+    if num_streams % readers:
+        smallest = min(sources, key=Source.sensible_streams)
+        why = f" (the most that {smallest.name} has documents for)" if not data.num_streams else ""
+        logger.info(
+            "data.num_streams = %d%s is no multiple of processes x data.num_workers = %d: some documents are tokenised by "
+            "several of them",
+            num_streams,
+            why,
+            readers,
+        )
     return TrainingLoader(
         pipeline,
         global_batch_size=global_batch_size,

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from titan_peer.errors import UserError
 
+# A stream of its own for less than this would see too few documents to be like the others.
+DOCUMENTS_PER_STREAM = 64
+
 
 class BadDocument(NamedTuple):
     """A record that is no document."""

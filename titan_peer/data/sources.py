@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titan_peer.data import formats, hub, tokenized
-from titan_peer.data.records import BadDocument, Divisible, RecordReader, TokenizedText
+from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader, TokenizedText
 from titan_peer.errors import UserError
 
 
@@ -63,8 +63,6 @@ SUFFIXES = (
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-# A stream of its own for less than this would see too few documents to be like the others.
-_DOCUMENTS_PER_STREAM = 64
 MAX_STREAMS = 8
 
 
@@ -147,7 +145,7 @@ class Source:
     def sensible_streams(self) -> int:
         """How many streams it can be read by with enough documents for each: a power of two up to MAX_STREAMS."""
         streams, documents = 1, sum(part.approximate_documents() for part in self.parts)
-        while streams < MAX_STREAMS and documents >= 2 * streams * _DOCUMENTS_PER_STREAM:
+        while streams < MAX_STREAMS and documents >= 2 * streams * DOCUMENTS_PER_STREAM:
             streams *= 2
         return streams
 
