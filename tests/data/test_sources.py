@@ -356,8 +356,9 @@ def test_other_errors_are_not_tried_again() -> None:
 def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "FIRST_PAUSE", 1000.0)  # offline by the user's own setting: trying again cannot help
     with pytest.raises(UserError) as caught:
-        open_sources([DataSource("nobody/nothing", subset="en")], "data", retries=0)
+        open_sources([DataSource("nobody/nothing", subset="en")], "data")
     message = "data.sources[0].path = nobody/nothing (subset en, split train): is no local file or folder, and cannot"
     assert str(caught.value).startswith(message)
 

@@ -15,6 +15,8 @@ logger = logging.getLogger("titan_peer")
 T = TypeVar("T")
 
 _ROWS_AT_A_TIME = 256
+# whose errors, if no answer of a server came with them, are of the connection
+_NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
@@ -47,13 +49,9 @@ def _is_network_error(error: BaseException) -> bool:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
             return status == 429 or status >= 500
-        if isinstance(cause, (ConnectionError, TimeoutError)) or type(cause).__module__.split(".")[0] in (
-            "httpx",
-            "httpcore",
-            "requests",
-            "urllib3",
-            "aiohttp",
-        ):
+        if isinstance(cause, (ConnectionError, TimeoutError)):
+            return True
+        if type(cause).__module__.split(".")[0] in _NETWORK_LIBRARIES:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -78,7 +76,7 @@ def open_dataset(
         dataset = with_retries(
             lambda: datasets.load_dataset(path, subset or None, split=split, streaming=streaming),
             f"{key}: opening {path}",
-            retries,
+            0 if datasets.config.HF_HUB_OFFLINE else retries,  # offline by the user's own setting
         )
     except Exception as error:
         shown = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
