@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import device_name, markdown_table, median_ms, synchronize, write_results
+from report import markdown_table, median_ms, synchronize, write_results
 from torch import Tensor, nn
 
 from titan_peer.decoder import Decoder
@@ -155,7 +155,7 @@ def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) 
             def again(_: int, tokens: Tensor = tokens, decoder: Decoder = latent.decoder) -> Tensor:
                 return model.output(decoder.whole(tokens)[:, -1]).argmax(-1)
 
-            whole_ms = median_ms(again, device, repeats=3 if context < 4096 else 1, warmup=1)
+            whole_ms = median_ms(again, device, repeats=3 if context < 4096 else 1, warmup=1 if context < 4096 else 0)
         times = {"latent": latent_ms, "rest": rest_ms, "plain": plain_ms, "whole": whole_ms}
         records.append({"context": context, **times})
         speeds = [f"{1e3 / ms:.4g}" for ms in (latent_ms, plain_ms, whole_ms)]
@@ -235,29 +235,29 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[1, 16], help="of the comparison of expert counts"
     )
+    parser.add_argument("--only", choices=["contexts", "experts"], help="one of the two parts")
     parser.add_argument("--output", type=Path, help="folder for the results instead of benchmarks/results")
     args = parser.parse_args()
     auto = torch.bfloat16 if args.device == "cuda" else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    with torch.no_grad():
-        sizes, size_records = cache_sizes()
-        contexts, context_records = by_context(args.device, dtype, args.compile, not args.no_recompute)
-        experts, expert_records = by_experts(args.device, dtype, args.compile, args.batch_sizes)
-    text = "\n\n".join(
-        [
-            f"{device_name(args.device)}, {str(dtype).removeprefix('torch.')}, "
-            f"decode step {'compiled' if args.compile else 'not compiled'}. Model: dim {MODEL.dim}, {MODEL.n_layers} blocks, "
-            f"{MLA.n_heads} heads, latent {MLA.kv_lora_rank} + {MLA.qk_rope_head_dim}, 3 layers of "
-            f"{PEER.num_heads} x {PEER.num_experts_per_tok} experts a token.",
-            "## Cache\n\n" + sizes,
-            "## One sequence, by context\n\n" + contexts,
-            f"## By number of experts, context 128, dim {EXPERTS_DIM}\n\n" + experts,
-        ]
+    setting = (
+        f"{str(dtype).removeprefix('torch.')}, decode step {'compiled' if args.compile else 'not compiled'}. "
+        f"Model: {MODEL.n_layers} blocks, {MLA.n_heads} heads, latent {MLA.kv_lora_rank} + {MLA.qk_rope_head_dim}, 3 layers of "
+        f"{PEER.num_heads} x {PEER.num_experts_per_tok} experts a token"
     )
-    data = {"sizes": size_records, "contexts": context_records, "experts": expert_records, "compile": args.compile}
     folder = {"folder": args.output} if args.output else {}
-    stem = write_results("decode", args.device, text, data, **folder)
-    print(stem.with_suffix(".md").read_text())
+    with torch.no_grad():
+        if args.only != "experts":
+            sizes, size_records = cache_sizes()
+            table, records = by_context(args.device, dtype, args.compile, not args.no_recompute)
+            text = f"{setting}, dim {MODEL.dim}, one sequence.\n\n{table}\n\n{sizes}"
+            data = {"contexts": records, "sizes": size_records, "compile": args.compile}
+            print(write_results("decode-contexts", args.device, text, data, **folder).with_suffix(".md").read_text())
+        if args.only != "contexts":
+            table, records = by_experts(args.device, dtype, args.compile, args.batch_sizes)
+            text = f"{setting}, dim {EXPERTS_DIM}, context 128.\n\n{table}"
+            data = {"experts": records, "compile": args.compile}
+            print(write_results("decode-experts", args.device, text, data, **folder).with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":
