@@ -129,6 +129,7 @@ class ExpertRevival:
                     f"step {step:>6}  layer {layer}: {keys:,} dead sub-keys re-initialised from used ones, and "
                     f"{experts:,} unused experts with them"
                 )
+        self.optimizers.refresh_copies()
         return lines
 
     def _revive_layer(
