@@ -54,7 +54,8 @@ def _triton(device_type: str) -> tuple[ModuleType, str, str | None]:
         return reference, "", "Triton is not installed (pip install 'triton>=3.6')"
     from titan_peer.ops import triton
 
-    return triton, triton.description(), triton.unavailable_reason(device_type)
+    problem = triton.unavailable_reason(device_type)
+    return triton, triton.description() if problem is None else "", problem
 
 
 def backend_report(device: torch.device) -> str:
