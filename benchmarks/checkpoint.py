@@ -116,6 +116,7 @@ def main() -> None:
     if round(options.experts**0.5) ** 2 != options.experts:
         raise SystemExit(f"--experts {options.experts}: must be a square number")
 
+    options.output = options.output.resolve()  # a job runs in the repository's root
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

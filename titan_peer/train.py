@@ -124,7 +124,7 @@ class Trainer:
             )
         self.expert_usage = self._expert_usage() if config.metrics.log_expert_usage else None
         self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
-        self.stop_signal = 0
+        self.stop_signal, self.stop_time = 0, 0.0
 
     # ---- set-up
 
@@ -230,8 +230,8 @@ class Trainer:
         try:
             with self.profiler:
                 self._loop()
-        except BaseException:
-            self._let_running_save_end()
+        except BaseException as error:
+            self._let_running_save_end(error)
             raise
         finally:
             self._close()
@@ -419,10 +419,12 @@ class Trainer:
         raise NonFiniteLossError(message)
 
     def _on_signal(self, signal_number: int, _frame: Any) -> None:
-        if self.stop_signal:  # a second signal: the person means it
+        # A launcher passes on what a scheduler has sent to every process already: only a second Ctrl-C is meant to end at once.
+        if self.stop_signal and signal_number == signal.SIGINT and time.monotonic() - self.stop_time > 1:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)
-        self.stop_signal = signal_number
+        if not self.stop_signal:
+            self.stop_signal, self.stop_time = signal_number, time.monotonic()
 
     def _end_early(self) -> None:
         """The step that found no data is none; what the steps before it made is validated and saved."""
@@ -442,8 +444,8 @@ class Trainer:
                 word += "; the same command resumes from here"
             logger.info(word)
 
-    def _let_running_save_end(self) -> None:
-        """After a failure: the checkpoint that is being written may still become whole, unless it waits for a lost process."""
+    def _let_running_save_end(self, failure: BaseException) -> None:
+        """The checkpoint that is being written may still become whole, unless it waits for a lost process."""
         signal.signal(
             signal.SIGTERM, signal.SIG_DFL
         )  # so that a launcher which has seen the loss need not wait for this
@@ -451,7 +453,9 @@ class Trainer:
             self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
         except TimeoutError:
             # A thread inside a collective cannot be interrupted, and leaving with it alive can abort the interpreter.
-            traceback.print_exc()
+            traceback.print_exception(failure)
+            if isinstance(failure, Exception):
+                report_failure(failure)
             sys.stderr.flush()
             os._exit(1)
         except Exception as error:  # the same lost process, most likely; the failure that led here is raised on

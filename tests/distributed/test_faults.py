@@ -170,13 +170,15 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(start, tm
     assert "no sign of life from rank 1" in job.said
 
 
-@pytest.mark.parametrize("told", ["rank 1", "the launcher"])
+@pytest.mark.parametrize("told", ["rank 1", "the launcher", "everyone"])
 def test_sigterm_leads_to_one_common_checkpoint_and_status_zero(start, tmp_path, told):
     job = start(tmp_path, "--training.steps", 100_000, "--checkpoint.keep_latest_k", 0)
     job.until_step(3)
-    target = job.worker(1) if told == "rank 1" else psutil.Process(job.process.pid)
-    assert target is not None
-    target.send_signal(signal.SIGTERM)
+    launcher, workers = psutil.Process(job.process.pid), [job.worker(0), job.worker(1)]
+    assert all(workers)
+    # a scheduler signals every process of a job, and the launcher passes it on: workers get it twice
+    for target in {"rank 1": workers[1:], "the launcher": [launcher], "everyone": [*workers, launcher]}[told]:
+        target.send_signal(signal.SIGTERM)
     assert job.ends(60) == 0, job.said
     last = max(records(tmp_path))
     assert job.newest == last
