@@ -8,6 +8,7 @@ the workers, which save and end by themselves.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -23,8 +24,17 @@ SHUTDOWN_SECONDS = 600  # that workers have after a signal to write their last c
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """(rank, failure) that led to the others: a killed process before those that lost contact with it."""
-    return min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp, item[0]))
+    """(rank, failure) that led to the others.
+
+    A killed process comes before those that lost contact with it, and last are those that torchrun itself ended by SIGTERM.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
+        rank, failure = item
+        kind = 2 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
+        return kind, failure.timestamp, rank
+
+    return min(failures.items(), key=order)
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
