@@ -84,11 +84,22 @@ def init_world(parallelism: Parallelism, device: torch.device | None = None) -> 
         return World(rank, world_size, device, None, None)
     timeout = datetime.timedelta(seconds=parallelism.timeout_seconds)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
     mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
     expert_shape = (world_size // expert, expert)
     expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("expert_replica", "ep"))
     return World(rank, world_size, device, mesh, expert_mesh)
+
+
+def _store(timeout: datetime.timedelta) -> dist.Store:
+    """The job's key-value store, with keys of its own for every restart by torchrun.
+
+    torchrun keeps one store over restarts; without the prefix a process may connect to the address of a dead one.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
