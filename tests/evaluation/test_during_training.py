@@ -239,8 +239,8 @@ def test_no_memory_random_number_or_setting_is_left_behind(job_file: Path, tmp_p
     gc.disable()
     try:
         evaluation.run(1, model, lambda batches: None, lambda: False)  # what libraries keep for good, they have now
-        before, random_state = live_tensor_bytes(), torch.get_rng_state()
-        environment = dict(os.environ)
+        random_state, environment = torch.get_rng_state(), dict(os.environ)
+        before = live_tensor_bytes()
         results = evaluation.run(2, model, lambda batches: None, lambda: False)
         assert not gc.isenabled()
     finally:

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,14 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
 
 @contextmanager
 def _quiet_in_a_log() -> Iterator[None]:
-    """lm_eval's progress bars belong on a terminal; its bootstrap must not fork a process that trains."""
+    """lm_eval's progress bars belong on a terminal and its messages not on standard output, which is the table's; its
+    bootstrap must not fork a process that trains."""
     with ExitStack() as stack:
         stack.enter_context(environment(DISABLE_MULTIPROC="1"))
         if not sys.stderr.isatty():
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(redirect_stderr(nowhere))
+        stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
 
