@@ -7,7 +7,7 @@ used rarely), under the row-wise one it moves once. No timing: the runs may shar
 
 Examples:
     python benchmarks/expert_update.py
-    python benchmarks/expert_update.py --experts 65536 --dim 256 --batch-size 4 --seq-len 256   # hours on two cores
+    python benchmarks/expert_update.py --batch-size 2 --lr-factors 1 3 6   # far fewer uses an expert
     python benchmarks/expert_update.py --steps 20 --output /tmp/trial
 """
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--experts", type=int, default=16384, help="a square number; a step should reach only a part")
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-factors", type=float, nargs="+", default=[1.0, 3.0], help="rates of the tables, x --lr")
