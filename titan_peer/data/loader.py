@@ -256,6 +256,8 @@ class TrainingLoader:
                 worker_init_fn=_prepare_worker if workers else None,
                 # a state is asked for after whole global batches only
                 snapshot_every_n_steps=self.global_batch_size // self.dp_world_size,
+                # its own, since the loader draws from it at every start: a resumed job's random state would differ
+                generator=torch.Generator(),
             )
 
     def close(self) -> None:
