@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -33,6 +31,7 @@ import torch.nn.functional as F
 from report import RESULTS, copy_bandwidth, device_name, markdown_table, synchronize, versions, write_results
 from torch import Tensor, nn
 
+from titan_peer.metrics import peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.optimizer import RowwiseAdamW
 
@@ -167,13 +166,7 @@ class Step:
 
 def peak_memory(device: str) -> int:
     """Most bytes held so far: of the process on a CPU, of torch's allocator on a GPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # ru_maxrss also counts what the parent had before exec, VmHWM does not
-    for line in Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else ():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
 def _touched_rows(layer: nn.Module, x: Tensor) -> int:

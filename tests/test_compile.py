@@ -29,9 +29,9 @@ def test_no_recompilation_after_the_third_step_and_no_graph_break(
     batches = iter(trainer.loader)
     losses, graphs = [], []
     for step in range(1, 7):
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", step > 3)
         trainer.step = step
-        losses.append(trainer.train_step(batches)[0])
+        with torch._dynamo.config.patch(error_on_recompile=step > 3):
+            losses.append(trainer.train_step(batches)[0])
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[2] == graphs[-1]

@@ -45,12 +45,22 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
 
 
+def peak_resident_bytes() -> int:
+    """Most memory this process has had in RAM. Not ru_maxrss where Linux says better: that also counts what the parent had
+    when it started this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory taken so far, GiB: reserved by the allocator on CUDA, resident set of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / (2**20 if sys.platform != "darwin" else 2**30)
+    return peak_resident_bytes() / 2**30
 
 
 @dataclass

@@ -89,7 +89,7 @@ def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path
     assert done.returncode == 0, done.stderr
     steps = [r for r in records if "data/short_share" in r]
     last = int(steps[-1]["step"])
-    assert f"the data ended after step {last} of 80" in done.stderr and last < 80
+    assert f"the data ended after step {last} of 100" in done.stderr and last < 100
     assert (tmp_path / f"out/checkpoint/step-{last}").is_dir()
     assert steps[-1]["data/short_share"] == pytest.approx(0.5, abs=0.1)
     assert steps[-1]["data/bible_tokens"] > 0 and steps[-1]["data/short_skipped"] == 0
@@ -103,7 +103,7 @@ def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path
 
     again, _ = run_job(job, *small)
     assert again.returncode == 0 and f"resumed from step {last}" in again.stderr
-    assert f"the data ended after step {last} of 80" in again.stderr
+    assert f"the data ended after step {last} of 100" in again.stderr
 
 
 @pytest.mark.parametrize(

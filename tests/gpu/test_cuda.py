@@ -156,13 +156,12 @@ def test_a_block_with_attention_and_experts_compiles_whole_and_never_again() -> 
     tokens = torch.randint(256, (2, 256))
     documents = (torch.arange(256) // 100).expand(2, -1)
     for step in range(6):
-        torch._dynamo.config.error_on_recompile = step >= 3
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        fixed = torch._dynamo.config.patch(error_on_recompile=step >= 3)
+        with fixed, torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(tokens, documents, tokens.roll(-1, 1)) / tokens.numel()
         loss.backward()
         rowwise.step()
         losses.append(loss.item())
-    torch._dynamo.config.error_on_recompile = False
     assert losses[-1] < losses[0]
 
 
