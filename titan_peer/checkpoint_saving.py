@@ -31,6 +31,7 @@ from titan_peer.checkpoint_files import (
     sync,
     write_manifest,
 )
+from titan_peer.collectives import new_gloo_group
 
 logger = logging.getLogger("titan_peer")
 
@@ -50,7 +51,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.is_alone = not dist.is_initialized()
-        self.group = None if self.is_alone else dist.new_group(backend="gloo", timeout=_SLOWEST_WRITER)
+        self.group = None if self.is_alone else new_gloo_group(_SLOWEST_WRITER)
         self.rank = 0 if self.is_alone else dist.get_rank()
         self.size = 1 if self.is_alone else dist.get_world_size()
         self.is_first = self.rank == 0

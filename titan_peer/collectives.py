@@ -1,14 +1,19 @@
 """The collectives used here under one name each: PyTorch 2.13 renamed them, and the old names warn there.
 
 `all_gather` and `reduce_scatter` work inside a compiled graph and have gradients; `all_gather_into` fills a tensor outside
-of graphs.
+of graphs. Process groups are made inside `one_gloo_thread`.
 """
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 _all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 _all_gather_autograd = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
@@ -34,3 +39,34 @@ def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
     _all_gather_into(whole, part.contiguous(), group=group)
     return whole
+
+
+@contextmanager
+def one_gloo_thread() -> Iterator[None]:
+    """Process groups over gloo that are made inside run their collectives in one thread each, one after another.
+
+    PyTorch gives them two threads, which write the name of the collective just done to one std::string without a lock.
+    Where two collectives of a group end at once, as those of an expert-parallel layer do, its memory is freed twice, and
+    the process dies of it later (seen with PyTorch 2.13).
+    """
+    original = dist.ProcessGroupGloo
+
+    class OneThread(original):  # type: ignore[misc, valid-type]
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+            options = original._Options()  # type: ignore[attr-defined]
+            options._devices = [original.create_default_device()]
+            options._timeout = timeout
+            options._threads = 1
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OneThread  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        distributed_c10d.ProcessGroupGloo = original  # type: ignore[misc]
+
+
+def new_gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """All processes in a group on the CPU that training does not use."""
+    with one_gloo_thread():
+        return dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[no-any-return]

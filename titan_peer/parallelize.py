@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor.parallel import parallelize_module
 
 from titan_peer.activation_checkpoint import apply_activation_checkpointing
-from titan_peer.collectives import all_gather
+from titan_peer.collectives import all_gather, one_gloo_thread
 from titan_peer.config import JobConfig, Parallelism
 from titan_peer.errors import UserError
 from titan_peer.expert_parallel import ExpertParallel
@@ -83,12 +83,13 @@ def init_world(parallelism: Parallelism, device: torch.device | None = None) -> 
     if world_size == 1:
         return World(rank, world_size, device, None, None)
     timeout = datetime.timedelta(seconds=parallelism.timeout_seconds)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    expert_shape = (world_size // expert, expert)
-    expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("expert_replica", "ep"))
+    with one_gloo_thread():
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
+        mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+        expert_shape = (world_size // expert, expert)
+        expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("expert_replica", "ep"))
     return World(rank, world_size, device, mesh, expert_mesh)
 
 

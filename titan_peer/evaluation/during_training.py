@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from titan_peer.collectives import new_gloo_group
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.evaluation.language_model import LanguageModel
@@ -67,7 +68,7 @@ class PeriodicEvaluation:
         ]
         self.evaluations = generative_evaluations(self.settings)
         # Waiting is done on the CPU, outside the training collectives' timeout.
-        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_EVALUATION) if world.world_size > 1 else None
+        self.group = new_gloo_group(_LONGEST_EVALUATION) if world.world_size > 1 else None
 
     def due(self, step: int, is_last: bool) -> bool:
         return is_last or step % self.settings.freq == 0
