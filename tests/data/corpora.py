@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from titan_peer.config import Data
-from titan_peer.data.loader import Batch, TrainingLoader, build_dataloader
+from titan_peer.data.loader import TrainingLoader, build_dataloader
+from titan_peer.data.pipeline import Batch
 from titan_peer.data.sources import DataSource
 from titan_peer.data.tokenizer import load_tokenizer
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from titan_peer.config import JobConfig, load_config
-from titan_peer.data.loader import Batch, TrainingLoader, build_dataloader
+from titan_peer.data.loader import TrainingLoader, build_dataloader
+from titan_peer.data.pipeline import Batch
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX

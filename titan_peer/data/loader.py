@@ -25,111 +25,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_peer.config import Data
-from titan_peer.data.mixing import DocumentMixture, SequenceMixture, WeightedDraw
-from titan_peer.data.packing import PackedSequence, Packer, PackingFormat, make_packer
+from titan_peer.data.packing import PackedSequence, PackingFormat
+from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
 from titan_peer.data.sources import DataSource, Source, open_sources
-from titan_peer.data.streams import DocumentEncoder, DocumentStream, State, require_same_tokenizer
+from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
-
-Batch = dict[str, Tensor]
-"""tokens, labels (-100: not learnt) int64 [B, S]; document_ids, positions (in the document) int32 [B, S]; num_bytes
-float64 0-d, UTF-8 bytes of the text that the labels stand for."""
 
 _STATE_FORMAT = 1
 
 logger = logging.getLogger("titan_peer")
-
-
-def collate(sequences: Sequence[PackedSequence], pin_memory: bool = False) -> Batch:
-    def stack(field: str, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(s, field) for s in sequences])).to(dtype)
-
-    batch = {
-        "tokens": stack("tokens", torch.int64),
-        "labels": stack("labels", torch.int64),
-        "document_ids": stack("document_ids", torch.int32),
-        "positions": stack("positions", torch.int32),
-        "num_bytes": torch.tensor(sum(s.num_bytes for s in sequences), dtype=torch.float64),
-    }
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
-
-
-class Pipeline:
-    """Makes the streams of a job: what one stream is, apart from its number."""
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        tokenizer: Tokenizer,
-        data: Data,
-        *,
-        seq_len: int,
-        seed: int,
-        num_streams: int,
-    ) -> None:
-        self.sources, self.data, self.seed, self.num_streams = sources, data, seed, num_streams
-        self.encoder = DocumentEncoder(tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
-        self.format = PackingFormat(
-            seq_len, len(sources), pad_token=tokenizer.eos_id or 0, mask_borders=data.mask_document_borders
-        )
-        for source in sources:
-            require_same_tokenizer(source, tokenizer)
-
-    def stream(self, stream: int) -> PackedStream:
-        documents = [
-            DocumentStream(
-                source,
-                number,
-                self.encoder,
-                stream=stream,
-                num_streams=self.num_streams,
-                seed=self.seed,
-                shuffle=self.data.shuffle,
-                buffer_size=self.data.shuffle_buffer_size,
-            )
-            for number, source in enumerate(self.sources)
-        ]
-        by_tokens = self.data.mix_by == "tokens"
-        unit = self.format.seq_len if by_tokens else 1
-        head_start = unit * np.random.default_rng([self.seed, stream]).random(len(self.sources))
-        configs = [source.config for source in self.sources]
-        draw = WeightedDraw([s.name for s in self.sources], [c.weight for c in configs], head_start.tolist())
-        stops = [c.at_end == "stop" for c in configs]
-        if by_tokens:
-            packers = [make_packer(self.data.packing, d, self.format) for d in documents]
-            return PackedStream(SequenceMixture(packers, draw, stops), documents)
-        mixture = DocumentMixture(documents, draw, stops)
-        return PackedStream(make_packer(self.data.packing, mixture, self.format), documents)
-
-
-class PackedStream:
-    """The sequences of one stream, counted."""
-
-    def __init__(self, sequences: SequenceMixture | Packer, documents: Sequence[DocumentStream]) -> None:
-        self.sequences, self.documents = sequences, documents
-        self.position = 0  # sequences made so far
-
-    def next(self) -> PackedSequence | None:
-        """The next sequence; None when all sources have ended."""
-        self.position += 1
-        return self.sequences.next()
-
-    def skipped(self) -> NDArray[np.int64]:
-        """Bad documents left out, of each source."""
-        return np.array([d.skipped for d in self.documents])
-
-    def state_dict(self) -> State:
-        return {"position": self.position, "sequences": self.sequences.state_dict()}
-
-    def load_state_dict(self, state: State) -> None:
-        self.position = state["position"]
-        self.sequences.load_state_dict(state["sequences"])
 
 
 class ReadSequence(NamedTuple):
@@ -228,10 +137,10 @@ class TrainingLoader:
         # Before the libraries' own hooks, which would wait for the workers and then kill them with an error.
         atexit.register(_close, weakref.ref(self))
 
-    def _start(self, sequences_seen: int, streams: dict[str, State], tokens: dict[str, int]) -> None:
+    def _start(self, sequences_seen: int, streams: dict[str, State], sources: dict[str, State]) -> None:
         self.sequences_seen, self._start_streams = sequences_seen, streams
+        self._before = sources  # totals of each, by all processes
         shape = (self.pipeline.num_streams, len(self.pipeline.sources))
-        self._tokens_before = np.array([tokens.get(s.name, 0) for s in self.pipeline.sources], dtype=np.int64)
         self._tokens = np.zeros(shape[1], dtype=np.int64)  # by this process, since the start
         self._skipped = np.zeros(shape, dtype=np.int64)
         self._epochs = np.zeros(shape, dtype=np.int64)
@@ -286,20 +195,33 @@ class TrainingLoader:
             self._micro_step = 0
         return collate(sequences, self.pin_memory)
 
-    def statistics(self) -> dict[str, float | int]:
-        """Of each source: tokens so far, their share, the pass it is in, bad documents left out. Called by every process."""
+    def _totals(self) -> dict[str, dict[str, int]]:
+        """Of each source, over the whole job and all processes: tokens, the pass it is in, bad documents left out."""
         tokens = torch.from_numpy(self._tokens.copy())
         latest = torch.from_numpy(np.stack([self._skipped, self._epochs]))
         if self.dp_world_size > 1:
             dist.all_reduce(tokens)
             dist.all_reduce(latest, op=dist.ReduceOp.MAX)
-        totals = self._tokens_before + tokens.numpy()
-        record: dict[str, float | int] = {}
+        skipped, epochs = latest[0].sum(0).tolist(), latest[1].amax(0).tolist()
+        totals = {}
         for i, source in enumerate(self.pipeline.sources):
-            record[f"data/{source.name}_tokens"] = int(totals[i])
-            record[f"data/{source.name}_share"] = round(float(totals[i] / max(totals.sum(), 1)), 5)
-            record[f"data/{source.name}_epoch"] = int(latest[1, :, i].max())
-            record[f"data/{source.name}_skipped"] = int(latest[0, :, i].sum())
+            before = self._before.get(source.name, {"tokens": 0, "epoch": 0, "skipped": 0})
+            totals[source.name] = {
+                "tokens": before["tokens"] + int(tokens[i]),
+                # a stream that has not been read since a resume has not told its part of these yet
+                "epoch": max(before["epoch"], epochs[i]),
+                "skipped": max(before["skipped"], skipped[i]),
+            }
+        return totals
+
+    def statistics(self) -> dict[str, float | int]:
+        """Of each source: tokens so far, their share, the pass it is in, bad documents left out. Called by every process."""
+        record: dict[str, float | int] = {}
+        totals = self._totals()
+        all_tokens = sum(entry["tokens"] for entry in totals.values())
+        for name, entry in totals.items():
+            record[f"data/{name}_share"] = round(entry["tokens"] / max(all_tokens, 1), 5)
+            record.update({f"data/{name}_{what}": value for what, value in entry.items()})
         return record
 
     def state_dict(self) -> State:
@@ -309,11 +231,9 @@ class TrainingLoader:
         """
         assert self._micro_step == 0, "a state is of whole global batches"
         streams = merge_streams([self._start_streams, *_reader_states(self._loader)])
-        tokens = torch.from_numpy(self._tokens.copy())
         if self.dp_world_size > 1:
-            dist.all_reduce(tokens)
             streams = merge_streams(gather(streams))
-        totals = self._tokens_before + tokens.numpy()
+        totals = self._totals()
         return {
             "format": _STATE_FORMAT,
             "sequences_seen": self.sequences_seen,
@@ -321,10 +241,7 @@ class TrainingLoader:
             "seq_len": self.pipeline.format.seq_len,
             "packing": self.data.packing,
             "mix_by": self.data.mix_by,
-            "sources": {
-                s.name: {"fingerprint": s.fingerprint(), "tokens": int(n)}
-                for s, n in zip(self.pipeline.sources, totals)
-            },
+            "sources": {s.name: {"fingerprint": s.fingerprint(), **totals[s.name]} for s in self.pipeline.sources},
             "streams": streams,
         }
 
@@ -354,8 +271,7 @@ class TrainingLoader:
                     f"{source.key}.path = {source.config.path}: its files have changed since the checkpoint; give it another "
                     f"{source.key}.name to read it from its beginning"
                 )
-        tokens = {name: entry["tokens"] for name, entry in state["sources"].items()}
-        self._start(state["sequences_seen"], state["streams"], tokens)
+        self._start(state["sequences_seen"], state["streams"], state["sources"])
         self._micro_step = 0
 
     def _settle_streams(self, state: State) -> None:
