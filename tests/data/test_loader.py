@@ -174,6 +174,24 @@ def test_resume_with_a_new_source_and_weights_keeps_the_place_in_the_old_ones(tm
     assert statistics["data/a_tokens"] > first.statistics()["data/a_tokens"]
 
 
+def test_counts_of_a_source_go_on_from_where_they_were(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", sample_texts(0, 40))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:20], "{broken", *lines[20:]]) + "\n")
+    source = DataSource(str(file), name="a", on_bad_document="skip")
+    first = make_loader([source], num_streams=2, seq_len=64)
+    while first.statistics()["data/a_epoch"] < 2:
+        take(first, 1)
+    before = first.statistics()
+    assert before["data/a_skipped"] >= 2  # the same line in each pass
+    second = make_loader([source], num_streams=2, seq_len=64)
+    second.load_state_dict(first.state_dict())
+    assert second.statistics() == before
+    take(first, 30)
+    take(second, 30)
+    assert second.statistics() == first.statistics()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
