@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from report import RESULTS, copy_bandwidth, device_name, markdown_table, synchronize, versions, write_results
 from torch import Tensor, nn
 
+from titan_peer.host_memory import keep_freed_memory
 from titan_peer.metrics import peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.optimizer import RowwiseAdamW
@@ -176,6 +177,7 @@ def _touched_rows(layer: nn.Module, x: Tensor) -> int:
 
 def _worker(connection: Connection, contender: str, options: argparse.Namespace, num_experts: int) -> None:
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the trainer does; for every contender
     torch.manual_seed(0)
     step = Step(contender, options, num_experts)
     for i in range(options.warmup):
@@ -222,8 +224,10 @@ def _touch_memory(size: int) -> None:
 def measure(options: argparse.Namespace, num_experts: int) -> list[dict[str, Any]]:
     """All contenders at one size, in turns."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
-    for _ in range(options.rounds):
-        for name in options.contenders:
+    for i in range(options.rounds):
+        # each round begins with another contender: what ran before may matter
+        first = i * len(options.contenders) // options.rounds
+        for name in (*options.contenders[first:], *options.contenders[:first]):
             turns[name].append(_run_apart(name, options, num_experts))
     results = []
     for name, runs in turns.items():

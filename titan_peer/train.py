@@ -37,6 +37,7 @@ from titan_peer.expert_revival import ExpertRevival
 from titan_peer.faults import report_failure
 from titan_peer.float8 import precompute_scales_after_step
 from titan_peer.heartbeat import Heartbeat
+from titan_peer.host_memory import keep_freed_memory
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
 from titan_peer.model import Transformer
 from titan_peer.model_size import model_size
@@ -513,6 +514,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(dry_run.report(config, world_size))
             return 0
         memory = _memory_line(config, world_size) if is_first else ""
+        keep_freed_memory()
         return Trainer(config, init_world(config.parallelism), memory).train()
     except UserError as error:
         if is_first:

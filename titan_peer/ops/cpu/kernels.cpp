@@ -311,8 +311,9 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
                 const int32_t* row_ids, int64_t R, const AdamW& a, uint64_t seed, int threads) {
     const int64_t width = factors.E * factors.D;
     const float decay = 1.0f - a.lr * a.weight_decay;
-    const float step_size = a.lr / a.bias_correction1;
+    // m / c1 / (sqrt(v / c2) + eps) = m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)): one division an element
     const float root_correction = std::sqrt(a.bias_correction2);
+    const float step_size = a.lr / a.bias_correction1 * root_correction, eps = a.eps * root_correction;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> gradient(width);
@@ -337,7 +338,7 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
                     float gi = g[i] * a.grad_scale;
                     float mi = widen(m[i]) + (1.0f - a.beta1) * (gi - widen(m[i]));
                     float vi = widen(v[i]) * a.beta2 + (1.0f - a.beta2) * gi * gi;
-                    float pi = widen(p[i]) * decay - step_size * mi / (std::sqrt(vi) / root_correction + a.eps);
+                    float pi = widen(p[i]) * decay - step_size * mi / (std::sqrt(vi) + eps);
                     narrow(pi, key + 3 * i, p[i]);
                     narrow(mi, key + 3 * i + 1, m[i]);
                     narrow(vi, key + 3 * i + 2, v[i]);
@@ -349,7 +350,7 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
                 square *= a.grad_scale * a.grad_scale / float(width);
                 float vr = row_second_moment[row] * a.beta2 + (1.0f - a.beta2) * square;
                 row_second_moment[row] = vr;
-                const float rate = step_size / (std::sqrt(vr) / root_correction + a.eps);
+                const float rate = step_size / (std::sqrt(vr) + eps);
 #pragma omp simd
                 for (int64_t i = 0; i < width; ++i) {
                     float gi = g[i] * a.grad_scale;
