@@ -267,7 +267,7 @@ def _plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.plot(*zip(*points), marker="o", label=CONTENDERS[name][0])
         axis.set(xscale="log", yscale="log", xlabel="experts", ylabel=label)
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
