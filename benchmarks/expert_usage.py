@@ -22,6 +22,7 @@ from report import RESULTS, markdown_table, median_ms, synchronize, write_result
 from titan_peer.config import load_config
 from titan_peer.expert_plots import draw
 from titan_peer.expert_usage import count_experts, peer_layers
+from titan_peer.host_memory import keep_freed_memory
 from titan_peer.parallelize import init_world
 from titan_peer.train import Trainer
 
@@ -33,6 +34,10 @@ def trainer(options: argparse.Namespace, folder: Path, count: bool) -> Trainer:
     return Trainer(config, init_world(config.parallelism))
 
 
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="train_configs/debug_model.toml")
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("job", nargs="*", help="more keys of the job, after --")
     options = parser.parse_args()
+    keep_freed_memory()  # as train.main does
 
     with tempfile.TemporaryDirectory() as scratch:
         pair = {count: trainer(options, Path(scratch) / str(count), count) for count in (False, True)}
@@ -84,13 +90,21 @@ def main() -> None:
 
     medians = [statistics.median(times[count]) for count in (False, True)]
     quick = [statistics.quantiles(times[count], n=10)[0] for count in (False, True)]
+    ratios = [with_it / without for without, with_it in zip(times[False], times[True])]  # neighbours in time
+    low, middle, high = statistics.quantiles(ratios, n=4)
     off = quick[0]
     rows = [
         ["step without counting: median, tenth percentile", *(f"{1e3 * t:.1f} ms" for t in (medians[0], quick[0])), ""],
         [
             "step with counting",
             *(f"{1e3 * t:.1f} ms" for t in (medians[1], quick[1])),
-            f"{100 * (medians[1] / medians[0] - 1):+.2f} %, {100 * (quick[1] / quick[0] - 1):+.2f} %",
+            f"{_percent(medians[1] / medians[0])}, {_percent(quick[1] / quick[0])}",
+        ],
+        [
+            "the same, neighbouring steps compared: median (quartiles)",
+            "",
+            "",
+            f"{_percent(middle)} ({_percent(low)} to {_percent(high)})",
         ],
         [
             f"the counting operator alone, {layers} layers",
