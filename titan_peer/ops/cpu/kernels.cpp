@@ -665,7 +665,8 @@ void titan_peer_retrieve(const float* const* scores, const int64_t* best_k, cons
     auto run = [&](auto kernel) {
         kernel(scores, best_k, sizes, C, ranks, M, H, tokens, k, values, indices, int(threads));
     };
-    if (experts > 2147483647.0 || k > 32) return run(retrieve_any);
+    // a vector lane a token: with few tokens most lanes would be idle
+    if (experts > 2147483647.0 || k > 32 || tokens < 6) return run(retrieve_any);
     k <= 2 ? run(retrieve<2>) : k <= 4 ? run(retrieve<4>) : k <= 8 ? run(retrieve<8>) : k <= 16 ? run(retrieve<16>) : run(retrieve<32>);
 }
 
