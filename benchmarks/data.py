@@ -27,8 +27,8 @@ from report import markdown_table, write_results
 
 from titan_peer.config import Data, load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
-from titan_peer.data.sources import DataSource
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.data_source import DataSource
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 8

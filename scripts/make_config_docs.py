@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from titan_peer.config import JobConfig, type_name
-from titan_peer.data.sources import DataSource
+from titan_peer.data_source import DataSource
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -1,8 +1,8 @@
 """The whole job as dataclasses: defaults <- TOML file <- command line, checked before any work starts.
 
 Every key is documented by the docstring under it; `--help` and docs/configuration.md are generated from these. The
-architecture's keys live beside the model (`ModelArgs`), a data source's beside the readers (`DataSource`), so that who
-changes either finds the key there; names follow torchtitan where it has the same thing.
+architecture's keys live beside the model (`ModelArgs`), so that who changes it finds the key there, a data source's in
+data_source.py; names follow torchtitan where it has the same thing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import tomli_w
 import tyro
 
-from titan_peer.data.sources import DataSource, source_name, source_problems
+from titan_peer.data_source import DataSource, source_name, source_problems
 from titan_peer.errors import UserError
 from titan_peer.model import ModelArgs
 

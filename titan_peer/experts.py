@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.checkpoint_files import TRAIN_STATE
-from titan_peer.data.sources import DataSource, Source
+from titan_peer.data.sources import Source
 from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 from titan_peer.expert_plots import draw
 from titan_peer.expert_usage import ExpertUsage, LayerUsage, Route, layer_usage, peer_layers

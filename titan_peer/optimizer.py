@@ -169,10 +169,11 @@ class RowwiseAdamW(torch.optim.Optimizer):
 
 def _parameter_groups(model: nn.Module, config: OptimizerConfig, tables: set[Tensor]) -> list[dict[str, Any]]:
     decayed, plain, dense_tables = [], [], []
+    gains = _gains(model)
     for parameter in model.parameters():
         if parameter in tables:
             dense_tables.append(parameter)
-        elif parameter.ndim >= 2 and parameter not in _gains(model):
+        elif parameter.ndim >= 2 and parameter not in gains:
             decayed.append(parameter)
         else:
             plain.append(parameter)
@@ -304,30 +305,15 @@ class Optimizers:
         if self.rowwise is None:
             if self.collectors:
                 self._gradients_from_factors()
-            if row_scale != 1.0:
-                for module in self.experts:
-                    for table in module.parameters():
-                        if table.grad is not None:
-                            local(table.grad).mul_(row_scale)
-        tables = [table for module in self.experts for table in module.parameters() if table.grad is not None]
-        dense = [p for p in self.model.parameters() if p.grad is not None and not any(p is table for table in tables)]
-        dense_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None], foreach=True)
-        if isinstance(dense_norm, DTensor):
-            dense_norm = dense_norm.full_tensor()
-        device = local(self.experts[0].expert_down).device if self.experts else dense_norm.device
-        square = dense_norm.float().square().to(device)
-        table_squares = [local(table.grad).float().norm().square() for table in tables if table.grad is not None]
-        if self.rowwise is not None:
-            table_squares += [c.norm_squared().float() * row_scale**2 for c in self.collectors if not c.is_empty]
-        if self.experts:
-            of_tables = torch.stack([torch.zeros((), device=device), *table_squares]).sum()
-            if self._parts > 1 and self.expert_mesh is not None:
-                dist.all_reduce(of_tables, group=self.expert_mesh.get_group("ep"))
-            square = square + of_tables
-        norm = square.sqrt()
+            for table in self._tables_with_gradient() if row_scale != 1.0 else ():
+                local(table.grad).mul_(row_scale)  # type: ignore[arg-type]
+        tables = self._tables_with_gradient()
+        of_experts = set(tables)
+        dense = [p for p in self.model.parameters() if p.grad is not None and p not in of_experts]
+        norm, dense_device = self._total_norm(dense, tables, row_scale)
         row_clip: Tensor | float = row_scale
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm.to(dense_norm.device), foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm.to(dense_device), foreach=True)
             clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for table in tables:
                 local(table.grad).mul_(clip)  # type: ignore[arg-type]
@@ -337,6 +323,28 @@ class Optimizers:
             self.rowwise.step(grad_scale=row_clip)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _tables_with_gradient(self) -> list[nn.Parameter]:
+        return [table for module in self.experts for table in module.parameters() if table.grad is not None]
+
+    def _total_norm(
+        self, dense: list[nn.Parameter], tables: list[nn.Parameter], row_scale: float
+    ) -> tuple[Tensor, torch.device]:
+        """Norm of all gradients of all processes, on the tables' device, and the device of the dense ones."""
+        dense_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None], foreach=True)
+        if isinstance(dense_norm, DTensor):
+            dense_norm = dense_norm.full_tensor()
+        device = local(self.experts[0].expert_down).device if self.experts else dense_norm.device
+        square = dense_norm.float().square().to(device)
+        squares = [local(table.grad).float().norm().square() for table in tables if table.grad is not None]
+        if self.rowwise is not None:
+            squares += [c.norm_squared().float() * row_scale**2 for c in self.collectors if not c.is_empty]
+        if self.experts:
+            of_tables = torch.stack([torch.zeros((), device=device), *squares]).sum()
+            if self._parts > 1 and self.expert_mesh is not None:
+                dist.all_reduce(of_tables, group=self.expert_mesh.get_group("ep"))
+            square = square + of_tables
+        return square.sqrt(), dense_norm.device
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of optimizer state with a name that follows its parameter's, for the checkpoint."""

@@ -17,8 +17,8 @@ from reader_processes import continue_loader, in_new_processes, run_rank
 
 from titan_peer.data.loader import build_validation_dataloader, merge_streams
 from titan_peer.data.records import RecordReader
-from titan_peer.data.sources import DataSource
 from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 

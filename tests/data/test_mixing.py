@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_peer.data.mixing import WeightedDraw
-from titan_peer.data.sources import DataSource
+from titan_peer.data_source import DataSource
 
 
 @settings(max_examples=100, deadline=None)

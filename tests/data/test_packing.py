@@ -22,8 +22,8 @@ from titan_peer.data.packing import (
     best_fit_decreasing,
     make_packer,
 )
-from titan_peer.data.sources import DataSource
 from titan_peer.data.streams import Document
+from titan_peer.data_source import DataSource
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 PAD = 0

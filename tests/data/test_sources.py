@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from titan_peer.config import load_config
 from titan_peer.data import hub
 from titan_peer.data.records import BadDocument, RecordReader
-from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.data.sources import Source, open_sources
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
 TEXTS = sample_texts(0, 500)

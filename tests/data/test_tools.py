@@ -15,9 +15,9 @@ import pytest
 from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, write_jsonl
 
 from titan_peer import cli
-from titan_peer.data.sources import DataSource
 from titan_peer.data.tokenized import TokenizedShard, open_shards
 from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.data_source import DataSource
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--model.tokenizer_path", TOKENIZER]
 

@@ -10,7 +10,7 @@ import torch
 from evaluation_helpers import VALIDATION, titan_peer
 
 from titan_peer.config import Data
-from titan_peer.data.sources import DataSource
+from titan_peer.data_source import DataSource
 from titan_peer.evaluation.command import loss_on
 from titan_peer.evaluation.suite import held_out_batches
 from titan_peer.metrics import HeldOutLoss

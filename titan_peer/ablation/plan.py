@@ -16,7 +16,7 @@ from typing import Any
 
 from titan_peer.ablation.solve import Cost, Equal, cost, factorise, set_steps, solve, tokens_per_step
 from titan_peer.config import JobConfig, check, data_sources, leaf_keys, load_config
-from titan_peer.data.sources import DataSource
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
 

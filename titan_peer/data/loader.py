@@ -31,9 +31,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_peer.config import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
 from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
-from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.data.sources import Source, open_sources
 from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
 _STATE_FORMAT = 1

@@ -16,10 +16,11 @@ import tyro
 from tqdm import tqdm
 
 from titan_peer.data.records import BadDocument, TokenizedText
-from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.data.sources import Source, open_sources
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenized import MANIFEST, dtype_for, is_tokenized, read_manifest, write_shard
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")

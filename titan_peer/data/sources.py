@@ -1,4 +1,4 @@
-"""Where documents come from: `DataSource` is what a job says of one, `Source` reads it.
+"""Where documents come from: `DataSource` is what a job says of one (data_source.py), `Source` reads it.
 
 A source is cut into chunks that can each be read without reading the others (a stretch of a JSONL file, a row group of a
 Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without going
@@ -11,49 +11,15 @@ import glob
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from titan_peer.data import formats, hub, tokenized
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader, TokenizedText
+from titan_peer.data_source import DataSource, source_name
 from titan_peer.errors import UserError
-
-
-@dataclass
-class DataSource:
-    """A set of documents."""
-
-    path: str
-    """A file, a folder or a glob pattern of .jsonl, .jsonl.gz, .jsonl.zst (also .json...), .parquet and .txt files (a
-    .txt file is one document), a folder made by `titan-peer data tokenize`, or the id of a Hugging Face dataset."""
-    name: str = ""
-    """What reports and checkpoints call it; the path if empty."""
-    subset: str = ""
-    """Hugging Face: the dataset's configuration."""
-    split: str = "train"
-    """Hugging Face: the split."""
-    streaming: bool = True
-    """Hugging Face: read over the network as training goes; false downloads the split first."""
-    text_key: str = "text"
-    """The key or column that holds the document."""
-    template: str = ""
-    """A Jinja template that makes the document from all columns, in place of text_key: "{{ title }}\\n{{ text }}"."""
-    weight: float = 1.0
-    """Its part of the mix, relative to the other sources' (data.mix_by says of what)."""
-    max_epochs: int = 0
-    """Passes over the source, each in a new order; 0: no limit."""
-    at_end: Literal["drop", "stop"] = "drop"
-    """After max_epochs: drop goes on with the other sources, stop ends the job."""
-    on_bad_document: Literal["error", "skip"] = "error"
-    """What to do with broken JSON, a missing key, wrong encoding, an empty or too large document, or a damaged file:
-    stop with its place, or leave it out and count it."""
-    max_document_bytes: int = 32 * 2**20
-    """Size above which a document counts as bad."""
-
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (
@@ -64,28 +30,6 @@ SUFFIXES = (
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 MAX_STREAMS = 8
-
-
-def source_name(source: DataSource) -> str:
-    return source.name or source.path
-
-
-def source_problems(section: str, sources: Sequence[DataSource]) -> list[str]:
-    """What is impossible in the sources' keys, a message each."""
-    found = []
-    for i, source in enumerate(sources):
-        for name, ok, allowed in (
-            ("path", bool(source.path), "must not be empty"),
-            ("weight", 0 <= source.weight < float("inf"), "must be a number that is not negative"),
-            ("max_epochs", source.max_epochs >= 0, "must not be negative; 0 is no limit"),
-            ("max_document_bytes", source.max_document_bytes >= 1, "must be at least 1"),
-            ("at_end", source.at_end == "drop" or source.max_epochs > 0, "needs max_epochs of at least 1"),
-        ):
-            if not ok:
-                found.append(f"{section}.sources[{i}].{name} = {getattr(source, name)!r}: {allowed}")
-    if sources and not any(source.weight > 0 for source in sources):
-        found.append(f"{section}.sources: all weights are 0; at least one must be positive")
-    return found
 
 
 def local_files(source: DataSource, key: str) -> list[Path]:

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from titan_peer.data.records import BadDocument, TokenizedText
-from titan_peer.data.sources import DataSource, Source, open_sources
+from titan_peer.data.sources import Source, open_sources
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")

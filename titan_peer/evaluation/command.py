@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from titan_peer.config import Evaluation
-from titan_peer.data.sources import DataSource
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.load import load_language_model
