@@ -175,7 +175,10 @@ def test_a_job_that_is_told_to_stop_does_not_wait_for_its_evaluations(job_file: 
 def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp_path: Path):
     bad = tmp_path / "tasks"
     bad.mkdir()
-    (bad / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n")
+    (bad / "bad.yaml").write_text(
+        "task: bad\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: no_such_file.jsonl\n"
+        "output_type: loglikelihood\ntest_split: test\n"
+    )
     more = ["--evaluation.tasks_folder", bad, "--evaluation.tasks", "bad", "sample_text_copy"]
     more += ["--evaluation.evals", "find-letter", "--training.steps", 3]
     done = titan_peer("train", *arguments(job_file, tmp_path / "out", *more))
