@@ -7,6 +7,7 @@ of graphs. Process groups are made inside `one_gloo_thread`.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,7 +55,9 @@ def one_gloo_thread() -> Iterator[None]:
     class OneThread(original):  # type: ignore[misc, valid-type]
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
             options = original._Options()  # type: ignore[attr-defined]
-            options._devices = [original.create_default_device()]
+            interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+            devices = [original.create_device(interface=name) for name in interfaces]
+            options._devices = devices or [original.create_default_device()]
             options._timeout = timeout
             options._threads = 1
             super().__init__(store, rank, size, options)

@@ -265,6 +265,13 @@ def test_a_gloo_group_has_one_thread(on_four: OnFour) -> None:
     assert on_four["threads"] == [[1, 2]] * 4
 
 
+def test_gloo_groups_use_the_interface_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_one")
+    with one_gloo_thread(), pytest.raises(RuntimeError, match="no_such_one"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert not dist.is_initialized()
+
+
 def test_equal_blocks_with_sharded_experts_share_one_compilation() -> None:
     torch._dynamo.reset()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
