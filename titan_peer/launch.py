@@ -20,18 +20,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import get_args_parser, run
 
 USER_ERROR_STATUS = 2
+KILLED_AFTER_SECONDS = 20  # torchrun waits 30 for a process that it has sent SIGTERM
 SHUTDOWN_SECONDS = 600  # that workers have after a signal to write their last checkpoint
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """(rank, failure) that led to the others.
 
-    A killed process comes before those that lost contact with it, and last are those that torchrun itself ended by SIGTERM.
+    A killed process comes before those that lost contact with it, and last are those that torchrun itself ended: by SIGTERM,
+    and those that hang by SIGKILL half a minute later.
     """
+    first = min(failure.timestamp for failure in failures.values())
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
         rank, failure = item
-        kind = 2 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
+        was_late = failure.exitcode == -signal.SIGKILL and failure.timestamp - first >= KILLED_AFTER_SECONDS
+        kind = 2 if failure.exitcode == -signal.SIGTERM or was_late else 0 if failure.exitcode < 0 else 1
         return kind, failure.timestamp, rank
 
     return min(failures.items(), key=order)

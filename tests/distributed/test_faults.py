@@ -18,8 +18,10 @@ import pytest
 import torch
 from test_checkpoint import SMALL, tensors_of
 from test_train import ROOT, records
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_peer.checkpoint_files import saved_steps, verify
+from titan_peer.launch import first_failure
 
 JOB = [*SMALL, "--checkpoint.interval", 2, "--checkpoint.async_mode", "async", "--lr_scheduler.warmup_steps", 4]
 
@@ -168,6 +170,23 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(start, tm
     assert job.ends(100) == 1
     assert time.monotonic() - begin < 90
     assert "no sign of life from rank 1" in job.said
+
+
+@pytest.mark.parametrize(
+    ("statuses", "first"),
+    [
+        ({0: (1, 100), 1: (-9, 99)}, 1),  # rank 1 was killed, rank 0 lost contact
+        ({0: (1, 100), 1: (-9, 101)}, 1),  # the same, noticed in the other order
+        ({0: (1, 100), 1: (-9, 131)}, 0),  # rank 1 hung, and torchrun killed it in the end
+        ({0: (-15, 99), 1: (1, 100), 2: (1, 98)}, 2),
+    ],
+)
+def test_the_failure_that_led_to_the_others_is_found(statuses, first, tmp_path):
+    failures = {}
+    for rank, (exitcode, timestamp) in statuses.items():
+        failures[rank] = ProcessFailure(rank, 1000 + rank, exitcode, str(tmp_path / "none"))
+        failures[rank].timestamp = timestamp
+    assert first_failure(failures)[0] == first
 
 
 @pytest.mark.parametrize("told", ["rank 1", "the launcher", "everyone"])
