@@ -208,7 +208,10 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     job = mix_job(tmp_path)
     straight, elastic = tmp_path / "straight", tmp_path / "elastic"
     settings = [*SMALL, "--training.mixed_precision_param", "float32"]
-    one = start_job(job, *settings, "--training.steps", "16", "--job.dump_folder", str(straight))
+    # a rate that does not depend on the number of steps that each part is given
+    settings += ["--lr_scheduler.warmup_steps", "4", "--lr_scheduler.decay_ratio", "0.0"]
+    whole = ["--training.steps", "16", "--training.local_batch_size", "8"]
+    one = start_job(job, *settings, *whole, "--job.dump_folder", str(straight))
     assert one.wait(300) == 0
     for part, processes in enumerate((1, 2, 4, 1), start=1):
         arguments = ["--training.steps", str(4 * part), "--training.local_batch_size", str(8 // processes)]
@@ -219,5 +222,5 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     for step in range(1, 17):
         for name in ("jargon", "python", "bible"):
             assert found[step][f"data/{name}_tokens"] == expected[step][f"data/{name}_tokens"], step
-        # the schedule and the batch norm's statistics differ a little, the examples do not
-        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.1)
+        # sums round differently on two and four processes, and equal scores that change places make it grow (docs/dev_log.md)
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4 if step <= 8 else 1e-2), step
