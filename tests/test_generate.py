@@ -417,17 +417,24 @@ def test_a_million_experts_decode_from_the_file_in_little_memory(tmp_path: Path)
     done = subprocess.run(started, cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     words = ["generate", "--checkpoint", str(tmp_path / "checkpoint/step-1"), "--prompt", "In the beginning"]
-    words += ["--max-new-tokens", "20", "--seed", "1", "--json", "--tables"]
-    code = "import resource, sys; from titan_peer import cli; assert cli.main(sys.argv[1:]) == 0; "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    words += ["--seed", "1", "--json", "--max-new-tokens"]
+    code = "import sys; from titan_peer import cli, metrics; assert cli.main(sys.argv[1:]) == 0; "
+    code += "print(metrics.peak_resident_bytes())"
 
-    def run(tables: str) -> tuple[str, float]:
+    def run(tokens: int, tables: str) -> tuple[str, float]:
         """The completion and the process's peak memory in MB."""
-        done = subprocess.run([sys.executable, "-c", code, *words, tables], capture_output=True, text=True, check=True)
-        completion, peak_kib = done.stdout.splitlines()
-        return completion, int(peak_kib) * 1024 / 1e6
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, str(tokens), "--tables", tables],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        completion, peak = done.stdout.splitlines()
+        return completion, int(peak) / 1e6
 
-    (mapped, mapped_mb), (loaded, loaded_mb) = run("mapped"), run("device")
-    assert mapped == loaded
+    assert run(20, "mapped")[0] == run(20, "device")[0]
+    # Memory after one token: around each row that is read the system maps 64 KiB that lie in its file cache anyway, and
+    # counts them for the process until it needs the memory.
+    mapped_mb, loaded_mb = run(1, "mapped")[1], run(1, "device")[1]
     tables_mb = 2 * 1024**2 * 64 * 4 / 1e6  # 537
-    assert loaded_mb - mapped_mb > 0.6 * tables_mb
+    assert loaded_mb - mapped_mb > 0.9 * tables_mb
