@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from report import RESULTS, copy_bandwidth, device_name, markdown_table, synchronize, versions, write_results
 from torch import Tensor, nn
 
-from titan_peer.host_memory import keep_freed_memory
-from titan_peer.metrics import peak_resident_bytes
+from titan_peer.host_memory import keep_freed_memory, peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.optimizer import RowwiseAdamW
 

@@ -418,8 +418,8 @@ def test_a_million_experts_decode_from_the_file_in_little_memory(tmp_path: Path)
     assert done.returncode == 0, done.stderr.decode()
     words = ["generate", "--checkpoint", str(tmp_path / "checkpoint/step-1"), "--prompt", "In the beginning"]
     words += ["--seed", "1", "--json", "--max-new-tokens"]
-    code = "import sys; from titan_peer import cli, metrics; assert cli.main(sys.argv[1:]) == 0; "
-    code += "print(metrics.peak_resident_bytes())"
+    code = "import sys; from titan_peer import cli, host_memory; assert cli.main(sys.argv[1:]) == 0; "
+    code += "print(host_memory.peak_resident_bytes())"
 
     def run(tokens: int, tables: str) -> tuple[str, float]:
         """The completion and the process's peak memory in MB."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from titan_peer.collectives import all_gather_into
 from titan_peer.config import JobConfig
+from titan_peer.host_memory import peak_resident_bytes
 from titan_peer.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
 
 logger = logging.getLogger("titan_peer")
@@ -43,17 +43,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
-
-
-def peak_resident_bytes() -> int:
-    """Most memory this process has had in RAM. Not ru_maxrss where Linux says better: that also counts what the parent had
-    when it started this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -310,10 +310,10 @@ class Optimizers:
         tables = self._tables_with_gradient()
         of_experts = set(tables)
         dense = [p for p in self.model.parameters() if p.grad is not None and p not in of_experts]
-        norm, dense_device = self._total_norm(dense, tables, row_scale)
+        norm = self._total_norm(dense, tables, row_scale)
         row_clip: Tensor | float = row_scale
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm.to(dense_device), foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm, foreach=True)
             clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for table in tables:
                 local(table.grad).mul_(clip)  # type: ignore[arg-type]
@@ -327,10 +327,8 @@ class Optimizers:
     def _tables_with_gradient(self) -> list[nn.Parameter]:
         return [table for module in self.experts for table in module.parameters() if table.grad is not None]
 
-    def _total_norm(
-        self, dense: list[nn.Parameter], tables: list[nn.Parameter], row_scale: float
-    ) -> tuple[Tensor, torch.device]:
-        """Norm of all gradients of all processes, on the tables' device, and the device of the dense ones."""
+    def _total_norm(self, dense: list[nn.Parameter], tables: list[nn.Parameter], row_scale: float) -> Tensor:
+        """Norm of all gradients of all processes, 0-d float32 on the tables' device."""
         dense_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None], foreach=True)
         if isinstance(dense_norm, DTensor):
             dense_norm = dense_norm.full_tensor()
@@ -344,7 +342,7 @@ class Optimizers:
             if self._parts > 1 and self.expert_mesh is not None:
                 dist.all_reduce(of_tables, group=self.expert_mesh.get_group("ep"))
             square = square + of_tables
-        return square.sqrt(), dense_norm.device
+        return square.sqrt()
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of optimizer state with a name that follows its parameter's, for the checkpoint."""

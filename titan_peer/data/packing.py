@@ -11,7 +11,6 @@ its document, also where that token is the first of the next sequence.
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -42,12 +41,6 @@ class PackedSequence(NamedTuple):
         return int(self.source_tokens.sum())
 
 
-@functools.cache
-def _counting(length: int) -> NDArray[np.int32]:
-    """0, 1, 2 ..."""
-    return np.arange(length, dtype=np.int32)
-
-
 class Piece(NamedTuple):
     """Tokens [start, stop) of a document."""
 
@@ -74,7 +67,6 @@ class PackingFormat(NamedTuple):
         Args:
             following: with mask_borders false, the token that comes after the last piece if that ends its document.
         """
-        upward = _counting(self.seq_len + 1)
         tokens = np.full(self.seq_len, self.pad_token, np.int32)
         labels = np.full(self.seq_len, IGNORE_INDEX, np.int32)
         document_ids = np.zeros(self.seq_len, np.int32)
@@ -88,7 +80,7 @@ class PackingFormat(NamedTuple):
             known = document.tokens[start + 1 : stop + 1]
             labels[begin : begin + len(known)] = known
             document_ids[begin:end] = number
-            positions[begin:end] = upward[: stop - start]
+            positions[begin:end] = np.arange(stop - start)
             # a document's first token is never a label that tells of it: its bytes are spread evenly over the others
             num_bytes += document.num_bytes * len(known) / max(len(document.tokens) - 1, 1)
             source_tokens[document.source] += stop - start

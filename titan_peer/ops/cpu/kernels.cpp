@@ -653,8 +653,6 @@ void titan_peer_rowwise_adamw(int64_t param_dtype, int64_t moment_dtype, void* p
         moment_dtype == 0 ? run(bfloat16(), float()) : run(bfloat16(), bfloat16());
 }
 
-// Each of `rows` score rows [n] of an axis: its k best, descending.
-
 // The k best sums over C axes. Axis c's scores lie at scores[c], [H, sizes[c], tokens], and best_k[c] of them can matter;
 // candidate ranks [M, C]. Results go to values and indices, [tokens, H, k].
 void titan_peer_retrieve(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C,
