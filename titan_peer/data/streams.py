@@ -84,7 +84,13 @@ class DocumentEncoder:
         return self._threads[1].submit(self.encode_texts, texts)
 
     def with_borders(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        return np.concatenate([self._bos, ids, self._eos], dtype=np.int32, casting="unsafe")
+        # Not by np.concatenate: beside the tokenizer's thread the whole loader is a tenth slower with it (measured in turns).
+        first = len(self._bos)
+        whole = np.empty(first + len(ids) + len(self._eos), dtype=np.int32)
+        whole[:first] = self._bos
+        whole[first : first + len(ids)] = ids
+        whole[first + len(ids) :] = self._eos
+        return whole
 
 
 def _pieces(text: str) -> Iterator[str]:
