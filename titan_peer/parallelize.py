@@ -26,7 +26,9 @@ from titan_peer.config import JobConfig, Parallelism
 from titan_peer.errors import UserError
 from titan_peer.expert_parallel import ExpertParallel
 from titan_peer.float8 import apply_float8
+from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.model import Experts, QueryBatchNorm, Transformer
+from titan_peer.optimizer import local
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,7 @@ def materialize(model: Transformer, device: torch.device, *, offload: bool) -> N
             module.to_empty(device=device)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            prefer_huge_pages(local(module.expert_down))
+            prefer_huge_pages(local(module.expert_up))

@@ -40,6 +40,8 @@ def test_topk_equals_brute_force_over_all_combinations(sizes: list[int], k: int)
 
 
 RETRIEVALS = [(50, 3, [7, 9], 8, 5), (200, 2, [64, 64], 32, 16), (33, 2, [5, 4, 6], 12, 9), (10, 1, [300], 16, 16)]
+RETRIEVALS += [(37, 3, [1024, 515], 16, 16), (1, 8, [1000, 1024], 32, 16), (20, 2, [400, 129, 3], 12, 32)]
+RETRIEVALS += [(5, 3, [700, 90], 8, 40), (70, 1, [333, 77], 8, 2), (3, 5, [257, 66], 8, 3)]
 RETRIEVALS += [(1, 1, [1], 2, 1), (9, 2, [2, 2, 3, 2], 8, 20), (0, 2, [4, 4], 4, 3)]
 
 
@@ -55,6 +57,31 @@ def test_retrieval_kernels_equal_the_reference(T: int, H: int, sizes: list[int],
     ours = cpu.retrieve_backward(dvalues, indices, queries, sub_keys)
     theirs = reference.retrieve_backward(dvalues, indices, queries, sub_keys)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16, 32, 40])
+def test_retrieval_of_equal_scores_gives_different_experts_with_those_scores(k: int) -> None:
+    queries = torch.ones(19, 2, 4)
+    keys = [torch.randint(3, (2, n, 2)).float() for n in (300, 70)]  # five different scores an axis
+    values, indices = cpu.retrieve_forward(queries, keys, k)
+    best, second = (axis.sum(-1) for axis in keys)
+    total = (best[:, :, None] + second[:, None, :]).flatten(1)  # [H, 300 * 70]
+    assert torch.equal(values, total.topk(k).values.expand(19, -1, -1))
+    assert torch.equal(total.expand(19, -1, -1).gather(2, indices), values)
+    assert all(len(set(chosen)) == k for chosen in indices.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
+@pytest.mark.parametrize("k", [3, 16, 40])
+def test_scores_that_are_no_numbers_stay_in_the_tables_and_in_their_head(bad: float, k: int) -> None:
+    queries, sizes = torch.randn(21, 4, 8), [300, 20]
+    keys = [torch.randn(4, n, 4) for n in sizes]
+    clean = [axis[3:].clone() for axis in keys]
+    keys[0][0, ::2], keys[0][1], keys[1][2] = bad, bad, bad
+    values, indices = cpu.retrieve_forward(queries, keys, k)
+    assert int(indices.min()) >= 0 and int(indices.max()) < sizes[0] * sizes[1]
+    expected, _ = reference.retrieve_forward(queries[:, 3:], clean, k)
+    torch.testing.assert_close(values[:, 3:], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_both_operators_by_finite_differences() -> None:

@@ -1,4 +1,4 @@
-"""The CPU backend: the functions of `reference`, by the C++ kernels of kernels.cpp."""
+"""The CPU backend: the functions of `reference`, by the C++ kernels beside this file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titan_peer.ops.sorted_pairs import SortedPairs
 
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SCORE_ELEMENTS = 1 << 19  # scores made at a time: 2 MiB, so that they are still in cache when the best are taken
+_SCORE_ELEMENTS = 1 << 20  # scores made at a time: 4 MiB, so that they are still in cache when the best are taken
 
 
 @cache
@@ -168,23 +168,28 @@ def rowwise_adamw_(
     )
 
 
+@cache
+def _candidates(best_k: tuple[int, ...], k: int) -> Tensor:
+    return torch.tensor(reference.candidate_ranks(best_k, k), dtype=torch.int32)
+
+
 def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     T, H, _ = queries.shape
     sizes = [keys.shape[1] for keys in sub_keys]
     best_k = [min(k, n) for n in sizes]
-    ranks = torch.tensor(reference.candidate_ranks(tuple(best_k), k), dtype=torch.int32)
+    ranks = _candidates(tuple(best_k), k)
     values, indices = torch.empty(T, H, k), torch.empty(T, H, k, dtype=torch.int64)
     slice_size = min(max(16, _SCORE_ELEMENTS // (H * max(sizes))), max(T, 1))
-    parts = queries.split([keys.shape[2] for keys in sub_keys], dim=-1)
-    scores = [torch.empty(H * n * slice_size, dtype=queries.dtype) for n in sizes]
+    parts = queries.transpose(0, 1).split([keys.shape[2] for keys in sub_keys], dim=-1)  # C x [H, T, Q_c]
+    buffers = [torch.empty(H * n * slice_size, dtype=queries.dtype) for n in sizes]
     for t in range(0, T, slice_size):
         tokens = min(slice_size, T - t)
-        made = []
-        for part, keys, n, buffer in zip(parts, sub_keys, sizes, scores):
-            axis_scores = buffer[: H * n * tokens].view(H, n, tokens)
-            torch.bmm(keys.expand(H, -1, -1), part[t : t + tokens].permute(1, 2, 0), out=axis_scores)
-            made.append(_float(axis_scores))
-        pointers = torch.tensor([axis_scores.data_ptr() for axis_scores in made], dtype=torch.int64)
+        scores = []
+        for part, keys, n, buffer in zip(parts, sub_keys, sizes, buffers):
+            axis_scores = buffer[: H * tokens * n].view(H, tokens, n)
+            torch.bmm(part[:, t : t + tokens], keys.expand(H, -1, -1).transpose(1, 2), out=axis_scores)
+            scores.append(_float(axis_scores))
+        pointers = torch.tensor([axis_scores.data_ptr() for axis_scores in scores], dtype=torch.int64)
         shape = (len(sub_keys), ranks, ranks.shape[0], H, tokens, k)
         results = (values[t : t + tokens], indices[t : t + tokens])
         _call("titan_peer_retrieve", pointers, torch.tensor(best_k), torch.tensor(sizes), *shape, *results)

@@ -1,6 +1,6 @@
-"""Compiles kernels.cpp on first use and loads it.
+"""Compiles the C++ kernels of this folder on first use and loads them.
 
-The library is cached under a hash of the source, the compiler and the processor's features, in TITAN_PEER_CACHE_DIR or
+The library is cached under a hash of the sources, the compiler and the processor's features, in TITAN_PEER_CACHE_DIR or
 the user's cache folder. It is written beside its name and renamed, so several processes may build at once.
 """
 
@@ -16,7 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # No -ffast-math: it would make every later float operation of the process flush subnormals.
 FLAGS = (
     "-std=c++17",
@@ -68,7 +69,7 @@ def _build(target: Path, compiler: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
-        command = [compiler, *_flags(), "-o", str(fresh), str(SOURCE)]
+        command = [compiler, *_flags(), "-o", str(fresh), *map(str, SOURCES)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
@@ -84,7 +85,8 @@ def load() -> ctypes.CDLL:
     """
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    recipe = "\n".join([SOURCE.read_text(), version, *_flags(), platform.machine(), _processor_features()])
+    texts = [path.read_text() for path in SOURCES + HEADERS]
+    recipe = "\n".join([*texts, version, *_flags(), platform.machine(), _processor_features()])
     target = cache_folder() / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     try:
         if not target.exists():
