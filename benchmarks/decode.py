@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,48 +183,59 @@ def cache_sizes() -> tuple[str, list[dict[str, object]]]:
     return markdown_table(header, rows), records
 
 
+class ExpertCount(NamedTuple):
+    """A PEER layer of the comparison."""
+
+    axes: list[int]
+    keys_per_head: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{math.prod(self.axes):,} as {' x '.join(map(str, self.axes))}" + (
+            "" if self.keys_per_head else ", shared"
+        )
+
+
+BASE = ExpertCount([128, 128])
+COMPARED = [BASE, ExpertCount([1024, 1024]), ExpertCount([1024, 1024], keys_per_head=False), ExpertCount([32] * 4)]
+
+
 def by_experts(
     device: str, dtype: torch.dtype, compile: bool, batch_sizes: Sequence[int]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Models that differ in the number of experts only take turns."""
+    """Models that differ only in the number of experts, and in how it is made up of sub-keys, take turns."""
     rows, records = [], []
     tables: dict[int, nn.Module] = {}
-    for keys_per_head in (True, False):
-        models = []
-        for side in (128, 1024):
-            peer = replace(PEER, num_experts=side**2, product_key_dim=[side, side], keys_per_head=keys_per_head)
-            args = replace(MODEL, dim=EXPERTS_DIM, peer=replace(peer, share_experts=True))
-            models.append(build(args, device, dtype, tables.get(side)))
-            tables[side] = models[-1].shared_experts
-        for batch_size in batch_sizes:
-            say(f"{'own' if keys_per_head else 'shared'} sub-keys, batch {batch_size}")
-            step_ms: list[list[float]] = [[], []]
-            peer_ms: list[list[float]] = [[], []]
-            steps = [LatentDecoding(model, 128, batch_size, compile=compile) for model in models]
-            for _ in range(ROUNDS):
-                for which, (model, step) in enumerate(zip(models, steps)):
-                    step_ms[which].append(median_ms(step, device, REPEATS // 2, WARMUP))
-                    if not compile:
-                        layers = [module for module in model.modules() if isinstance(module, PEERLayer)]
-                        peer_ms[which].append(ms_within(layers, "forward", step, device, REPEATS // 2) / len(layers))
-            few, many = (statistics.median(times) for times in step_ms)
-            row = [
-                "own" if keys_per_head else "shared",
-                batch_size,
-                f"{few:.2f}",
-                f"{many:.2f}",
-                f"{100 * (many / few - 1):+.0f}%",
-            ]
-            if not compile:
-                few, many = (statistics.median(times) for times in peer_ms)
-                row += [f"{few:.2f}", f"{many:.2f}", f"{100 * (many / few - 1):+.0f}%"]
+    models = []
+    for count in COMPARED:
+        num_experts = math.prod(count.axes)
+        peer = replace(PEER, num_experts=num_experts, product_key_dim=count.axes, keys_per_head=count.keys_per_head)
+        args = replace(MODEL, dim=EXPERTS_DIM, peer=replace(peer, share_experts=True))
+        models.append(build(args, device, dtype, tables.get(num_experts)))
+        tables[num_experts] = models[-1].shared_experts
+    for batch_size in batch_sizes:
+        say(f"batch {batch_size}")
+        step_ms: list[list[float]] = [[] for _ in models]
+        peer_ms: list[list[float]] = [[] for _ in models]
+        steps = [LatentDecoding(model, 128, batch_size, compile=compile) for model in models]
+        for _ in range(ROUNDS):
+            for which, (model, step) in enumerate(zip(models, steps)):
+                step_ms[which].append(median_ms(step, device, REPEATS // 2, WARMUP))
+                if not compile:
+                    layers = [module for module in model.modules() if isinstance(module, PEERLayer)]
+                    peer_ms[which].append(ms_within(layers, "forward", step, device, REPEATS // 2) / len(layers))
+        for which, count in enumerate(COMPARED):
+            row: list[object] = [batch_size, count.name]
+            for times in (step_ms, peer_ms)[: 1 if compile else 2]:
+                base, own = statistics.median(times[0]), statistics.median(times[which])
+                row += [f"{own:.2f}", f"{100 * (own / base - 1):+.0f}%" if which else ""]
             rows.append(row)
             records.append(
-                {"keys_per_head": keys_per_head, "batch": batch_size, "step_ms": step_ms, "layer_ms": peer_ms}
+                {"batch": batch_size, **count._asdict(), "step_ms": step_ms[which], "layer_ms": peer_ms[which]}
             )
-    header = ["sub-keys of the heads", "batch", "ms a step, 16,384 experts", "1,048,576 experts", "difference"]
+    header = ["batch", "experts, by sub-keys of each axis", "ms a step", f"against {math.prod(BASE.axes):,}"]
     if not compile:
-        header += ["ms a PEER layer, 16,384 experts", "1,048,576 experts", "difference"]
+        header += ["ms a PEER layer", f"against {math.prod(BASE.axes):,}"]
     return markdown_table(header, rows), records
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from titan_peer.ablate import main as ablate_main
 from titan_peer.ablation.plan import Plan, build_plan, load_mixes
 from titan_peer.ablation.run import folder_of, prepare, run_on_cluster, status_of
 from titan_peer.ablation.solve import factorise
@@ -53,6 +54,20 @@ def test_one_axis_at_a_time_has_the_base_job_once_and_every_other_value(tmp_path
     for config in by_name.values():
         assert config.training.steps * 8 * 256 == 409_600
         assert config.lr_scheduler.warmup_steps == 40  # a fifth, as in the base job
+
+
+def test_a_list_of_the_base_job_is_set_as_in_a_job_file(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.peer.num_experts=65536", "model.peer.product_key_dim=[64,32,32]", "model.peer.query_dim=192"]
+    command = [
+        "--base-config",
+        "train_configs/debug_model.toml",
+        "--set",
+        *settings,
+        "--axes",
+        "cartesian_dims=256x256",
+    ]
+    assert ablate_main([*command, "--dry-run"]) == 0
+    assert "cartesian_dims=256x256" in capsys.readouterr().out
 
 
 def test_a_grid_has_every_combination(tmp_path: Path) -> None:

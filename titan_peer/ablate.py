@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     plan = parser.add_argument_group("what to compare")
     plan.add_argument("--base-config", required=True, metavar="FILE", help="the job that the others are variants of")
     plan.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="change keys of the base job, as compile.enable=false"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys of the base job, as compile.enable=false model.peer.product_key_dim=[256,256]",
     )
     plan.add_argument("--axes", required=True, nargs="+", metavar="AXIS", help="what is varied: see below")
     plan.add_argument("--grid", action="store_true", help="every combination of values, not one axis at a time")
@@ -84,7 +88,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: must be KEY=VALUE")
-        arguments += [f"--{key}", *value.split(",")]
+        arguments += [f"--{key}", *value.removeprefix("[").removesuffix("]").split(",")]
     return build_plan(
         arguments,
         options.axes,

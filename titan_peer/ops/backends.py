@@ -46,7 +46,7 @@ def _cpu(device_type: str) -> tuple[ModuleType, str, str | None]:
     from titan_peer.ops import cpu
 
     problem = cpu.unavailable_reason() if device_type == "cpu" else f"C++ kernels do not run on {device_type}"
-    return cpu, f"C++ kernels ({torch.get_num_threads()} threads)", problem
+    return cpu, cpu.description() if problem is None else "", problem
 
 
 def _triton(device_type: str) -> tuple[ModuleType, str, str | None]:

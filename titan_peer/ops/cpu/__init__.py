@@ -29,6 +29,12 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def description() -> str:
+    if build.load().titan_peer_has_threads():
+        return f"C++ kernels ({torch.get_num_threads()} threads)"
+    return "C++ kernels (one thread: the compiler has no OpenMP)"
+
+
 def _call(name: str, *arguments: Tensor | int | float | None) -> int:
     """Call a kernel: tensors as pointers to their (contiguous) data, integers as int64, floats as float32."""
     converted: list[object] = []

@@ -18,12 +18,11 @@ from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+THREADS = ("-fopenmp", "-fopenmp-simd")  # the second, one thread only, for Apple's compiler, which has no OpenMP
 # No -ffast-math: it would make every later float operation of the process flush subnormals.
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
-    "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fassociative-math",
@@ -61,17 +60,21 @@ def _compiler() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-    return FLAGS + wide
+    if platform.machine() in ("x86_64", "AMD64"):
+        return (*FLAGS, "-march=native", "-mprefer-vector-width=512")
+    return (*FLAGS, "-mcpu=native")
 
 
 def _build(target: Path, compiler: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
-        command = [compiler, *_flags(), "-o", str(fresh), *map(str, SOURCES)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
+        for threads in THREADS:
+            command = [compiler, *_flags(), threads, "-o", str(fresh), *map(str, SOURCES)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+        else:
             raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
         fresh.replace(target)
 
@@ -86,7 +89,7 @@ def load() -> ctypes.CDLL:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [path.read_text() for path in SOURCES + HEADERS]
-    recipe = "\n".join([*texts, version, *_flags(), platform.machine(), _processor_features()])
+    recipe = "\n".join([*texts, version, *THREADS, *_flags(), platform.machine(), _processor_features()])
     target = cache_folder() / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     try:
         if not target.exists():

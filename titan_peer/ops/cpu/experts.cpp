@@ -282,6 +282,15 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
 
 extern "C" {
 
+// Whether the kernels run in threads: the compiler had OpenMP.
+int64_t titan_peer_has_threads() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // All integers are int64, so that callers need no prototypes. dtype codes of tables: 0 float32, 1 bfloat16, 2 float16. Returns 1 if an index is outside the tables.
 int64_t titan_peer_forward(int64_t dtype, const float* x, const int64_t* indices, const float* gates, const void* down,
                        const void* up, float* y, float* z, int64_t T, int64_t K, int64_t N, int64_t E, int64_t D,

@@ -325,7 +325,7 @@ void titan_peer_retrieve_backward(const float* dvalues, const int64_t* indices, 
     std::fill(dkeys, dkeys + key_sets * n * Q, 0.0f);
     constexpr int64_t kTokens = 32;  // a block of tokens, so that neighbouring heads' queries are read while near
 #pragma omp parallel num_threads(threads)
-    for (int64_t block = 0; block < T; block += kTokens)
+    for (int64_t block = 0; block < T; block += kTokens) {
 #pragma omp for schedule(static) nowait  // the same thread owns a set in every block: no barrier, one order of sums
         for (int64_t set = 0; set < key_sets; ++set) {
             const int64_t first = key_sets > 1 ? set : 0, last = key_sets > 1 ? set + 1 : H;
@@ -334,6 +334,7 @@ void titan_peer_retrieve_backward(const float* dvalues, const int64_t* indices, 
                     for (int64_t j = item * k; j < (item + 1) * k; ++j)
                         add_scaled(dkeys + (set * n + places[j]) * Q, queries + item * stride, dvalues[j], Q);
         }
+    }
 }
 
 }  // extern "C"

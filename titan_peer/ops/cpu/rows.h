@@ -8,10 +8,6 @@
 #include <cstring>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace titan_peer {
 
 struct bfloat16 {
