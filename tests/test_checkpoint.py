@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.staging import DefaultStager
 
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.checkpoint_files import verify
@@ -191,13 +191,13 @@ def straight(trained: Trainer) -> Path:
 
 def test_an_asynchronous_save_holds_the_state_of_its_step_not_of_a_later_one(straight, tmp_path, monkeypatch):
     """Also where copying takes longer than the whole next forward and backward pass."""
-    stage = DefaultStager.stage
+    stage = StateDictStager.stage
 
     def stage_late(self, state_dict, **kwargs):
         time.sleep(0.5)
         return stage(self, state_dict, **kwargs)
 
-    monkeypatch.setattr(DefaultStager, "stage", stage_late)
+    monkeypatch.setattr(StateDictStager, "stage", stage_late)
     trainer(tmp_path, "--checkpoint.async_mode", "async").train()
     assert steps(tmp_path) == ["step-2", "step-4", "step-6"]
     assert losses(tmp_path) == losses(straight)

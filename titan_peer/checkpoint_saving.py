@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titan_peer.checkpoint_files import (
     ManifestEntries,
@@ -190,7 +190,8 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         on_gpu = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
+        # not the DefaultStager around it: that of PyTorch 2.11 can stage once only
+        self._stager = StateDictStager(pin_memory=on_gpu)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._staged: Future[None] | None = None
         self._saved: Future[Any] | None = None

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from test_checkpoint import steps, tensors_of, trainer
-from torch.distributed.checkpoint.staging import DefaultStager
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from titan_peer.train import Trainer
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_an_asynchronous_save_from_a_gpu_holds_the_state_of_its_step(tmp_path, monkeypatch):
-    stage = DefaultStager.stage
+    stage = StateDictStager.stage
 
     def stage_late(self, state_dict, **kwargs):
         time.sleep(0.5)
         return stage(self, state_dict, **kwargs)
 
-    monkeypatch.setattr(DefaultStager, "stage", stage_late)
+    monkeypatch.setattr(StateDictStager, "stage", stage_late)
     expected: dict[int, dict[str, torch.Tensor]] = {}
     save = Trainer.save_checkpoint
 
