@@ -76,7 +76,7 @@ def adamw_element(
     Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of a touched row.
     Reads: the block of weights and both moments, its pairs' places, weights and vectors. Writes: the block of all three.
     """
-    blocks: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks)
     grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
     for unit in range(tl.program_id(0).to(tl.int64), units, tl.num_programs(0)):
@@ -134,7 +134,7 @@ def adamw_row(
     block has its gradient made once; one of several blocks twice, first for the mean square.
     Reads: weights and first moment of the row, one second moment, the factors. Writes: the same.
     """
-    blocks: tl.constexpr = E * tl.cdiv(D, BLOCK_D)
+    blocks: tl.constexpr = E * ((D + BLOCK_D - 1) // BLOCK_D)
     num_rows = tl.load(num_rows_ptr).to(tl.int64)
     grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
     for run in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):

@@ -66,7 +66,7 @@ def write_gradient(
     SPLITS programs each takes a part of the run, for tables of few rows with long runs.
     Reads: of each pair its place, weight and BLOCK_D numbers of its vector. Writes: BLOCK_D numbers.
     """
-    blocks: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks * SPLITS)
     for unit in range(tl.program_id(0).to(tl.int64), units, tl.num_programs(0)):
         split = unit % SPLITS
@@ -139,7 +139,7 @@ def sum_squares(
     Grid: any number of programs (the same number gives the same sum). A program owns every num_programs-th block of a
     gradient row, makes it, squares it and forgets it. Reads: as write_gradient. Writes: out float64 [num_programs].
     """
-    blocks: tl.constexpr = tl.cdiv(D, BLOCK_D)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks)
     total = tl.full((), 0.0, dtype=tl.float64)
     for unit in range(tl.program_id(0).to(tl.int64), units, tl.num_programs(0)):
