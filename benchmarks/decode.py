@@ -188,6 +188,7 @@ class ExpertCount(NamedTuple):
 
     axes: list[int]
     keys_per_head: bool = True
+    query_dim: int = PEER.query_dim
 
     @property
     def name(self) -> str:
@@ -197,7 +198,9 @@ class ExpertCount(NamedTuple):
 
 
 BASE = ExpertCount([128, 128])
-COMPARED = [BASE, ExpertCount([1024, 1024]), ExpertCount([1024, 1024], keys_per_head=False), ExpertCount([32] * 4)]
+COMPARED = [BASE, ExpertCount([1024, 1024]), ExpertCount([1024, 1024], keys_per_head=False)]
+# axes share the query evenly
+COMPARED += [ExpertCount([128, 128, 64], query_dim=144), ExpertCount([32] * 4)]
 
 
 def by_experts(
@@ -209,7 +212,8 @@ def by_experts(
     models = []
     for count in COMPARED:
         num_experts = math.prod(count.axes)
-        peer = replace(PEER, num_experts=num_experts, product_key_dim=count.axes, keys_per_head=count.keys_per_head)
+        retrieval = {"product_key_dim": count.axes, "keys_per_head": count.keys_per_head, "query_dim": count.query_dim}
+        peer = replace(PEER, num_experts=num_experts, **retrieval)
         args = replace(MODEL, dim=EXPERTS_DIM, peer=replace(peer, share_experts=True))
         models.append(build(args, device, dtype, tables.get(num_experts)))
         tables[num_experts] = models[-1].shared_experts
