@@ -47,7 +47,7 @@ def compiled(kernel: Any, num_warps: int, constants: dict[str, Any], **types: st
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    lines = re.findall(r"(ld|st|red)\.global[\w.:]*?(?:\.v(\d))?\.[bf](\d+)", binary.asm["ptx"])
+    lines = re.findall(r"(ld|st|red|atom)\.global[\w.:]*?(?:\.v(\d))?\.[bf](\d+)", binary.asm["ptx"])
     widths = {
         kind: sorted({int(count or 1) * int(bits) for k, count, bits in lines if k == kind}) for kind, _, _ in lines
     }

@@ -358,4 +358,5 @@ def test_kernels_compile_for_an_h100_with_wide_loads_and_without_spilling(tmp_pa
         assert made["spilled"] == 0 and made["registers"] <= 168, (kernel, made)
         if kernel not in ("mark_runs", "best_combinations"):
             assert 128 in made["widths"]["ld"], (kernel, made)
-    assert results["add_gradient"]["widths"]["red"] == [128]
+    widths = results["add_gradient"]["widths"]
+    assert (widths.get("red") or widths.get("atom")) == [128]  # Triton 3.6 has the sum returned, unused
