@@ -192,14 +192,14 @@ class ExpertCount(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{math.prod(self.axes):,} as {' x '.join(map(str, self.axes))}" + (
-            "" if self.keys_per_head else ", shared"
-        )
+        shared = "" if self.keys_per_head else ", shared"
+        query = "" if self.query_dim == PEER.query_dim else f", query dim {self.query_dim}"
+        return f"{math.prod(self.axes):,} as {' x '.join(map(str, self.axes))}{shared}{query}"
 
 
 BASE = ExpertCount([128, 128])
 COMPARED = [BASE, ExpertCount([1024, 1024]), ExpertCount([1024, 1024], keys_per_head=False)]
-# axes share the query evenly
+# axes share the query evenly: three cannot share 128 numbers
 COMPARED += [ExpertCount([128, 128, 64], query_dim=144), ExpertCount([32] * 4)]
 
 

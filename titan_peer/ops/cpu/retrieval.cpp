@@ -150,7 +150,7 @@ inline int64_t not_below(const float* row, int64_t n, float bound, float* scores
 // from[lane * stride] in each lane.
 inline Floats across(const float* from, int64_t stride, int64_t lanes) {
     Floats v{};
-    if (lanes == kLanes)
+    if (lanes == kLanes)  // a count that the compiler knows
         for (int lane = 0; lane < kLanes; ++lane) v[lane] = from[lane * stride];
     else
         for (int lane = 0; lane < lanes; ++lane) v[lane] = from[lane * stride];
@@ -161,7 +161,8 @@ inline Floats across(const float* from, int64_t stride, int64_t lanes) {
 template <int K>
 class Selection {
 public:
-    explicit Selection(int64_t widest) : scores(widest + kLanes), places(widest + kLanes), entries(std::max<int64_t>(widest, kGroups<K>)) {}
+    explicit Selection(int64_t widest)
+        : scores(widest + kLanes), places(widest + kLanes), entries(std::max<int64_t>(widest, kGroups<K>)) {}
 
     void best_of(const float* rows, int64_t n, int64_t lanes, Entry* best) {
         if (n <= 2 * kGroups<K>) {  // too few for a bound to spare work

@@ -26,31 +26,6 @@ inline float widen(bfloat16 v) {
 }
 inline float widen(float16 v) { return float(v.value); }
 
-// What stochastic rounding draws from: a hash of (seed, row, element), so a step can be repeated bit for bit.
-inline uint32_t hash(uint64_t key) {
-    key ^= key >> 33;
-    key *= 0xff51afd7ed558ccdULL;
-    key ^= key >> 33;
-    key *= 0xc4ceb9fe1a85ec53ULL;
-    return uint32_t(key >> 32);
-}
-inline void narrow(float v, uint64_t, float& out) { out = v; }
-inline void narrow(float v, uint64_t key, bfloat16& out) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    out.bits = uint16_t((bits + (hash(key) & 0xffff)) >> 16);
-}
-
-// A table row takes several cache lines; ask for all of them.
-inline void prefetch(const void* row, int64_t bytes) {
-    const char* p = static_cast<const char*>(row);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
-}
-inline void prefetch_to_write(const void* row, int64_t bytes) {
-    const char* p = static_cast<const char*>(row);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 1, 3);
-}
-
 template <class Row>
 inline float dot(const Row* __restrict row, const float* __restrict x, int64_t n) {
     float sum = 0;
