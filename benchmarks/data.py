@@ -60,7 +60,7 @@ def texts_of_mix(sources: list[DataSource], characters: int) -> list[str]:
     texts = []
     for source in sources:
         left = characters * source.weight
-        with Path(source.path).open() as file:
+        with Path(source.path).open(encoding="utf-8") as file:
             for line in file:
                 if left <= 0:
                     break

@@ -269,12 +269,20 @@ def main() -> None:
             table, records = by_context(args.device, dtype, args.compile, not args.no_recompute)
             text = f"{setting}, dim {MODEL.dim}, one sequence.\n\n{table}\n\n{sizes}"
             data = {"contexts": records, "sizes": size_records, "compile": args.compile}
-            print(write_results("decode-contexts", args.device, text, data, **folder).with_suffix(".md").read_text())
+            print(
+                write_results("decode-contexts", args.device, text, data, **folder)
+                .with_suffix(".md")
+                .read_text(encoding="utf-8")
+            )
         if args.only != "contexts":
             table, records = by_experts(args.device, dtype, args.compile, args.batch_sizes)
             text = f"{setting}, dim {EXPERTS_DIM}, context 128.\n\n{table}"
             data = {"experts": records, "compile": args.compile}
-            print(write_results("decode-experts", args.device, text, data, **folder).with_suffix(".md").read_text())
+            print(
+                write_results("decode-experts", args.device, text, data, **folder)
+                .with_suffix(".md")
+                .read_text(encoding="utf-8")
+            )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def job(options: argparse.Namespace, variant: str, factor: float, folder: Path) 
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {key: {r["step"]: r[key] for r in records if key in r} for key in ("loss", "validation_loss")}
 
 

@@ -21,7 +21,7 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
@@ -67,7 +67,7 @@ def write_results(name: str, device: str, text: str, data: dict[str, Any], folde
     today = datetime.date.today().isoformat()
     stem = folder / f"{today}-{name}-{device}"
     heading = f"# {name}, {today}\n\n{device_name(device)}; {versions()}.\n\n"
-    stem.with_suffix(".md").write_text(heading + text + "\n")
+    stem.with_suffix(".md").write_text(heading + text + "\n", encoding="utf-8")
     record = {"date": today, "device": device_name(device), "versions": versions(), **data}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return stem

@@ -38,7 +38,10 @@ def standard_library() -> Iterator[str]:
 
 def write(folder: Path, name: str, texts: Iterable[str]) -> None:
     documents = size = 0
-    with (folder / f"{name}.jsonl").open("w") as train, (folder / f"{name}.validation.jsonl").open("w") as validation:
+    with (
+        (folder / f"{name}.jsonl").open("w", encoding="utf-8") as train,
+        (folder / f"{name}.validation.jsonl").open("w", encoding="utf-8") as validation,
+    ):
         for text in texts:
             held_out = hashlib.sha256(text.encode()).digest()[0] < 0.02 * 256
             print(json.dumps({"text": text}, ensure_ascii=False), file=validation if held_out else train)

@@ -23,13 +23,13 @@ def sentences(text: str) -> list[str]:
 
 def write(name: str, documents: Iterable[dict[str, Any]]) -> None:
     lines = [json.dumps(d, ensure_ascii=False) + "\n" for d in documents]
-    (OUTPUT / name).write_text("".join(lines))
+    (OUTPUT / name).write_text("".join(lines), encoding="utf-8")
     print(f"{OUTPUT / name}: {len(lines)} documents, {(OUTPUT / name).stat().st_size:,} bytes")
 
 
 def main() -> None:
     rng = random.Random(0)
-    with (ROOT / "assets/sample_text/validation.jsonl").open() as file:
+    with (ROOT / "assets/sample_text/validation.jsonl").open(encoding="utf-8") as file:
         documents = [json.loads(line) for line in file]
     by_source: dict[str, list[list[str]]] = {}
     for document in documents:

@@ -40,7 +40,7 @@ def dictionary_entries(folder: Path, name: str) -> Iterator[str]:
     """Entries of a dictd dictionary as they are, in the order of its file."""
     data = gzip.decompress((folder / f"usr/share/dictd/{name}.dict.dz").read_bytes())
     places = set()
-    for line in (folder / f"usr/share/dictd/{name}.index").read_text().splitlines():
+    for line in (folder / f"usr/share/dictd/{name}.index").read_text(encoding="utf-8").splitlines():
         word, offset, length = line.split("\t")
         if not word.startswith("00-database"):
             places.add((dictd_number(offset), dictd_number(length)))
@@ -61,7 +61,7 @@ def jargon_entries(folder: Path) -> Iterator[str]:
 def bible_chapters(folder: Path, passage: str) -> Iterator[str]:
     """Chapters of a passage such as Matt1:1-Rev22:21 as one paragraph each, without verse numbers."""
     command = [folder / "usr/bin/bible", "-l100000", "-p", folder / "usr/lib", "-f", passage]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout
     chapters: dict[str, list[str]] = {}
     for line in printed.splitlines():
         chapter, text = re.fullmatch(r"(\w+):\d+ (.*)", line).groups()  # Mat2:3 When Herod the king ...
@@ -78,7 +78,10 @@ def main() -> None:
             {"text": text, "source": "kjv-new-testament"} for text in bible_chapters(folder, "Matt1:1-Rev22:21")
         ]
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    with (OUTPUT / "train.jsonl").open("w") as train, (OUTPUT / "validation.jsonl").open("w") as validation:
+    with (
+        (OUTPUT / "train.jsonl").open("w", encoding="utf-8") as train,
+        (OUTPUT / "validation.jsonl").open("w", encoding="utf-8") as validation,
+    ):
         for document in documents:
             held_out = hashlib.sha256(document["text"].encode()).digest()[0] < 0.05 * 256
             print(json.dumps(document, ensure_ascii=False), file=validation if held_out else train)

@@ -81,8 +81,13 @@ def test_a_grid_has_every_combination(tmp_path: Path) -> None:
 def test_data_mixes_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mixes.toml"
     text = (ROOT / "assets/sample_text/train.jsonl").as_posix()
-    file.write_text(f'[[mixes.once]]\npath = "{text}"\n[[mixes.twice]]\npath = "{text}"\nname = "a"\n')
-    file.write_text(file.read_text() + f'[[mixes.twice]]\npath = "{text}"\nname = "b"\nweight = 2.0\n')
+    file.write_text(
+        f'[[mixes.once]]\npath = "{text}"\n[[mixes.twice]]\npath = "{text}"\nname = "a"\n', encoding="utf-8"
+    )
+    file.write_text(
+        file.read_text(encoding="utf-8") + f'[[mixes.twice]]\npath = "{text}"\nname = "b"\nweight = 2.0\n',
+        encoding="utf-8",
+    )
     found = plan(tmp_path, "data_mix", mixes=load_mixes(str(file)))
     assert [run.name for run in found.runs] == ["base,seed=0", "data_mix=once,seed=0", "data_mix=twice,seed=0"]
     assert [source.weight for source in found.runs[2].config.data.sources] == [1.0, 2.0]
@@ -162,6 +167,7 @@ def ablate(folder: Path, *more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
 
 
@@ -170,7 +176,7 @@ def test_killed_and_resumed_ablation_loses_no_run_and_does_none_twice(tmp_path: 
     first = ablate(folder)
     second_run = folder / "runs" / "selection_heads=1,seed=0" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (second_run.exists() and second_run.read_text()) and time.monotonic() < deadline:
+    while not (second_run.exists() and second_run.read_text(encoding="utf-8")) and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -182,12 +188,12 @@ def test_killed_and_resumed_ablation_loses_no_run_and_does_none_twice(tmp_path: 
     assert "3 runs, 2 to do" in out and "start  base,seed=0" not in out
     assert (folder / "runs" / "base,seed=0" / "status.json").stat().st_mtime_ns == base_status
     for name in ("base,seed=0", "selection_heads=1,seed=0"):
-        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
         assert steps == list(range(1, 17))
         assert not (folder / "runs" / name / "checkpoint").exists()  # a failed run keeps its own, to be looked at
 
-    with (folder / "results.csv").open() as file:
+    with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert {name: row["state"] for name, row in rows.items()} == {
         "base,seed=0": "done",
@@ -196,7 +202,7 @@ def test_killed_and_resumed_ablation_loses_no_run_and_does_none_twice(tmp_path: 
     }
     assert "loss = nan" in rows["optimizer.lr=1e30,seed=0"]["error"]
     best = min((row for row in rows.values() if row["state"] == "done"), key=lambda row: float(row["loss"]))
-    summary = (folder / "results.md").read_text()
+    summary = (folder / "results.md").read_text(encoding="utf-8")
     point = "base" if best["run"].startswith("base") else "selection_heads = 1"
     assert f"Best: **{point}**, loss {float(best['loss']):.4f}" in summary
     assert "3 runs: 2 done, 1 failed" in summary and "loss = nan" in summary

@@ -47,7 +47,7 @@ def test_command_writes_tables_numbers_and_a_plot(tmp_path: Path, capsys: pytest
     job = ["--job.config_file", "train_configs/peer_small.toml", "--compile.enable", "false"]
     assert cli.main(["analyze", *job, *files]) == 0
     shown = capsys.readouterr().out
-    numbers = json.loads((tmp_path / "a.json").read_text())
+    numbers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     for text in (f"{numbers['total_parameters']:,}", f"{numbers['active_parameters']:,}", "experts", "MHA", "moments"):
         assert text in shown
     assert sum(part["forward_flops"] for part in numbers["components"]) == numbers["forward_flops_per_token"]
@@ -84,7 +84,7 @@ def test_experts_of_a_checkpoint_are_counted(tmp_path: Path, capsys: pytest.Capt
     checkpoint = ["--checkpoint", str(tmp_path / "run/checkpoint/step-2"), "--tokens", "2000"]
     files = ["--json", str(tmp_path / "a.json"), "--output", str(tmp_path / "a.png")]
     assert cli.main(["analyze", *job, *checkpoint, *files]) == 0
-    usage = json.loads((tmp_path / "a.json").read_text())["expert_usage"]
+    usage = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["expert_usage"]
     assert len(usage) == 3
     for layer, scalars in enumerate(usage):
         assert 0 < scalars[f"expert_usage/layer_{layer}/share_used"] <= 1

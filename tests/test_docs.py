@@ -23,7 +23,7 @@ def commands() -> list[tuple[str, str]]:
     """(page, command line) of every line of the fenced blocks that starts one of our programs."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S):
+        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in re.split(r"&&|\|", line):
                     part = re.sub(r"^\$ ", "", part.strip())
@@ -35,7 +35,11 @@ def commands() -> list[tuple[str, str]]:
 @cache
 def help_of(command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "titan_peer.cli", *command.split(), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "titan_peer.cli", *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     return done.stdout
 
@@ -58,9 +62,11 @@ def test_a_command_in_the_docs_is_accepted(page: str, command: str, monkeypatch:
     assert not missing, f"{page}: {command}: titan-peer {name} has no {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda page: page.name
+)
 def test_python_in_the_docs_runs(page: Path, tmp_path: Path) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
         subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path)
 
 
@@ -70,7 +76,7 @@ def test_the_docs_show_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 

@@ -139,7 +139,7 @@ def test_impossible_degrees_are_refused_as_in_a_real_run() -> None:
 def dry_run(*arguments: str, ngpu: int, nnodes: int = 1) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "NGPU": str(ngpu), "NNODES": str(nnodes)}
     command = ["./run_train.sh", *arguments, "--comm.mode", "fake_backend"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
 def test_launcher_starts_one_process_for_a_dry_run_of_many(tmp_path: Path) -> None:

@@ -29,11 +29,12 @@ def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: i
         env={**os.environ, "PYTHON": sys.executable, "NGPU": str(processes)},
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     banner = re.search(r"memory +about ([\d.,]+) ([MG]iB) a process: parameters .*process", done.stderr)
     assert banner is not None, done.stderr
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return float(banner[1]) * GIB[banner[2]], max(r["peak_memory_gib"] for r in records if "peak_memory_gib" in r)
 
 

@@ -138,7 +138,9 @@ def test_revival_is_the_same_on_two_processes_with_sharded_tables(tmp_path: Path
         command += ["tests/distributed/revive_experts.py", str(tmp_path / f"{processes}.pt"), *SMALL]
         command += ["--parallelism.expert_parallel_degree", str(processes), "--job.dump_folder", str(tmp_path)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr
         found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     one, two = found
@@ -170,7 +172,7 @@ def train(folder: Path, *arguments: str, collapse: bool = False) -> dict[str, fl
                 peer.sub_keys[0][:, 16:] = 0.0
                 peer.sub_keys[0][:, 16:, 0] = -4.0
     trainer.train()
-    lines = (folder / "expert_usage" / "expert_usage.jsonl").read_text().splitlines()
+    lines = (folder / "expert_usage" / "expert_usage.jsonl").read_text(encoding="utf-8").splitlines()
     report: dict[str, float] = json.loads(lines[-1])["whole"]
     return report
 

@@ -27,7 +27,9 @@ TINY += ["--training.steps", "4", "--metrics.log_expert_usage", "--checkpoint.en
 def start(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> Non
     assert "% of experts used, unevenness" in done.stderr
 
     name = "expert_usage/layer_1/load"
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     histograms = [line for line in lines if line.get("histogram") == name]
     assert [line["step"] for line in histograms] == [2, 4]
     assert sum(histograms[-1]["counts"]) == 16384

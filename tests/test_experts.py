@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments += ["--training.seq_len", "64", "--validation.enable", "false"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "titan_peer.train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint" / "step-2"
 
@@ -55,7 +55,7 @@ def test_the_report_equals_a_brute_force_recount(
     arguments = ["--checkpoint", str(checkpoint), "--data", TEXT, "--tokens", "1500", "--output-dir", str(tmp_path)]
     assert experts.main([*arguments, "--device", "cpu", "--num-experts", "3", "--num-tokens", "4"]) == 0
     shown = capsys.readouterr().out
-    report = json.loads((tmp_path / "expert_usage.jsonl").read_text())
+    report = json.loads((tmp_path / "expert_usage.jsonl").read_text(encoding="utf-8"))
 
     model, job, tokenizer = load_model_for_inference(checkpoint)
     ((layer, peer),) = peer_layers(model)
@@ -83,7 +83,7 @@ def test_the_report_equals_a_brute_force_recount(
     assert [hot["load"] for hot in report["hot"]] == pytest.approx(np.sort(loads)[::-1][:10].tolist(), rel=1e-4)
 
     flat = torch.cat([tokens.flatten() for tokens, _ in work]).tolist()
-    text = (tmp_path / "tokens.txt").read_text()
+    text = (tmp_path / "tokens.txt").read_text(encoding="utf-8")
     assert text in shown
     blocks = text.strip().split("\n\n")
     assert len(blocks) == 3

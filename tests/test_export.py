@@ -121,7 +121,7 @@ def test_the_cache_of_the_exported_model_holds_latents_only(exported: Path) -> N
 
 
 def test_large_models_are_written_in_shards_with_an_index(exported: Path) -> None:
-    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((exported / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     files = sorted(exported.glob("*.safetensors"))
     assert len(files) > 2 and {path.name for path in files} == set(index.values())
     for path in files:
@@ -178,9 +178,11 @@ def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: P
         {"step": 4, "expert_usage/layer_1/head_0/gini": 0.25},
         {"step": 6, "validation_loss": 1.0},
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "va')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "va', encoding="utf-8"
+    )
     export_checkpoint(run / "checkpoint/step-4", tmp_path / "export", license_name="mit")
-    card = (tmp_path / "export/README.md").read_text()
+    card = (tmp_path / "export/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n") and "\nlicense: mit\n" in card
     assert "- **Tokens**: 512" in card and "- **Step**: 4 of 4" in card
     assert "| validation_loss | 4.25 | 4 |" in card
@@ -235,7 +237,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(checkpoint: Path, expor
     export = ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     back = ["import", "--input", str(exported), "--output", str(tmp_path / "out")]
     for words in (export, back):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 2, done.stderr
         assert f"error: --output {tmp_path / 'out'}: cannot be written" in done.stderr
         assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
@@ -261,16 +263,16 @@ def test_a_damaged_export_is_refused_with_the_file(
 
 
 def test_a_foreign_or_inconsistent_export_is_refused_with_the_reason(broken: Path, tmp_path: Path, capsys) -> None:
-    config = json.loads((broken / "config.json").read_text())
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
     (broken / "manifest.json").unlink()
 
     def message(**changes: object) -> str:
-        (broken / "config.json").write_text(json.dumps(config | changes))
+        (broken / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
         return failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
 
     assert "config.json: model_type = 'llama': must be 'titan_peer'" in message(model_type="llama")
     assert "config.json: dim = 65" in message(dim=65)
-    (broken / "config.json").write_text("{")
+    (broken / "config.json").write_text("{", encoding="utf-8")
     assert "config.json: cannot be read" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
     (broken / "config.json").unlink()
     assert "config.json: is not there" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")

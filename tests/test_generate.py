@@ -418,7 +418,7 @@ def test_two_processes_with_sharded_weights_and_experts_write_what_one_writes(tm
     ]
     job += ["--checkpoint.enable", "false", "--model.init_std", "0.1", "--job.dump_folder", str(tmp_path / "run")]
     prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps(["In the beginning", "def f(x):", "A longer text, " * 10]))
+    prompts.write_text(json.dumps(["In the beginning", "def f(x):", "A longer text, " * 10]), encoding="utf-8")
 
     def run(processes: int, *more: str) -> dict[str, list[object]]:
         output = tmp_path / f"{processes}.json"
@@ -426,7 +426,7 @@ def test_two_processes_with_sharded_weights_and_experts_write_what_one_writes(tm
         script = str(ROOT / "tests/distributed/generate_sharded.py")
         done = subprocess.run([*launch, script, str(output), str(prompts), *job, *more], cwd=ROOT, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()[-3000:]
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
     one, two = run(1), run(2, "--parallelism.expert_parallel_degree", "2")
     assert two["token_ids"] == one["token_ids"]
@@ -457,6 +457,7 @@ def test_a_million_experts_decode_from_the_file_in_little_memory(tmp_path: Path)
             capture_output=True,
             text=True,
             check=True,
+            encoding="utf-8",
         )
         completion, peak = done.stdout.splitlines()
         return completion, int(peak) / 1e6

@@ -37,7 +37,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -51,7 +53,7 @@ def test_a_step_does_not_fault_in_its_memory_again() -> None:
 def advice_at(address: int) -> set[str]:
     """What the kernel was told of the mapping that holds this address."""
     inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         first, _, rest = line.partition(" ")
         if "-" in first and not first.endswith(":"):
             start, end = (int(bound, 16) for bound in first.split("-"))

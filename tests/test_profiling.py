@@ -23,7 +23,7 @@ def test_a_trace_is_written_of_every_nth_step_and_shows_the_expert_operators(tmp
     # one optimizer step over two blocks: each retrieves and applies its experts once
     assert sum(name == "titan_peer::product_key_retrieve" for name in names) == 2
     assert sum(event["name"].startswith("ProfilerStep") for event in events if event.get("ph") == "X") == 1
-    assert "titan_peer::" in (tmp_path / "profile_traces/iteration_6/rank0_operators.txt").read_text()
+    assert "titan_peer::" in (tmp_path / "profile_traces/iteration_6/rank0_operators.txt").read_text(encoding="utf-8")
 
 
 def test_memory_snapshots_without_a_gpu_are_refused_before_training(tmp_path):

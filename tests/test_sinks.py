@@ -31,19 +31,19 @@ def test_json_lines_of_a_resumed_run_have_every_step_once(tmp_path: Path) -> Non
         first.write({"step": step, "loss": 1.0 / step})
     first.histogram(5, "load", HISTOGRAM)
     first.close()
-    with file.open("a") as cut_off:
+    with file.open("a", encoding="utf-8") as cut_off:
         cut_off.write('{"step": 6, "lo')
     second = JsonlSink(file, resumed_step=3)
     second.write({"step": 4, "loss": 0.5})
     second.histogram(4, "load", HISTOGRAM)
     second.alert(4, "loss is not finite", "step 4")
     second.close()
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line.get("loss")) for line in lines[:4]] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.5)]
     assert lines[4] == {"step": 4, "histogram": "load", "edges": [0.0, 1.0, 2.0, 4.0], "counts": [3, 0, 2]}
     assert lines[5]["alert"] == "loss is not finite" and len(lines) == 6
     JsonlSink(file, resumed_step=0).close()
-    assert file.read_text() == ""  # a new run
+    assert file.read_text(encoding="utf-8") == ""  # a new run
 
 
 def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path, png: Path) -> None:
@@ -72,7 +72,7 @@ def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, png: Path, monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     checkpoint = tmp_path / "job" / "checkpoint" / "step-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text("{}", encoding="utf-8")
 
     def sink(resumed_step: int, checkpoints: str) -> WandbSink:
         return WandbSink(

@@ -25,7 +25,7 @@ wait $first && wait $second
 @pytest.mark.slow
 def test_two_machines_train_one_job(tmp_path: Path) -> None:
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     job = ["--job.config_file", "train_configs/debug_model.toml", "--training.steps", "2", "--metrics.log_freq", "1"]
     job += ["--training.seq_len", "32", "--training.local_batch_size", "1", "--model.n_layers", "1"]
@@ -46,9 +46,12 @@ def test_two_machines_train_one_job(tmp_path: Path) -> None:
         text=True,
         timeout=400,
         check=False,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert "2 x CPU" in done.stderr
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [record["step"] for record in records] == [1, 2]
     assert (tmp_path / "out" / "checkpoint" / "step-2").is_dir()

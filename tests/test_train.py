@@ -26,6 +26,7 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
 
 
@@ -36,7 +37,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def records(folder: Path, key: str = "loss") -> dict[int, float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
 
 
@@ -73,7 +74,7 @@ def test_killed_and_resumed_run_repeats_the_losses_to_the_last_digit(tmp_path: P
     resumed = run(*settings, "--job.dump_folder", killed)
     assert resumed.returncode == 0 and "resumed from step 10" in resumed.stderr
     assert records(killed) == records(straight)
-    assert len((killed / "metrics.jsonl").read_text().splitlines()) == 20
+    assert len((killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 20
 
 
 def test_sigterm_saves_and_ends_with_status_zero(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_says_what_broke(tmp_path: P
     assert done.returncode == 1
     assert "gradient norm = " in done.stderr and "parameters no longer finite: " in done.stderr
     assert "try a lower optimizer.lr" in done.stderr and "Traceback" not in done.stderr
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["alert"] == "loss or gradient is not finite" and last["text"] in done.stderr
     assert not (tmp_path / "checkpoint" / "step-50").exists()
 
@@ -141,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_says_what_broke(tmp_path: P
 def test_print_config_gives_toml_that_reproduces_the_job(tmp_path: Path) -> None:
     first = run(*DEBUG, "--training.steps", "7", "--job.print_config")
     copy = tmp_path / "copy.toml"
-    copy.write_text(first.stdout)
+    copy.write_text(first.stdout, encoding="utf-8")
     second = run("--job.config_file", copy)
     assert first.returncode == second.returncode == 0
     assert "steps = 7" in first.stdout

@@ -68,9 +68,9 @@ def test_a_damaged_tuning_file_is_named_and_passed_over(caplog: pytest.LogCaptur
     problem = tuning.Problem("adamw", 64, 8, 1, torch.float32, True)
     tuning.save({problem: tuning.Launch(16, 2)}, device)
     assert tuning.launch_for(problem, device) == tuning.Launch(16, 2)
-    content = json.loads(tuning.tuning_file().read_text())
+    content = json.loads(tuning.tuning_file().read_text(encoding="utf-8"))
     for broken in ("{", "[]", json.dumps({section: {str(problem): {"blok": 1}} for section in content})):
-        tuning.tuning_file().write_text(broken)
+        tuning.tuning_file().write_text(broken, encoding="utf-8")
         tuning._tuned.cache_clear()
         caplog.clear()
         assert tuning.launch_for(problem, device) == tuning.by_rule(problem)

@@ -120,8 +120,8 @@ def report(plan: Plan, folder: Path, title: str) -> str:
     """Write results.csv, results.md and the plots; returns the markdown."""
     results = collect(plan)
     markdown = results_markdown(plan, results, title)
-    (folder / "results.csv").write_text(results_csv(plan, results))
-    (folder / "results.md").write_text(markdown)
+    (folder / "results.csv").write_text(results_csv(plan, results), encoding="utf-8")
+    (folder / "results.md").write_text(markdown, encoding="utf-8")
     draw(plan, results, folder)
     return markdown
 

@@ -337,7 +337,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print_tables(analysis)
     try:
         if options.json is not None:
-            options.json.write_text(json.dumps(analysis.as_dict(), indent=1) + "\n")
+            options.json.write_text(json.dumps(analysis.as_dict(), indent=1) + "\n", encoding="utf-8")
             print(f"numbers: {options.json}")
         if options.output is not None:
             plot(analysis, options.output)

@@ -263,7 +263,7 @@ class Checkpointer:
         return next(filter(None, self._ranks.all_do(lambda: damage)), "")
 
     def _load(self, folder: Path, *, excluded: list[str], model_only: bool = False) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text())
+        state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
         stored = stored_shapes(SafeReader(folder))
         tensors = self._tensors()
         if model_only or state.get("model_only"):

@@ -88,7 +88,7 @@ def manifest_entries(folder: Path, paths: Iterable[Path]) -> ManifestEntries:
 
 def write_manifest(folder: Path, entries: ManifestEntries) -> None:
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     sync(manifest)
     for path in folder.rglob("*"):
         if path.is_dir():
@@ -104,7 +104,7 @@ def verify(folder: Path, *, checksums: bool = True, share: slice = slice(None)) 
         share: the files to look at, of the manifest's sorted list; processes divide the work by it.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         entries = sorted((name, entry["bytes"], entry["crc32"]) for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from None

@@ -235,12 +235,12 @@ def main(args: Sequence[str]) -> int:
     chosen = {u.layer: options.experts or [hot.expert for hot in u.hot[: options.num_experts]] for u in usage}
     report = tokens_report(top_tokens(model, work, tokenizer, chosen, options.num_tokens), usage)
 
-    step = json.loads((Path(options.checkpoint) / TRAIN_STATE).read_text())["step"]
+    step = json.loads((Path(options.checkpoint) / TRAIN_STATE).read_text(encoding="utf-8"))["step"]
     records = JsonlSink(folder / "expert_usage.jsonl", resumed_step=0)
     for layer in usage:
         records.write({"step": step, **dataclasses.asdict(layer)})
     records.close()
-    (folder / "tokens.txt").write_text(report)
+    (folder / "tokens.txt").write_text(report, encoding="utf-8")
     plots = draw(folder / "expert_usage.jsonl", folder)
     num_tokens = sum(tokens.numel() for tokens, _ in work)
     print(f"{num_tokens:,} tokens, {usage[0].expected:.1f} uses of an expert if usage were uniform\n")

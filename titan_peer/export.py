@@ -155,7 +155,7 @@ def _write_weights(
             progress.update(sum(planned.num_bytes for planned in shard))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def export_checkpoint(
@@ -190,15 +190,17 @@ def export_checkpoint(
         partial.mkdir(parents=True)
         _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
         config = transformers_config(job.model, tokenizer, dtype, table_dtype)
-        (partial / CONFIG_JSON).write_text(json.dumps(config, indent=1) + "\n")
+        (partial / CONFIG_JSON).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-        (partial / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
+        (partial / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
         write_tokenizer(stored_tokenizer_path(checkpoint, job.model.tokenizer_path), partial)
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name("transformers_model") / name, partial / name)
         for name in (CONFIG, TRAIN_STATE):
             shutil.copyfile(checkpoint / name, partial / name)
-        (partial / "README.md").write_text(model_card(checkpoint, model, job, table_dtype, license_name))
+        (partial / "README.md").write_text(
+            model_card(checkpoint, model, job, table_dtype, license_name), encoding="utf-8"
+        )
         for path in partial.glob("*.safetensors"):  # its writer makes files that only their owner can read
             shutil.copymode(partial / CONFIG_JSON, path)
         write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))

@@ -48,7 +48,7 @@ def write_tokenizer(path: str, folder: Path) -> None:
     for key, token in (("bos_token", ours.bos_id), ("eos_token", ours.eos_id)):
         if token is not None:
             config[key] = theirs.id_to_token(token)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _begin_documents(theirs: tokenizers.Tokenizer, ours: Tokenizer) -> None:

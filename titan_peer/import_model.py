@@ -27,7 +27,7 @@ from titan_peer.optimizer import Optimizers
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: is not there; give a folder that titan-peer export wrote") from None
     except (OSError, ValueError) as error:
@@ -145,7 +145,7 @@ def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, s
     tokenizer.mkdir(parents=True)
     shutil.copyfile(folder / "tokenizer.json", tokenizer / "tokenizer.json")
     job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
-    (output / CONFIG).write_text(job.to_toml())
+    (output / CONFIG).write_text(job.to_toml(), encoding="utf-8")
     checkpointer = Checkpointer(job, model, Optimizers(model, job.optimizer))
     checkpointer.save(state["step"], state, wait=True)
     ((_, saved),) = checkpointer.newly_saved()

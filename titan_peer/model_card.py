@@ -23,7 +23,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     Args:
         license_name: of the weights; "" names none.
     """
-    state = json.loads((checkpoint / TRAIN_STATE).read_text())
+    state = json.loads((checkpoint / TRAIN_STATE).read_text(encoding="utf-8"))
     size = model_size(model, job.training.seq_len)
     args, title = job.model, job.job.description or checkpoint.resolve().parent.parent.name
     n_peer = sum(args.has_peer(layer) for layer in range(args.n_layers))
@@ -89,7 +89,7 @@ def _latest_metrics(path: Path, step: int) -> dict[str, tuple[int, float]]:
     latest: dict[str, tuple[int, float]] = {}
     if not path.is_file():
         return latest
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # a last line cut off by a kill

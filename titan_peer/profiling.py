@@ -91,7 +91,7 @@ class Profiler:
             path = folder / f"rank{self.rank}_trace.json.gz"
             profile.export_chrome_trace(str(path))
             table = profile.key_averages().table(sort_by=sort_by, row_limit=_TABLE_ROWS, max_name_column_width=60)
-            (folder / f"rank{self.rank}_operators.txt").write_text(table)
+            (folder / f"rank{self.rank}_operators.txt").write_text(table, encoding="utf-8")
         except OSError as error:  # a full disk must not end the training
             logger.error("no trace of step %d: %s", self.current_step, error)
             return

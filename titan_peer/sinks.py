@@ -63,9 +63,9 @@ class JsonlSink(Sink):
         kept = [line for line in complete_lines(path) if resumed_step and line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         replacement = path.with_suffix(".jsonl.partial")
-        replacement.write_text(text)
+        replacement.write_text(text, encoding="utf-8")
         replacement.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -94,7 +94,7 @@ def complete_lines(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
@@ -174,7 +174,7 @@ class WandbSink(Sink):
             ) from None
         self._wandb, self._checkpoints, self._name = wandb, checkpoints, folder.name
         id_file = folder / "wandb_run_id"
-        known = id_file.read_text().strip() if resumed_step and id_file.exists() else None
+        known = id_file.read_text(encoding="utf-8").strip() if resumed_step and id_file.exists() else None
         try:
             self._run = wandb.init(
                 dir=str(folder),
@@ -190,7 +190,7 @@ class WandbSink(Sink):
                 f"metrics.enable_wandb = true: {error}; log in with `wandb login` or WANDB_API_KEY, or log to files with "
                 "--metrics.wandb_mode offline"
             ) from None
-        id_file.write_text(self._run.id + "\n")
+        id_file.write_text(self._run.id + "\n", encoding="utf-8")
         # Steps are a number like any other: after a resume they go back, which W&B's own counter cannot.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

@@ -180,7 +180,7 @@ class Trainer:
             return
         try:
             self.dump_folder.mkdir(parents=True, exist_ok=True)
-            (self.dump_folder / "config.toml").write_text(self.config.to_toml())
+            (self.dump_folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
         except OSError as error:
             raise UserError(f"job.dump_folder = {self.dump_folder}: cannot be written ({error.strerror})") from None
 

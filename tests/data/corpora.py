@@ -24,7 +24,7 @@ TOKENIZER = str(ROOT / "assets/tokenizer")
 
 
 def sample_texts(start: int = 0, stop: int | None = None) -> list[str]:
-    with SAMPLE.open() as file:
+    with SAMPLE.open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file][start:stop]
 
 

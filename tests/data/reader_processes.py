@@ -36,9 +36,9 @@ def continue_loader(_: int, folder: Path, sources: list[DataSource], settings: d
     """Load state.json if there is one, write the digests of the next batches and the state after them."""
     loader = make_loader(sources, **settings)
     if (folder / "state.json").exists():
-        loader.load_state_dict(json.loads((folder / "state.json").read_text()))
-    (folder / "digests.json").write_text(json.dumps(take(loader, batches)))
-    (folder / "state.json").write_text(json.dumps(loader.state_dict()))
+        loader.load_state_dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    (folder / "digests.json").write_text(json.dumps(take(loader, batches)), encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(loader.state_dict()), encoding="utf-8")
 
 
 def run_rank(rank: int, world: int, folder: Path, sources: list[DataSource], packing: str, batches: int) -> None:
@@ -48,13 +48,13 @@ def run_rank(rank: int, world: int, folder: Path, sources: list[DataSource], pac
     loader = make_loader(sources, rank=rank, world=world, packing=packing, local_batch_size=2)
     state = folder / "state.json"
     if state.exists():
-        loader.load_state_dict(json.loads(state.read_text()))
+        loader.load_state_dict(json.loads(state.read_text(encoding="utf-8")))
     dist.barrier()
     taken = take(loader, batches * 8 // world // 2)  # micro-batches of 2
-    (folder / f"digests.{rank}.json").write_text(json.dumps(taken))
+    (folder / f"digests.{rank}.json").write_text(json.dumps(taken), encoding="utf-8")
     statistics, after = loader.statistics(), loader.state_dict()
     if rank == 0:
-        state.write_text(json.dumps(after))
-        (folder / "statistics.json").write_text(json.dumps(statistics))
+        state.write_text(json.dumps(after), encoding="utf-8")
+        (folder / "statistics.json").write_text(json.dumps(statistics), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

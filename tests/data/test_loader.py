@@ -39,7 +39,9 @@ def test_resume_in_a_new_process_repeats_the_next_50_batches(
     assert len(set(expected)) > 300  # of 400, some from a second epoch: a loader that stands still would not pass
     in_new_processes(continue_loader, tmp_path, sources, settings, stop)
     in_new_processes(continue_loader, tmp_path, sources, settings, 50)
-    assert json.loads((tmp_path / "digests.json").read_text()) == expected, f"stopped after {stop} batches"
+    assert json.loads((tmp_path / "digests.json").read_text(encoding="utf-8")) == expected, (
+        f"stopped after {stop} batches"
+    )
 
 
 def test_documents_are_resumed_exactly_too_when_drawn_by_documents(tmp_path: Path) -> None:
@@ -64,10 +66,10 @@ def test_one_then_two_then_four_then_one_process_read_the_same_sequences_in_the_
     for part, world in enumerate((1, 2, 4, 1)):
         (tmp_path / "store").unlink(missing_ok=True)
         in_new_processes(run_rank, world, tmp_path, sources, packing, 5, count=world)
-        ranks = [json.loads((tmp_path / f"digests.{rank}.json").read_text()) for rank in range(world)]
+        ranks = [json.loads((tmp_path / f"digests.{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
         found += [ranks[i % world][i // world] for i in range(40)]  # sequences are dealt to ranks in turn
         assert found == expected[: 40 * (part + 1)], f"on {world} processes"
-    assert json.loads((tmp_path / "statistics.json").read_text()) == straight.statistics()
+    assert json.loads((tmp_path / "statistics.json").read_text(encoding="utf-8")) == straight.statistics()
 
 
 def test_streams_that_are_read_several_times_are_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -176,8 +178,8 @@ def test_resume_with_a_new_source_and_weights_keeps_the_place_in_the_old_ones(tm
 
 def test_counts_of_a_source_go_on_from_where_they_were(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", sample_texts(0, 40))
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:20], "{broken", *lines[20:]]) + "\n")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([*lines[:20], "{broken", *lines[20:]]) + "\n", encoding="utf-8")
     source = DataSource(str(file), name="a", on_bad_document="skip")
     first = make_loader([source], num_streams=2, seq_len=64)
     while first.statistics()["data/a_epoch"] < 2:

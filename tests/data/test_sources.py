@@ -46,7 +46,7 @@ def write_zst(path: Path, texts: list[str]) -> Path:
 def write_texts(folder: Path, texts: list[str]) -> Path:
     folder.mkdir()
     for i, text in enumerate(texts):
-        (folder / f"{i:04}.txt").write_text(text)
+        (folder / f"{i:04}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -86,7 +86,7 @@ def test_lines_are_cut_into_chunks_at_any_size(texts: list[str], chunk_bytes: in
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
         lines = "\n".join(json.dumps({"text": "x" + t}, ensure_ascii=False) for t in texts)
-        path.write_text(lines + "\n" * ends)
+        path.write_text(lines + "\n" * ends, encoding="utf-8")
         file = JsonLines(path, RecordReader("text", "", 10**6, "data.sources[0]"))
         file.chunk_bytes = chunk_bytes
         found = [r for chunk in range(file.num_chunks) for r in file.records(chunk, 0)]
@@ -102,7 +102,7 @@ def test_a_template_makes_the_document_from_columns(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["first", "second"])
     assert read(opened(path, template="No. {{ number }}: {{ text }}")) == ["No. 0: first", "No. 1: second"]
     chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(chat))
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat), encoding="utf-8")
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     assert read(opened(tmp_path / "chat.jsonl", template=template)) == ["<user>Hello\n<assistant>Good day\n"]
 
@@ -162,7 +162,7 @@ def damaged_parquet(folder: Path) -> Path:
 
 def text_in_latin_1(folder: Path) -> Path:
     (folder / "a.txt").write_bytes("café au lait".encode("latin-1"))
-    (folder / "b.txt").write_text("good")
+    (folder / "b.txt").write_text("good", encoding="utf-8")
     return folder
 
 
@@ -240,7 +240,7 @@ def test_no_matching_file_is_named(make: Any, tmp_path: Path) -> None:
 
 
 def test_an_unknown_suffix_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.csv").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match=r"a.csv is not one of .jsonl"):
         opened(tmp_path / "a.csv")
 
@@ -259,7 +259,7 @@ def test_an_unknown_suffix_is_named(tmp_path: Path) -> None:
 )
 def test_impossible_keys_of_a_source_are_named(keys: str, message: str, tmp_path: Path) -> None:
     job = tmp_path / "job.toml"
-    job.write_text(f'[[data.sources]]\npath = "a.jsonl"\n{keys}\n')
+    job.write_text(f'[[data.sources]]\npath = "a.jsonl"\n{keys}\n', encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_config(["--job.config_file", str(job)])
     assert message in str(caught.value)

@@ -30,10 +30,12 @@ HARD_TEXTS = [
 def tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled vocabulary as a tiktoken file: bytes and ranks."""
     byte_of = {c: b for b, c in byte_characters().items()}
-    vocabulary = json.loads((ROOT / "assets/tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((ROOT / "assets/tokenizer/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     pieces = [bytes(byte_of[c] for c in piece) for piece in sorted(vocabulary, key=vocabulary.get)[2:]]
     path = tmp_path_factory.mktemp("tiktoken") / "sample.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces)))
+    path.write_text(
+        "".join(f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces)), encoding="utf-8"
+    )
     return path
 
 
@@ -62,7 +64,7 @@ def test_tiktoken_files_give_the_ids_of_the_tokenizers_library(name: str, tiktok
     ours = TiktokenTokenizer(path)
     # the other library, with the same entries; its merges are all ways to make an entry of two
     characters = byte_characters()
-    ranks = {base64.b64decode(a): int(b) for a, b in map(str.split, path.read_text().splitlines())}
+    ranks = {base64.b64decode(a): int(b) for a, b in map(str.split, path.read_text(encoding="utf-8").splitlines())}
     spelled = {"".join(characters[b] for b in piece): rank for piece, rank in ranks.items()}
     merges = sorted(
         (rank, i, (piece[:i], piece[i:]))
@@ -95,7 +97,7 @@ def test_words_are_split_as_the_name_of_the_tiktoken_file_says(tiktoken_file: Pa
 
 @pytest.mark.parametrize("content", ["", "not base64\n", "aGk= one\n"])
 def test_a_file_that_is_not_tiktoken_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "a.tiktoken").write_text(content)
+    (tmp_path / "a.tiktoken").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"a.tiktoken is not a .tiktoken file"):
         load_tokenizer(str(tmp_path / "a.tiktoken"))
 

@@ -58,8 +58,8 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    made = len(json.loads((killed / "tokenized.json").read_text())["shards"])
-    assert made < len(json.loads((whole / "tokenized.json").read_text())["shards"])
+    made = len(json.loads((killed / "tokenized.json").read_text(encoding="utf-8"))["shards"])
+    assert made < len(json.loads((whole / "tokenized.json").read_text(encoding="utf-8"))["shards"])
     job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(killed)]
     assert cli.main(job) == 2
     assert "tokenising was interrupted; repeat the `titan-peer data tokenize` command" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from titan_peer.data_source import DataSource
 
 
 def sample_part(name: str) -> list[str]:
-    with SAMPLE.open() as file:
+    with SAMPLE.open(encoding="utf-8") as file:
         return [record["text"] for record in map(json.loads, file) if record["source"] == name]
 
 
@@ -57,15 +57,17 @@ def test_token_shares_are_within_half_a_percent_after_two_million_tokens(tmp_pat
 
 def run_job(job: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, float]]]:
     command = [sys.executable, "-m", "titan_peer.train", "--job.config_file", str(job), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    return done, [json.loads(line) for line in (job.parent / "out/metrics.jsonl").read_text().splitlines()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, encoding="utf-8")
+    return done, [
+        json.loads(line) for line in (job.parent / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path: Path) -> None:
     sources = three_corpora(tmp_path)
     write_jsonl(tmp_path / "short.jsonl", [sample_part("jargon-4.4.7")[i] for i in range(60)])
     job = tmp_path / "job.toml"
-    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    text = (ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8").split("[[data.sources]]")[0]
     text = text.replace("outputs/debug_model", str(tmp_path / "out"))
     weights = {"short": 0.5, "bible": 0.5}
     for name, weight in weights.items():
@@ -73,7 +75,7 @@ def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path
         text += 'max_epochs = 1\nat_end = "stop"\n' if name == "short" else ""
     for source in sources[::2]:
         text += f'[[validation.sources]]\nname = "{source.name}"\npath = "{source.path}"\n'
-    job.write_text(text)
+    job.write_text(text, encoding="utf-8")
     small = [
         "--compile.enable",
         "false",
@@ -113,9 +115,9 @@ def test_a_job_reports_its_mix_and_held_out_sets_and_ends_with_its_data(tmp_path
 def test_bad_data_end_a_job_with_one_clear_message(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     job = tmp_path / "job.toml"
-    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    text = (ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8").split("[[data.sources]]")[0]
     text += f'[[data.sources]]\npath = "{tmp_path / "a.jsonl"}"\n'
-    job.write_text(text.replace("outputs/debug_model", str(tmp_path / "out")))
+    job.write_text(text.replace("outputs/debug_model", str(tmp_path / "out")), encoding="utf-8")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/metrics.jsonl").touch()
     small = ["--compile.enable", "false", "--model.n_layers", "1", "--validation.enable", "false"]
@@ -127,12 +129,13 @@ def test_bad_data_end_a_job_with_one_clear_message(content: bytes, message: str,
 def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for i in range(8):
-        (tmp_path / f"texts/{i}.txt").write_text(f"text {i}. " * 300)
+        (tmp_path / f"texts/{i}.txt").write_text(f"text {i}. " * 300, encoding="utf-8")
     (tmp_path / "texts/3.txt").write_bytes(b"caf\xe9")  # unshuffled, odd files are the second stream's
-    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0]
+    text = (ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8").split("[[data.sources]]")[0]
     job = tmp_path / "job.toml"
     job.write_text(
-        text + f'[data]\nnum_streams = 2\nshuffle = false\n[[data.sources]]\npath = "{tmp_path / "texts"}"\n'
+        text + f'[data]\nnum_streams = 2\nshuffle = false\n[[data.sources]]\npath = "{tmp_path / "texts"}"\n',
+        encoding="utf-8",
     )
     small = ["--compile.enable", "false", "--model.n_layers", "1", "--validation.enable", "false"]
     small += [
@@ -145,7 +148,9 @@ def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_
     ]
     environment = {**os.environ, "NGPU": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["./run_train.sh", "--job.config_file", str(job), *small]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8"
+    )
     assert done.returncode == 2, done.stderr
     assert f"error: data.sources[0]: {tmp_path / 'texts/3.txt'}: is not UTF-8" in done.stderr
     assert "Traceback" not in done.stderr
@@ -154,20 +159,20 @@ def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_
 def start_job(job: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     environment = {**os.environ, "NGPU": str(processes), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["./run_train.sh", "--job.config_file", str(job), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def mix_job(folder: Path, settings: str = "") -> Path:
     job = folder / "job.toml"
-    text = (ROOT / "train_configs/debug_model.toml").read_text().split("[[data.sources]]")[0] + settings
+    text = (ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8").split("[[data.sources]]")[0] + settings
     for source in three_corpora(folder):
         text += f'[[data.sources]]\nname = "{source.name}"\npath = "{source.path}"\nweight = {source.weight}\n'
-    job.write_text(text)
+    job.write_text(text, encoding="utf-8")
     return job
 
 
 def records_of(folder: Path) -> dict[int, dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {record["step"]: record for record in map(json.loads, lines)}
 
 

@@ -26,10 +26,10 @@ def main(output: Path, prompts: list[str], arguments: list[str]) -> None:
     scores = generator.log_likelihoods([(prompt, " and so on") for prompt in prompts])
     if world.is_first:
         result = {"token_ids": [c.token_ids for c in completions], "sum_logprobs": [s.sum_logprob for s in scores]}
-        output.write_text(json.dumps(result))
+        output.write_text(json.dumps(result), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), sys.argv[3:])
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), sys.argv[3:])

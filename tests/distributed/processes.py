@@ -38,7 +38,7 @@ def _enter(rank: int, world_size: int, port: int) -> None:
 def _run_function(rank: int, world_size: int, port: int, folder: str, function: Any, arguments: Any) -> None:
     _enter(rank, world_size, port)
     result = function(*arguments)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -65,7 +65,7 @@ def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: 
             for process in context.processes:
                 if process.is_alive():
                     process.kill()
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
+        return [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
 
 
 def _train_all(jobs: list[list[str]], ports: list[int]) -> None:
@@ -85,5 +85,5 @@ def train_jobs(world_size: int, jobs: Sequence[Sequence[object]]) -> None:
 
 def losses(folder: Path) -> list[float]:
     """The loss of every step of the job that wrote to `folder` (with metrics.log_freq = 1)."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [record["loss"] for record in records if "loss" in record]

@@ -54,7 +54,7 @@ def _all_questions() -> dict[str, Any]:
 
 def _gloo_threads() -> int:
     """Threads of this process that run collectives of gloo groups."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    names = [(task / "comm").read_text(encoding="utf-8").strip() for task in Path("/proc/self/task").iterdir()]
     return names.count("pt_gloo_runloop")
 
 

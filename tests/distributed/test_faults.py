@@ -35,7 +35,7 @@ class Running:
 
     @property
     def said(self) -> str:
-        return (self.folder / "log").read_text()
+        return (self.folder / "log").read_text(encoding="utf-8")
 
     def worker(self, rank: int) -> psutil.Process | None:
         for child in psutil.Process(self.process.pid).children():

@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_the_slow_process_is_named_with_its_excess(folders: list[Path]) -> None:
-    records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["slowest_rank"] for r in records] == [1, 1, 1]
     for record in records[1:]:  # the first step has its own costs
         assert record["slowest_rank_excess_seconds"] == pytest.approx(DELAY, abs=0.25)

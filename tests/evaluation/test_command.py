@@ -34,10 +34,10 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capsys):
 
 def test_a_named_set_gives_a_row_a_metric(checkpoint, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(VALIDATION.read_text().splitlines()[:5]))
+    few.write_text("\n".join(VALIDATION.read_text(encoding="utf-8").splitlines()[:5]), encoding="utf-8")
     output = tmp_path / "new"
     words = ["eval", "--checkpoint", checkpoint, "--perplexity", f"held out={few}", "--output", output]
     assert cli.main(list(map(str, words))) == 0
-    (result,) = json.loads((output / "results.json").read_text())["results"]
+    (result,) = json.loads((output / "results.json").read_text(encoding="utf-8"))["results"]
     assert result["name"] == "held out" and set(result["metrics"]) == {"loss", "perplexity", "bits_per_byte"}
     assert capsys.readouterr().out.count("held out") == 3

@@ -52,7 +52,9 @@ path = "titan_peer/evaluation/lm_eval_tasks/texts.jsonl"
 @pytest.fixture(scope="module")
 def job_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("job") / "job.toml"
-    file.write_text((ROOT / "train_configs/debug_model.toml").read_text() + EVALUATION)
+    file.write_text(
+        (ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8") + EVALUATION, encoding="utf-8"
+    )
     return file
 
 
@@ -62,7 +64,7 @@ def arguments(job_file: Path, folder: Path, *more: object) -> list[str]:
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_results_are_in_the_metrics_the_table_tensorboard_and_a_plot(evaluated: 
     assert all(names <= set(values) for values in found.values())
     assert not any("failed" in key for values in found.values() for key in values)
     assert found[6]["perplexity/held out/loss"] < found[3]["perplexity/held out/loss"]
-    table = (evaluated / "evaluation.md").read_text()
+    table = (evaluated / "evaluation.md").read_text(encoding="utf-8")
     assert all(word in table for word in ("step 3", "step 6", "held out", "find-letter", "sample_text_copy"))
     assert (evaluated / "evaluation.png").stat().st_size > 10_000
     assert (evaluated / "evaluation/step-6/find-letter.jsonl").is_file()
@@ -115,7 +117,7 @@ def alone(checkpoint: Path, output: Path) -> dict[str, float]:
     words += ["--evals", "test-match,find-letter", "--tasks", "sample_text_continuation,sample_text_copy", "--limit", 4]
     words += ["--max-new-tokens", 4, "--precision", "float32", "--output", output]
     assert cli.main(["eval", "--checkpoint", str(checkpoint), *map(str, words)]) == 0
-    results = json.loads((output / "results.json").read_text())["results"]
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))["results"]
     return {f"{r['kind']}/{r['name']}/{metric}": value for r in results for metric, value in r["metrics"].items()}
 
 
@@ -141,6 +143,7 @@ def test_two_processes_with_sharded_tables_find_what_the_checkpoint_alone_gives(
         capture_output=True,
         text=True,
         timeout=300,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert_near(evaluations(tmp_path)[3], alone(tmp_path / "checkpoint/step-3", tmp_path / "alone"))
@@ -160,6 +163,7 @@ def test_a_job_that_is_told_to_stop_does_not_wait_for_its_evaluations(job_file: 
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     deadline = time.monotonic() + 200
     while not (tmp_path / "evaluation/step-3/syllables.dev.v1.jsonl").exists() and time.monotonic() < deadline:
@@ -177,7 +181,8 @@ def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp
     bad.mkdir()
     (bad / "bad.yaml").write_text(
         "task: bad\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: no_such_file.jsonl\n"
-        "output_type: loglikelihood\ntest_split: test\n"
+        "output_type: loglikelihood\ntest_split: test\n",
+        encoding="utf-8",
     )
     more = ["--evaluation.tasks_folder", bad, "--evaluation.tasks", "bad", "sample_text_copy"]
     more += ["--evaluation.evals", "find-letter", "--training.steps", 3]
@@ -185,7 +190,7 @@ def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp
     assert "evaluation bad of tasks failed" in done.stderr
     found = evaluations(tmp_path / "out")[3]
     assert found["tasks/bad/failed"] == 1 and "tasks/sample_text_copy/exact_match" in found
-    assert "failed" in (tmp_path / "out/evaluation.md").read_text()
+    assert "failed" in (tmp_path / "out/evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -208,9 +213,9 @@ def test_a_mistake_in_the_section_is_found_before_training(
 
 def test_the_section_in_the_docs_is_a_valid_one(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.S)
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(encoding="utf-8"), re.S)
     file = tmp_path / "job.toml"
-    file.write_text((ROOT / "train_configs/debug_model.toml").read_text() + block)
+    file.write_text((ROOT / "train_configs/debug_model.toml").read_text(encoding="utf-8") + block, encoding="utf-8")
     settings = load_config(["--job.config_file", str(file)]).evaluation
     assert settings.enable and settings.perplexity[0].name == "held out"
     assert len(generative_evaluations(settings)) == len(settings.evals) + len(settings.tasks) > 0

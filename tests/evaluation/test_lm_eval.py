@@ -95,11 +95,12 @@ def test_the_lm_eval_command_knows_the_model_through_a_task_file(checkpoint, tmp
         capture_output=True,
         text=True,
         timeout=300,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert "sample_text_continuation" in done.stdout
     (report,) = tmp_path.rglob("results_*.json")
-    assert 0 <= json.loads(report.read_text())["results"]["sample_text_continuation"]["acc,none"] <= 1
+    assert 0 <= json.loads(report.read_text(encoding="utf-8"))["results"]["sample_text_continuation"]["acc,none"] <= 1
 
 
 def test_an_unknown_task_is_named_with_its_neighbours():

@@ -33,7 +33,7 @@ def command(checkpoint, tmp_path_factory):
 
 
 def results(folder: Path) -> dict[str, dict]:
-    return {r["name"]: r for r in json.loads((folder / "results.json").read_text())["results"]}
+    return {r["name"]: r for r in json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]}
 
 
 def test_all_run_to_the_end_and_give_a_table(command):
@@ -43,15 +43,17 @@ def test_all_run_to_the_end_and_give_a_table(command):
     assert all(0 < r["samples"] <= LIMIT for r in found.values())
     assert all(0 <= found[name]["metrics"]["accuracy"] <= 1 for name in EVALS)
     assert all(f"| {name} " in done.stdout for name in EVALS + TASKS) and "Traceback" not in done.stderr
-    assert done.stdout.strip() in (folder / "results.md").read_text()
+    assert done.stdout.strip() in (folder / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_tasks_numbers_follow_from_their_records(command):
     found, folder = results(command[1]), command[1]
     for task, metric in (("sample_text_continuation", "acc"), ("sample_text_copy", "exact_match")):
-        records = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert found[task]["metrics"][metric] == pytest.approx(sum(r[metric] for r in records) / LIMIT)
-    records = [json.loads(line) for line in (folder / "sample_text_perplexity.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "sample_text_perplexity.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     nll = -sum(r["filtered_resps"][0] for r in records)
     num_bytes = sum(len(r["doc"]["text"].encode()) for r in records)
     bits = found["sample_text_perplexity"]["metrics"]["bits_per_byte"]

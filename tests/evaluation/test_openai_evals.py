@@ -55,7 +55,7 @@ def test_an_evals_verdicts_are_recomputed_from_its_records(language_model, tmp_p
     result = OpenAIEval("find-letter").run(language_model, tmp_path)
     assert result.samples == 26
     for name, metric in (("find-letter", "accuracy"), ("find-letter.log_likelihood", "accuracy_by_log_likelihood")):
-        events = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        events = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         matches = [event["data"] for event in events if event.get("type") == "match"]
         right = [m["sampled"].startswith(m["expected"]) for m in matches]
         assert len(right) == 26 and result.metrics[metric] == pytest.approx(sum(right) / 26)
@@ -89,10 +89,10 @@ def test_the_packages_own_command_finds_a_registered_checkpoint(checkpoint, tmp_
         env={**os.environ, "OPENAI_API_KEY": "unused", "OPENAI_BASE_URL": "http://127.0.0.1:9", "OPENAI_MAX_RETRIES": "0"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     (report,) = (line["final_report"] for line in lines if "final_report" in line)
     assert 0 <= report["accuracy"] <= 1
     assert {line["data"]["sampled"] for line in lines if line.get("type") == "match"} <= {"Yes", "No"}

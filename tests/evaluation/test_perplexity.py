@@ -22,9 +22,9 @@ DOCUMENTS = 12
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     """(file, texts) of some held-out documents."""
-    lines = VALIDATION.read_text().splitlines()[:DOCUMENTS]
+    lines = VALIDATION.read_text(encoding="utf-8").splitlines()[:DOCUMENTS]
     file = tmp_path_factory.mktemp("held_out") / "few.jsonl"
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), encoding="utf-8")
     return file, [json.loads(line)["text"] for line in lines]
 
 

@@ -174,10 +174,12 @@ def test_the_debug_job_trains_on_the_gpu(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert "Triton" in done.stderr and "FlexAttention" in done.stderr
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[0] - losses[-1] >= 2.0
 

@@ -44,7 +44,9 @@ def compiled(kernel: Any, num_warps: int, constants: dict[str, Any], **types: st
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     lines = re.findall(r"(ld|st|red|atom)\.global[\w.:]*?(?:\.v(\d))?\.[bf](\d+)", binary.asm["ptx"])

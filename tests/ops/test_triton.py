@@ -350,7 +350,7 @@ def test_kernels_compile_for_an_h100_with_wide_loads_and_without_spilling(tmp_pa
     """The compiler needs no GPU. Rows of tables go in 16-byte accesses; nothing is spilled to memory."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_for_gpu.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert len(results) == 13

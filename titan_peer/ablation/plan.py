@@ -183,7 +183,7 @@ def load_mixes(file: str) -> dict[str, list[DataSource]]:
         UserError: the file cannot be read, or has no mixes or unknown keys.
     """
     try:
-        tables = tomllib.loads(Path(file).read_text()).get("mixes")
+        tables = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("mixes")
     except OSError as error:
         raise UserError(f"--custom-datasets {file}: cannot be read ({error.strerror})") from None
     except ValueError as error:

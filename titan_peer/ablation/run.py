@@ -34,13 +34,13 @@ def folder_of(run: Run) -> Path:
 def status_of(run: Run) -> dict[str, Any] | None:
     """How the run ended; None if it has not."""
     file = folder_of(run) / STATUS
-    found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     return found
 
 
 def _write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
@@ -52,7 +52,7 @@ def only_here(output_dir: Path) -> Iterator[None]:
         UserError: there is one.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as lock:
+    with (output_dir / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -76,7 +76,7 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool) -> list[Ru
     for run in runs:
         folder, job = folder_of(run), run.config.to_toml()
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / JOB).exists() and (folder / JOB).read_text() != job:
+        if (folder / JOB).exists() and (folder / JOB).read_text(encoding="utf-8") != job:
             raise UserError(f"{folder / JOB}: the run was started with other settings; give another --output-dir")
         _write_whole(folder / JOB, job)
         status = status_of(run)
@@ -102,7 +102,7 @@ def _end_with_parent() -> None:
 
 
 def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w") as lock:
+    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w", encoding="utf-8") as lock:
         # The trainer inherits the lock and has it until it ends: one that a killed ablation left behind saves first.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
@@ -125,7 +125,9 @@ def _record_end(folder: Path, steps: int, exit_status: int, seconds: float, keep
     state = "done" if exit_status == 0 else "failed"
     record: dict[str, Any] = {"state": state, "exit_status": exit_status, "seconds": round(seconds, 1)}
     if state == "failed":
-        lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in (folder / LOG).read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
+        ]
         record["error"] = next((line for line in reversed(lines) if "error:" in line.lower()), "".join(lines[-1:]))
     elif not keep_checkpoints:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)

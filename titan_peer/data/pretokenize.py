@@ -139,7 +139,7 @@ class Tokenization:
 
     def _write_manifest(self) -> None:
         partial = self.folder / f"{MANIFEST}.partial"
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             json.dump(self.manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())

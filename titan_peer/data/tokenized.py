@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _ = _DTYPES[manifest["dtype"]], manifest["tokenizer"], manifest["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error})") from None

@@ -194,6 +194,6 @@ def _write(folder: Path, checkpoint: Path, results: Sequence[Result], table: str
             for r in results
         ],
     }
-    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / "results.md").write_text(f"# Evaluation of {checkpoint}\n\n{table}\n")
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(f"# Evaluation of {checkpoint}\n\n{table}\n", encoding="utf-8")
     logger.info("results and records are in %s", folder)

@@ -101,8 +101,14 @@ class PeriodicEvaluation:
     def write_report(self, metrics_file: Path) -> None:
         """Write evaluation.md and evaluation.png from a run's metrics.jsonl; a disk that refuses is only logged."""
         try:
-            records = [json.loads(line) for line in metrics_file.read_text().splitlines() if '"evaluation/' in line]
-            (self.folder / "evaluation.md").write_text(f"# Evaluation: {self.title}\n\n{history_table(records)}\n")
+            records = [
+                json.loads(line)
+                for line in metrics_file.read_text(encoding="utf-8").splitlines()
+                if '"evaluation/' in line
+            ]
+            (self.folder / "evaluation.md").write_text(
+                f"# Evaluation: {self.title}\n\n{history_table(records)}\n", encoding="utf-8"
+            )
             plot_history(records, self.folder / "evaluation.png")
         except (OSError, ValueError) as error:
             logger.error("the evaluation report in %s was not written: %s", self.folder, error)

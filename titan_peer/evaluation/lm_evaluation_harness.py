@@ -133,7 +133,7 @@ def _quiet_in_a_log() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(environment(DISABLE_MULTIPROC="1"))
         if not sys.stderr.isatty():
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stderr(nowhere))
         stack.enter_context(redirect_stdout(sys.stderr))
         yield
@@ -188,7 +188,7 @@ class LMEvalTask:
             records.mkdir(parents=True, exist_ok=True)
             for task, samples in report["samples"].items():
                 lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-                (records / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+                (records / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return Result(self.kind, self.name, dict(_metrics(report, self.name)), _num_samples(report))
 
 

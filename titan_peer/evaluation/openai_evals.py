@@ -166,13 +166,13 @@ def write_registry(folder: Path, checkpoint: Path) -> Path:
     file = folder / "completion_fns" / "titan_peer.yaml"
     entries: dict[str, Any] = {}
     if file.exists():
-        entries = yaml.safe_load(file.read_text()) or {}
+        entries = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     name = PREFIX + checkpoint.as_posix().strip("/")
     class_path = f"{CheckpointCompletionFn.__module__}:{CheckpointCompletionFn.__qualname__}"
     entries[name] = {"class": class_path, "args": {"checkpoint": str(checkpoint.resolve())}}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(entries))
+        file.write_text(yaml.safe_dump(entries), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
     return file
@@ -256,7 +256,7 @@ class OpenAIEval:
         finally:
             set_max_samples(None)
             atexit.unregister(recorder.flush_events)
-        events = (json.loads(line) for line in record_file.read_text().splitlines())
+        events = (json.loads(line) for line in record_file.read_text(encoding="utf-8").splitlines())
         return report, len({event["sample_id"] for event in events if event.get("sample_id")})
 
     def _closed_answers(self) -> Sequence[str] | str:

@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 
 def _processor_features() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -71,7 +71,7 @@ def _build(target: Path, compiler: str) -> None:
         fresh = Path(scratch) / target.name
         for threads in THREADS:
             command = [compiler, *_flags(), threads, "-o", str(fresh), *map(str, SOURCES)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
             if done.returncode == 0:
                 break
         else:
@@ -87,8 +87,10 @@ def load() -> ctypes.CDLL:
         BuildError: there is no compiler, or it failed, or the cache folder cannot be written.
     """
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [path.read_text() for path in SOURCES + HEADERS]
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES + HEADERS]
     recipe = "\n".join([*texts, version, *THREADS, *_flags(), platform.machine(), _processor_features()])
     target = cache_folder() / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     try:

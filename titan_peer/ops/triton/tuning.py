@@ -155,7 +155,7 @@ def _section(device: torch.device) -> str:
 
 def _read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return {}
