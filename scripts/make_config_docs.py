@@ -38,7 +38,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def table(cls: type, prefix: str) -> list[str]:
-    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
     own, nested = [], []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]

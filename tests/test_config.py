@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import torch
 
-from titan_peer.config import JobConfig, load_config
+from titan_peer.bounds import Range, declared_range
+from titan_peer.config import JobConfig, check, leaf_keys, load_config
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 from titan_peer.model import Transformer
 from titan_peer.model_size import model_size
@@ -90,3 +97,106 @@ def test_all_problems_are_reported_together() -> None:
 
 def test_defaults_are_documented() -> None:
     assert JobConfig().to_toml().startswith("[job]")
+
+
+# ---- ranges of numbers
+
+
+def numeric_keys() -> Iterator[tuple[str, Any, type]]:
+    """(key, type hint with its range, int or float) of every number and list of numbers of a job."""
+    places = [(key, hint_of(key)) for key, _, _ in leaf_keys()]
+    sources = typing.get_type_hints(DataSource, include_extras=True)
+    for section in ("data.sources", "validation.sources", "evaluation.perplexity"):
+        places += [(f"{section}.0.{name}", hint) for name, hint in sources.items()]
+    for key, hint in places:
+        kind = bare(hint)
+        if kind in (int, float):
+            yield key, hint, kind
+
+
+def bare(hint: Any) -> Any:
+    """A type without its range, and without the list around it."""
+    while typing.get_origin(hint) in (list, Annotated):
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def hint_of(key: str) -> Any:
+    cls: Any = JobConfig
+    *sections, name = key.split(".")
+    for section in sections:
+        cls = typing.get_type_hints(cls)[section]
+    return typing.get_type_hints(cls, include_extras=True)[name]
+
+
+def set_key(config: JobConfig, key: str, value: Any) -> None:
+    *path, name = key.split(".")
+    holder: Any = config
+    for part in path:
+        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
+    old = getattr(holder, name)
+    setattr(holder, name, [value] if isinstance(old, list) else value)
+
+
+NUMERIC = list(numeric_keys())
+
+
+@pytest.fixture(scope="module")
+def debug_job() -> JobConfig:
+    """With a source in every list of sources."""
+    config = load_config(["--job.config_file", str(ROOT / "train_configs/debug_model.toml")])
+    config.evaluation.perplexity = copy.deepcopy(config.data.sources)
+    return config
+
+
+def test_every_number_of_a_job_declares_its_range() -> None:
+    assert len(NUMERIC) > 70
+    assert not [key for key, hint, _ in NUMERIC if declared_range(hint) is None], "declare Annotated[..., Range(...)]"
+
+
+@pytest.mark.parametrize(("key", "hint", "kind"), NUMERIC, ids=[key for key, _, _ in NUMERIC])
+def test_numbers_outside_their_range_are_refused_by_name(key: str, hint: Any, kind: type, debug_job: JobConfig) -> None:
+    allowed = declared_range(hint)
+    assert allowed is not None
+    config = copy.deepcopy(debug_job)
+    step = 1 if kind is int else 1e-3
+    outside = [allowed.low if allowed.above else allowed.low - step, -(2**70)]
+    outside += [allowed.high if allowed.below else allowed.high + step] if allowed.high < 2**63 - 1 else []
+    outside += [2**70] if kind is int else [math.nan, math.inf, -math.inf]
+    shown = key.replace(".0.", "[0].")
+    for value in (kind(v) for v in outside if v not in allowed.also):
+        set_key(config, key, value)
+        with pytest.raises(UserError) as caught:
+            check(config)
+        assert any(
+            line.startswith((f"{shown} = {value}: must", f"{shown}[0] = {value}: must"))
+            for line in str(caught.value).split("\n")
+        ), (value, str(caught.value))
+
+
+@pytest.mark.parametrize("key", ["optimizer.eps", "lr_scheduler.decay_ratio", "model.norm_eps"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_impossible_numbers_are_refused_on_the_command_line_and_in_a_file(key: str, value: str, tmp_path: Path) -> None:
+    job = ROOT / "train_configs/debug_model.toml"
+    section, name = key.split(".")
+    (tmp_path / "job.toml").write_text(f"[{section}]\n{name} = {value}\n", encoding="utf-8")
+    for arguments in (
+        ["--job.config_file", str(job), f"--{key}", value],
+        ["--job.config_file", str(tmp_path / "job.toml")],
+    ):
+        with pytest.raises(UserError, match=rf"{key} = {float(value)}: must be"):
+            load_config(arguments)
+
+
+def test_ranges_say_what_they_allow() -> None:
+    said = {
+        Range(1): "at least 1",
+        Range(0): "not negative",
+        Range(0, 1): "from 0 to 1",
+        Range(0, 1, below=True): "at least 0 and less than 1",
+        Range(0, above=True): "more than 0",
+        Range(1, also=(-1,)): "at least 1 or -1",
+    }
+    for allowed, words in said.items():
+        assert str(allowed) == words
+    assert Range(0).problem(-2) == "must not be negative" and "finite" in Range(0).problem(math.nan)

@@ -62,7 +62,7 @@ def test_degrees_that_do_not_fit_the_processes(
             "--optimizer.expert_update dense --optimizer.expert_compute_dtype bfloat16",
             'expert_compute_dtype = bfloat16: needs optimizer.expert_update = "rowwise"',
         ),
-        ("--metrics.heartbeat_seconds -1", "heartbeat_seconds = -1: must not be negative"),
+        ("--metrics.heartbeat_seconds -1", "heartbeat_seconds = -1: must be from 0 to 31536000"),
     ],
 )
 def test_keys_that_contradict_one_another(keys: str, message: str) -> None:

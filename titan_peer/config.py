@@ -16,14 +16,17 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 import tyro
 
+from titan_peer.bounds import Range, declared_range, out_of_range
 from titan_peer.data_source import DataSource, source_name, source_problems
 from titan_peer.errors import UserError
 from titan_peer.model import ModelArgs
+
+YEAR = 365 * 24 * 3600  # seconds; the C library's clocks end not far beyond a century
 
 
 @dataclass
@@ -52,30 +55,30 @@ class Model(ModelArgs):
 class Training:
     """Batches, precision and length of the run."""
 
-    steps: int = 1000
+    steps: Annotated[int, Range(1)] = 1000
     """Optimizer steps of the whole run, those before a resume included."""
-    seq_len: int = 1024
+    seq_len: Annotated[int, Range(1)] = 1024
     """Tokens of a packed sequence; at most model.max_seq_len."""
-    local_batch_size: int = 8
+    local_batch_size: Annotated[int, Range(1)] = 8
     """Sequences a process takes at a time."""
-    global_batch_size: int = -1
+    global_batch_size: Annotated[int, Range(1, also=(-1,))] = -1
     """Sequences an optimizer step; gradients accumulate to reach it. -1: local_batch_size x data-parallel degree."""
-    max_norm: float = 1.0
+    max_norm: Annotated[float, Range(0)] = 1.0
     """Clip the gradient to this norm; 0 only measures it."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype of matmuls; master weights stay float32. auto: bfloat16 where the device has it in hardware."""
     enable_cpu_offload: bool = False
     """Keep what FSDP shards (dense parameters, their gradients and moments) in the host's memory; expert tables, of which
     a step reads rows at random, stay on the device."""
-    loss_chunk_size: int = 1024
+    loss_chunk_size: Annotated[int, Range(1)] = 1024
     """Tokens whose logits exist at a time in the loss."""
-    expert_balance_coeff: float = 0.0
+    expert_balance_coeff: Annotated[float, Range(0)] = 0.0
     """Weight of an auxiliary loss that evens the use of experts: the KL divergence from uniform of a micro-batch's
     gate-weighted usage, summed over PEER layers. 0: none; 0.01 is a start."""
-    reinit_dead_experts_freq: int = 0
+    reinit_dead_experts_freq: Annotated[int, Range(0)] = 0
     """Steps between re-initialisations of sub-keys that no token chose since the last one, and of their unused experts,
     from used ones. 0: never."""
-    gc_freq: int = 50
+    gc_freq: Annotated[int, Range(0)] = 50
     """Run Python's garbage collector every so many steps and at no other time; 0 leaves it automatic."""
 
 
@@ -83,19 +86,19 @@ class Training:
 class Optimizer:
     """AdamW; a group of its own for expert tables."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, Range(0)] = 1e-3
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(0, above=True)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(0)] = 0.1
     """Decoupled weight decay of matrices; norms, gains and biases have none."""
-    expert_lr_factor: float = 1.0
+    expert_lr_factor: Annotated[float, Range(0)] = 1.0
     """Learning rate of expert tables, as a factor of lr."""
-    expert_weight_decay: float = 0.0
+    expert_weight_decay: Annotated[float, Range(0)] = 0.0
     """Decoupled weight decay of expert tables."""
     expert_update: Literal["rowwise", "dense"] = "rowwise"
     """rowwise: a step touches only the rows of the experts used (the moments of others do not decay meanwhile); dense:
@@ -116,13 +119,13 @@ class Optimizer:
 class LRScheduler:
     """Warmup, stable, decay."""
 
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, Range(0)] = 100
     """Steps of linear warmup from 0 to lr."""
-    decay_ratio: float = 0.2
+    decay_ratio: Annotated[float, Range(0, 1)] = 0.2
     """Share of training.steps, at the end, over which the rate decays; what is left between is constant."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of the decay."""
-    min_lr_factor: float = 0.0
+    min_lr_factor: Annotated[float, Range(0, 1)] = 0.0
     """Rate at the last step, as a factor of lr."""
 
 
@@ -136,7 +139,7 @@ class Data:
     """What the sources' weights are parts of."""
     shuffle: bool = True
     """Shuffle documents, anew every epoch; seeded by debug.seed."""
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: Annotated[int, Range(1)] = 1000
     """Documents of a source and stream that are shuffled together; the order of larger parts is shuffled as well."""
     packing: Literal["concat", "best_fit", "pad"] = "concat"
     """How documents become sequences. concat: one after the other, cut every seq_len tokens; best_fit: together where
@@ -147,14 +150,14 @@ class Data:
     """End every document with the tokenizer's end token, if it has one."""
     mask_document_borders: bool = True
     """The last token of a document has nothing to predict; false: it is to predict the first one of the next document."""
-    num_streams: int = 0
+    num_streams: Annotated[int, Range(0)] = 0
     """Parallel readers' shares of the data; processes x workers should divide it. It decides the order of the data and
     stays what it is over a job. 0: as many, up to 8, as have enough documents each."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(0)] = 0
     """Worker processes, of each training process, that read and tokenise; 0: the training process does it itself."""
-    prefetch_factor: int = 2
+    prefetch_factor: Annotated[int, Range(1)] = 2
     """Batches that a worker makes ahead."""
-    network_retries: int = 5
+    network_retries: Annotated[int, Range(0)] = 5
     """Times that a failed request to a Hugging Face dataset is repeated, after 1, 2, 4 ... seconds."""
 
 
@@ -164,11 +167,11 @@ class Validation:
 
     enable: bool = False
     """Validate during training and at the end."""
-    freq: int = 100
+    freq: Annotated[int, Range(1)] = 100
     """Steps between validations."""
-    steps: int = -1
+    steps: Annotated[int, Range(1, also=(-1,))] = -1
     """Batches of a validation, of each held-out set; -1 takes the whole set."""
-    local_batch_size: int = 8
+    local_batch_size: Annotated[int, Range(1)] = 8
     """Sequences a process takes at a time."""
     sources: list[DataSource] = field(default_factory=list)
     """Held-out sets, each reported by its name: one [[validation.sources]] table each. Its weight has no meaning."""
@@ -180,7 +183,7 @@ class Evaluation:
 
     enable: bool = False
     """Evaluate every freq steps and at the end."""
-    freq: int = 1000
+    freq: Annotated[int, Range(1)] = 1000
     """Steps between evaluations."""
     perplexity: list[DataSource] = field(default_factory=list)
     """Held-out sets: one [[evaluation.perplexity]] table each, reported under its name."""
@@ -192,11 +195,11 @@ class Evaluation:
     """lm-eval tasks or groups, such as "sample_text_continuation" or "hellaswag" (extra: lm-eval)."""
     tasks_folder: str = ""
     """Folder of further lm-eval task files."""
-    limit: int = -1
+    limit: Annotated[int, Range(1, also=(-1,))] = -1
     """Samples of an eval or task; -1 takes all."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(1)] = 16
     """Sequences a process takes at a time."""
-    max_new_tokens: int = 32
+    max_new_tokens: Annotated[int, Range(1)] = 32
     """Tokens of a completion where an eval or task does not say."""
 
 
@@ -208,16 +211,16 @@ class Checkpoint:
     """Save checkpoints, and resume from the newest complete one in the folder."""
     folder: str = "checkpoint"
     """Folder of the checkpoints inside job.dump_folder."""
-    interval: int = 500
+    interval: Annotated[int, Range(1)] = 500
     """Steps between saves; the last step is always saved."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: copy the state to host memory and write it beside the training; takes as much host memory as a process'
     part of the state."""
-    keep_latest_k: int = 3
+    keep_latest_k: Annotated[int, Range(0)] = 3
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
-    keep_every_n_steps: int = 0
+    keep_every_n_steps: Annotated[int, Range(0)] = 0
     """Checkpoints of steps that are multiples of this are kept besides the latest; 0: none."""
-    load_step: int = -1
+    load_step: Annotated[int, Range(0, also=(-1,))] = -1
     """Step to resume from; -1: the newest complete one, 0: start anew. Newer checkpoints than that step are renamed."""
     initial_load_path: str = ""
     """A checkpoint (a folder step-N) of another job to start from, where this job has no checkpoint yet."""
@@ -236,14 +239,14 @@ class Checkpoint:
 class Parallelism:
     """How the job is spread over processes."""
 
-    data_parallel_replicate_degree: int = 1
+    data_parallel_replicate_degree: Annotated[int, Range(1)] = 1
     """Replicas of the model (with a shard degree: of each shard group)."""
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: Annotated[int, Range(1, also=(-1,))] = -1
     """Processes over which parameters, gradients and optimizer states are sharded; -1: all that are left."""
-    expert_parallel_degree: int = 1
+    expert_parallel_degree: Annotated[int, Range(1)] = 1
     """Processes that together hold the expert tables, each a part; must divide the number of processes. 1: each process
     holds them whole."""
-    timeout_seconds: int = 600
+    timeout_seconds: Annotated[int, Range(1, YEAR)] = 600
     """How long a collective may wait for a process before the job ends."""
 
 
@@ -263,7 +266,7 @@ class ActivationCheckpoint:
     mode: Literal["none", "full", "selective", "selective_op"] = "none"
     """none; full: every block; selective: every n-th block; selective_op: every block, but the outputs of attention and
     of PEER's retrieval and experts are kept."""
-    every_n_layers: int = 2
+    every_n_layers: Annotated[int, Range(1)] = 2
     """selective: recompute every n-th block."""
 
 
@@ -297,9 +300,9 @@ class Float8:
 class Metrics:
     """What is reported."""
 
-    log_freq: int = 10
+    log_freq: Annotated[int, Range(1)] = 10
     """Steps between log lines and records in metrics.jsonl; the first and last step are always logged."""
-    heartbeat_seconds: int = 60
+    heartbeat_seconds: Annotated[int, Range(0, YEAR)] = 60
     """Log a sign of life whenever nothing has ended for so long; 0: never."""
     enable_tensorboard: bool = False
     """Also write TensorBoard files to <dump_folder>/tensorboard (extra: logging)."""
@@ -313,7 +316,7 @@ class Metrics:
     """Checkpoints as W&B artifacts: not at all, as a reference to where they lie, or uploaded."""
     log_expert_usage: bool = False
     """Count which experts of every PEER layer are used; report statistics, histograms and plots."""
-    expert_usage_freq: int = 100
+    expert_usage_freq: Annotated[int, Range(1)] = 100
     """Steps between reports of expert usage; a report is of the steps since the last."""
 
 
@@ -325,11 +328,11 @@ class Profiling:
     """Write traces of profiler_active steps in every profile_freq; they open in Perfetto."""
     save_traces_folder: str = "profile_traces"
     """Folder of the traces inside job.dump_folder."""
-    profile_freq: int = 10
+    profile_freq: Annotated[int, Range(1)] = 10
     """Steps from one trace, or memory snapshot, to the next."""
-    profiler_active: int = 1
+    profiler_active: Annotated[int, Range(1)] = 1
     """Steps in a trace."""
-    profiler_warmup: int = 3
+    profiler_warmup: Annotated[int, Range(0)] = 3
     """Steps before those, in which the profiler runs but its own start-up cost is thrown away."""
     enable_memory_snapshot: bool = False
     """CUDA only: every profile_freq steps, and when memory runs out, write what holds the GPU's memory."""
@@ -341,7 +344,7 @@ class Profiling:
 class Debug:
     """Reproducibility."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """Seed of weights, data order and dropout."""
     deterministic: bool = False
     """Only deterministic algorithms (slower on GPUs); CPU runs repeat bit for bit without it."""
@@ -388,12 +391,21 @@ def _nearest(word: str, candidates: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(candidates)}"
 
 
+def _plain(hint: Any) -> Any:
+    """A type hint without its range."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def type_name(expected: Any) -> str:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Annotated:
+        return f"{type_name(args[0])}, {declared_range(expected)}"
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin is list:
-        return "a list of " + ("tables" if dataclasses.is_dataclass(args[0]) else args[0].__name__)
+        entries = {int: "whole numbers", str: "strings"}
+        allowed = declared_range(expected)
+        return f"a list of {entries.get(_plain(args[0]), 'tables')}" + (f", {allowed}" if allowed else "")
     if origin is types.UnionType:
         return " or ".join(type_name(a) for a in args)
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
@@ -547,61 +559,15 @@ def load_config(args: Sequence[str]) -> JobConfig:
 
 def check(config: JobConfig) -> None:
     """Raise UserError listing every impossible value or combination of the job."""
-    found = config.model.problems()
+    # a data source's numbers are looked at with its other keys, the model's with its shape
+    found = [problem for problem in out_of_range(config, "") if not problem.startswith("model.")]
+    found += config.model.problems()
 
     def require(ok: bool, key: str, allowed: str) -> None:
         section, name = key.split(".")
         if not ok:
             found.append(f"{key} = {getattr(getattr(config, section), name)}: {allowed}")
 
-    for key in (
-        "training.steps",
-        "training.seq_len",
-        "training.local_batch_size",
-        "training.loss_chunk_size",
-        "validation.freq",
-        "validation.local_batch_size",
-        "data.shuffle_buffer_size",
-        "data.prefetch_factor",
-        "evaluation.freq",
-        "evaluation.batch_size",
-        "evaluation.max_new_tokens",
-        "metrics.log_freq",
-        "metrics.expert_usage_freq",
-        "checkpoint.interval",
-        "profiling.profiler_active",
-        "activation_checkpoint.every_n_layers",
-        "parallelism.data_parallel_replicate_degree",
-        "parallelism.expert_parallel_degree",
-        "parallelism.timeout_seconds",
-    ):
-        section, name = key.split(".")
-        require(getattr(getattr(config, section), name) >= 1, key, "must be at least 1")
-    for key in (
-        "training.max_norm",
-        "training.gc_freq",
-        "training.expert_balance_coeff",
-        "training.reinit_dead_experts_freq",
-        "metrics.heartbeat_seconds",
-        "optimizer.lr",
-        "optimizer.weight_decay",
-        "optimizer.expert_lr_factor",
-        "optimizer.expert_weight_decay",
-        "lr_scheduler.warmup_steps",
-        "checkpoint.keep_latest_k",
-        "data.num_streams",
-        "data.num_workers",
-        "data.network_retries",
-        "checkpoint.keep_every_n_steps",
-        "profiling.profiler_warmup",
-        "debug.seed",
-    ):
-        section, name = key.split(".")
-        require(getattr(getattr(config, section), name) >= 0, key, "must not be negative")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
-        require(0 <= getattr(config.optimizer, key.split(".")[1]) < 1, key, "must be at least 0 and less than 1")
-    for key in ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"):
-        require(0 <= getattr(config.lr_scheduler, key.split(".")[1]) <= 1, key, "must be from 0 to 1")
     training = config.training
     require(
         training.seq_len <= config.model.max_seq_len,
@@ -609,19 +575,9 @@ def check(config: JobConfig) -> None:
         f"must be at most model.max_seq_len = {config.model.max_seq_len}",
     )
     require(
-        training.global_batch_size == -1 or training.global_batch_size >= 1,
-        "training.global_batch_size",
-        "must be at least 1, or -1 for local_batch_size x data-parallel degree",
-    )
-    require(
         training.global_batch_size == -1 or training.global_batch_size % max(training.local_batch_size, 1) == 0,
         "training.global_batch_size",
         f"must be a multiple of training.local_batch_size = {training.local_batch_size}",
-    )
-    require(
-        config.parallelism.data_parallel_shard_degree >= 1 or config.parallelism.data_parallel_shard_degree == -1,
-        "parallelism.data_parallel_shard_degree",
-        "must be at least 1, or -1 for all processes that are left",
     )
     profiling = config.profiling
     require(
@@ -630,10 +586,6 @@ def check(config: JobConfig) -> None:
         f"must be at least profiling.profiler_warmup + profiling.profiler_active = "
         f"{profiling.profiler_warmup} + {profiling.profiler_active}",
     )
-    require(config.checkpoint.load_step >= -1, "checkpoint.load_step", "must be a step, 0 (start anew) or -1 (newest)")
-    require(
-        config.validation.steps >= 1 or config.validation.steps == -1, "validation.steps", "must be at least 1 or -1"
-    )
     found += source_problems("data", config.data.sources) + source_problems("validation", config.validation.sources)
     require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
     if config.validation.enable:
@@ -641,9 +593,6 @@ def check(config: JobConfig) -> None:
             bool(config.validation.sources), "validation.sources", "validation.enable needs a [[validation.sources]]"
         )
     has_peer = any(config.model.has_peer(layer) for layer in range(config.model.n_layers))
-    require(
-        config.evaluation.limit >= 1 or config.evaluation.limit == -1, "evaluation.limit", "must be at least 1 or -1"
-    )
     held_out = source_problems("evaluation.perplexity", config.evaluation.perplexity)
     found += [problem.replace("perplexity.sources", "perplexity") for problem in held_out]
     names = [source_name(source) for source in config.evaluation.perplexity]

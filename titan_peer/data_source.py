@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from titan_peer.bounds import Range, out_of_range
 
 
 @dataclass
@@ -26,16 +28,16 @@ class DataSource:
     """The key or column that holds the document."""
     template: str = ""
     """A Jinja template that makes the document from all columns, in place of text_key: "{{ title }}\\n{{ text }}"."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(0)] = 1.0
     """Its part of the mix, relative to the other sources' (data.mix_by says of what)."""
-    max_epochs: int = 0
+    max_epochs: Annotated[int, Range(0)] = 0
     """Passes over the source, each in a new order; 0: no limit."""
     at_end: Literal["drop", "stop"] = "drop"
     """After max_epochs: drop goes on with the other sources, stop ends the job."""
     on_bad_document: Literal["error", "skip"] = "error"
     """What to do with broken JSON, a missing key, wrong encoding, an empty or too large document, or a damaged file:
     stop with its place, or leave it out and count it."""
-    max_document_bytes: int = 32 * 2**20
+    max_document_bytes: Annotated[int, Range(1)] = 32 * 2**20
     """Size above which a document counts as bad."""
 
 
@@ -45,13 +47,11 @@ def source_name(source: DataSource) -> str:
 
 def source_problems(section: str, sources: Sequence[DataSource]) -> list[str]:
     """What is impossible in the sources' keys, a message each."""
-    found = []
+    found: list[str] = []
     for i, source in enumerate(sources):
+        found += out_of_range(source, f"{section}.sources[{i}].")
         for name, ok, allowed in (
             ("path", bool(source.path), "must not be empty"),
-            ("weight", 0 <= source.weight < float("inf"), "must be a number that is not negative"),
-            ("max_epochs", source.max_epochs >= 0, "must not be negative; 0 is no limit"),
-            ("max_document_bytes", source.max_document_bytes >= 1, "must be at least 1"),
             ("at_end", source.at_end == "drop" or source.max_epochs > 0, "needs max_epochs of at least 1"),
         ):
             if not ok:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_peer.bounds import Range, out_of_range
 from titan_peer.ops import peer_experts, product_key_retrieve
 from titan_peer.ops.attention import AttentionMask, causal_attention, causal_mask, document_positions
 from titan_peer.ops.cross_entropy import linear_cross_entropy
@@ -32,31 +33,31 @@ from titan_peer.ops.cross_entropy import linear_cross_entropy
 class MLAArgs:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
-    n_heads: int = 8
+    n_heads: Annotated[int, Range(1)] = 8
     """Attention heads."""
-    q_lora_rank: int = 0
+    q_lora_rank: Annotated[int, Range(0)] = 0
     """Rank of the query compression; 0 projects queries directly from the model dim."""
-    kv_lora_rank: int = 128
+    kv_lora_rank: Annotated[int, Range(1)] = 128
     """Rank of the joint key/value compression; this many numbers a token and layer are cached in decoding."""
-    qk_nope_head_dim: int = 32
+    qk_nope_head_dim: Annotated[int, Range(1)] = 32
     """Dim a head of the part of queries and keys without rotary positions."""
-    qk_rope_head_dim: int = 16
+    qk_rope_head_dim: Annotated[int, Range(1)] = 16
     """Dim a head of the part of queries and keys with rotary positions (keys share one such part); even."""
-    v_head_dim: int = 32
+    v_head_dim: Annotated[int, Range(1)] = 32
     """Dim a head of the values."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Range(1, above=True)] = 10000.0
     """Base of the rotary frequencies."""
-    rope_factor: float = 1.0
+    rope_factor: Annotated[float, Range(1)] = 1.0
     """YaRN: context extension factor; 1.0 leaves rotary positions unscaled."""
-    original_seq_len: int = 4096
+    original_seq_len: Annotated[int, Range(1)] = 4096
     """YaRN: context length of the model before extension."""
-    beta_fast: float = 32.0
+    beta_fast: Annotated[float, Range(0, above=True)] = 32.0
     """YaRN: dims that turn more often than this over the original context are not interpolated."""
-    beta_slow: float = 1.0
+    beta_slow: Annotated[float, Range(0, above=True)] = 1.0
     """YaRN: dims that turn less often than this over the original context are fully interpolated."""
-    mscale: float = 1.0
+    mscale: Annotated[float, Range(0)] = 1.0
     """YaRN: attention temperature factor put on the rotated parts."""
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: Annotated[float, Range(0)] = 1.0
     """YaRN: attention temperature factor put on the whole softmax scale (DeepSeek-V3 sets both to 1)."""
 
     @property
@@ -68,17 +69,17 @@ class MLAArgs:
 class PEERArgs:
     """Product-key expert retrieval (arXiv 2407.04153, section 2)."""
 
-    num_experts: int = 16384
+    num_experts: Annotated[int, Range(1)] = 16384
     """Experts of a layer, N."""
-    product_key_dim: list[int] = field(default_factory=lambda: [128, 128])
+    product_key_dim: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [128, 128])
     """Sub-keys of each product-key axis; any number of axes of any sizes whose product is num_experts."""
-    num_heads: int = 4
+    num_heads: Annotated[int, Range(1)] = 4
     """Retrieval heads, H; each has its own queries."""
-    num_experts_per_tok: int = 8
+    num_experts_per_tok: Annotated[int, Range(1)] = 8
     """Experts a head retrieves for a token, k."""
-    expert_hidden_size: int = 1
+    expert_hidden_size: Annotated[int, Range(1)] = 1
     """Hidden neurons of an expert, E (the paper uses single-neuron experts)."""
-    query_dim: int = 128
+    query_dim: Annotated[int, Range(1)] = 128
     """Dim of a head's query; split evenly over the axes."""
     query_norm: Literal["batch", "rms", "none"] = "batch"
     """Normalisation of queries before retrieval (the paper uses batch norm, which spreads usage)."""
@@ -90,7 +91,7 @@ class PEERArgs:
     """How a head's k scores become gates; softmax is over the k retrieved experts."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     """Activation of an expert's hidden neurons."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability of dropping a retrieved expert in training."""
     keys_per_head: bool = True
     """Each head has its own sub-keys; false shares one set."""
@@ -102,27 +103,27 @@ class PEERArgs:
 class ModelArgs:
     """Every number of the architecture."""
 
-    vocab_size: int = 0
+    vocab_size: Annotated[int, Range(0)] = 0
     """Entries of the vocabulary; 0 takes the tokenizer's."""
-    dim: int = 256
+    dim: Annotated[int, Range(1)] = 256
     """Model dim, D."""
-    n_layers: int = 4
+    n_layers: Annotated[int, Range(1)] = 4
     """Blocks."""
-    n_dense_layers: int = 1
+    n_dense_layers: Annotated[int, Range(0)] = 1
     """The first blocks, which have a dense feed-forward instead of PEER."""
-    peer_every_n_layers: int = 1
+    peer_every_n_layers: Annotated[int, Range(0)] = 1
     """After the dense blocks, every n-th block has PEER, the first of them included; 0 means none."""
-    peer_layers: list[int] = field(default_factory=list)
+    peer_layers: list[Annotated[int, Range(0)]] = field(default_factory=list)
     """Which blocks (from 0) have PEER; when given, n_dense_layers and peer_every_n_layers are not used."""
-    ffn_hidden_dim: int = 768
+    ffn_hidden_dim: Annotated[int, Range(1)] = 768
     """Hidden dim of the dense SwiGLU feed-forward."""
-    max_seq_len: int = 4096
+    max_seq_len: Annotated[int, Range(1)] = 4096
     """Longest sequence for which rotary positions are prepared."""
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(0, above=True)] = 1e-6
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
     """Use the token embedding as output head."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Range(0, above=True)] = 0.02
     """Standard deviation of the initial weights of projections and embeddings."""
     mla: MLAArgs = field(default_factory=MLAArgs)
     """Attention."""
@@ -138,37 +139,25 @@ class ModelArgs:
 
     def problems(self) -> list[str]:
         """What makes this architecture impossible: one line a problem, naming key, value and what is allowed."""
-        found: list[str] = []
+        found = list(out_of_range(self, "model."))
 
         def require(ok: bool, key: str, value: object, allowed: str) -> None:
             if not ok:
                 found.append(f"model.{key} = {value}: {allowed}")
 
         mla, peer = self.mla, self.peer
-        for key in ("dim", "n_layers", "ffn_hidden_dim", "max_seq_len"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        require(self.vocab_size >= 0, "vocab_size", self.vocab_size, "must be 0 (the tokenizer's) or more")
-        for key in ("n_dense_layers", "peer_every_n_layers"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
-        outside = [layer for layer in self.peer_layers if not 0 <= layer < self.n_layers]
+        outside = [layer for layer in self.peer_layers if layer >= self.n_layers]
         require(not outside, "peer_layers", self.peer_layers, f"entries must be from 0 to {self.n_layers - 1}")
-        for key in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            require(getattr(mla, key) >= 1, f"mla.{key}", getattr(mla, key), "must be at least 1")
-        require(mla.q_lora_rank >= 0, "mla.q_lora_rank", mla.q_lora_rank, "must be 0 (direct) or more")
         require(mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", mla.qk_rope_head_dim, "must be even")
-        require(mla.rope_theta > 0, "mla.rope_theta", mla.rope_theta, "must be more than 0")
-        require(mla.rope_factor >= 1, "mla.rope_factor", mla.rope_factor, "must be at least 1.0 (1.0: no YaRN)")
+        require(
+            mla.beta_slow <= mla.beta_fast,
+            "mla.beta_slow",
+            mla.beta_slow,
+            f"must be at most model.mla.beta_fast = {mla.beta_fast}",
+        )
         if any(self.has_peer(layer) for layer in range(self.n_layers)):
-            keys = ("num_experts", "num_heads", "num_experts_per_tok", "expert_hidden_size", "query_dim")
-            for key in keys:
-                require(getattr(peer, key) >= 1, f"peer.{key}", getattr(peer, key), "must be at least 1")
             axes = peer.product_key_dim
-            require(
-                bool(axes) and min(axes, default=0) >= 1,
-                "peer.product_key_dim",
-                axes,
-                "one entry >= 1 an axis is needed",
-            )
+            require(bool(axes), "peer.product_key_dim", axes, "at least one axis is needed")
             require(
                 math.prod(axes) == peer.num_experts,
                 "peer.product_key_dim",
@@ -187,7 +176,6 @@ class ModelArgs:
                 peer.query_dim,
                 f"must be a multiple of the number of axes of model.peer.product_key_dim, {len(axes)}",
             )
-            require(0 <= peer.dropout < 1, "peer.dropout", peer.dropout, "must be at least 0 and less than 1")
         return found
 
 

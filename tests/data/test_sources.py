@@ -248,7 +248,7 @@ def test_an_unknown_suffix_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("weight = -1.0", "data.sources[0].weight = -1.0: must be a number that is not negative"),
+        ("weight = -1.0", "data.sources[0].weight = -1.0: must not be negative"),
         ("weight = nan", "data.sources[0].weight = nan: must be a number"),
         ("weight = 0.0", "data.sources: all weights are 0; at least one must be positive"),
         ("max_epochs = -1", "data.sources[0].max_epochs = -1: must not be negative"),

@@ -1,0 +1,77 @@
+"""The range of a number in a dataclass, declared beside its field: `steps: Annotated[int, Range(1)] = 1000`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+_LARGEST = 2**63 - 1  # that a tensor's sizes and C++ integers can hold
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; NaN and infinity are never among them.
+
+    Args:
+        low: the least; with `above` true it is not among them itself.
+        high: the most; with `below` true it is not among them itself.
+        also: further allowed values, of a meaning that the field's docstring explains.
+    """
+
+    low: float
+    high: float = _LARGEST
+    above: bool = False
+    below: bool = False
+    also: tuple[int, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        if value in self.also:
+            return True
+        high_enough = value > self.low if self.above else value >= self.low
+        low_enough = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and high_enough and low_enough
+
+    def __str__(self) -> str:
+        """What is allowed, as in "at least 1 or -1"."""
+        if self.high == _LARGEST:
+            words = f"more than {self.low}" if self.above else f"at least {self.low}" if self.low else "not negative"
+        elif not self.above and not self.below:
+            words = f"from {self.low} to {self.high}"
+        else:
+            high = f"less than {self.high}" if self.below else f"at most {self.high}"
+            words = f"{'more than' if self.above else 'at least'} {self.low} and {high}"
+        return " or ".join([words, *map(str, self.also)])
+
+    def problem(self, value: float) -> str:
+        """Why a value outside is refused."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"must be a finite number, {self}"
+        if value > self.high == _LARGEST:
+            return f"must be at most {_LARGEST:,}"
+        return "must not be negative" if str(self) == "not negative" else f"must be {self}"
+
+
+def declared_range(hint: Any) -> Range | None:
+    """The range in a field's type hint, which for a list is that of its entries."""
+    if typing.get_origin(hint) is list:
+        return declared_range(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is Annotated:
+        return next((extra for extra in hint.__metadata__ if isinstance(extra, Range)), None)
+    return None
+
+
+def out_of_range(settings: Any, prefix: str) -> Iterator[str]:
+    """A message for every number outside its range in a dataclass and the dataclasses in it; `prefix` names it."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        key, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        allowed = declared_range(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            yield from out_of_range(value, f"{key}.")
+        elif allowed is not None:
+            numbers = [(f"{key}[{i}]", n) for i, n in enumerate(value)] if isinstance(value, list) else [(key, value)]
+            yield from (f"{name} = {n}: {allowed.problem(n)}" for name, n in numbers if n not in allowed)
