@@ -49,7 +49,7 @@ class Range:
     def problem(self, value: float) -> str:
         """Why a value outside is refused."""
         if isinstance(value, float) and not math.isfinite(value):
-            return f"must be a finite number, {self}"
+            return f"must be a number, finite and {self}"
         if value > self.high == _LARGEST:
             return f"must be at most {_LARGEST:,}"
         return "must not be negative" if str(self) == "not negative" else f"must be {self}"
