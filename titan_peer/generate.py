@@ -124,8 +124,8 @@ class Generator:
     ) -> None:
         if model.args.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, the model {model.args.vocab_size}: they do not belong "
-                "together"
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {model.args.vocab_size} entries: they do "
+                "not belong together"
             )
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
         self.device = model.tok_embeddings.weight.device

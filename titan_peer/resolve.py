@@ -7,17 +7,17 @@ from titan_peer.errors import UserError
 
 
 def resolve_vocabulary(model: Model, known: int) -> None:
-    """Fill in model.vocab_size = 0 with the tokenizer's number of entries, `known`.
+    """Fill in model.vocab_size = 0 with the bound of the tokenizer's ids, `known`.
 
     Raises:
-        UserError: the key gives fewer entries than the tokenizer has.
+        UserError: the tokenizer has ids that the key leaves no room for.
     """
     if model.vocab_size == 0:
         model.vocab_size = known
     elif model.vocab_size < known:
         raise UserError(
-            f"model.vocab_size = {model.vocab_size}: the tokenizer {model.tokenizer_path} has {known} entries; "
-            "give at least that many, or 0 to take the tokenizer's"
+            f"model.vocab_size = {model.vocab_size}: the tokenizer {model.tokenizer_path} has ids up to {known - 1}; "
+            f"give at least {known}, or 0 to take the tokenizer's"
         )
 
 

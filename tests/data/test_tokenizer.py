@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from corpora import ROOT, TOKENIZER, sample_texts
+import torch
+from corpora import ROOT, TOKENIZER, make_loader, sample_texts, tokenizer_with_a_gap, write_jsonl
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from titan_peer.config import load_config
 from titan_peer.data import streams
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenizer import TiktokenTokenizer, load_tokenizer
+from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
+from titan_peer.resolve import resolve_vocabulary
 
 HARD_TEXTS = [
     "It's 1234567 o'clock,\r\n\r\n  isn't IT'LL ÉTÉ-été 北京 🙂🏽 \t x\n",
@@ -100,6 +104,48 @@ def test_a_file_that_is_not_tiktoken_is_named(content: str, tmp_path: Path) -> N
     (tmp_path / "a.tiktoken").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"a.tiktoken is not a .tiktoken file"):
         load_tokenizer(str(tmp_path / "a.tiktoken"))
+
+
+@pytest.mark.parametrize("largest_id", [4156, 70_000])
+def test_the_vocabulary_is_bounded_by_the_largest_id_not_by_the_number_of_entries(
+    largest_id: int, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_with_a_gap(tmp_path, largest_id)))
+    assert tokenizer.vocab_size == largest_id + 1
+    assert list(tokenizer.unused_ids) == list(range(4095, largest_id))
+    assert tokenizer.encode_batch([" giving"]) == [[largest_id]]
+    assert tokenizer.decode([largest_id - 1, largest_id, 4095]) == " giving"
+
+    config = load_config(["--job.config_file", str(ROOT / "train_configs/debug_model.toml")])
+    resolve_vocabulary(config.model, tokenizer.vocab_size)
+    source = DataSource(str(write_jsonl(tmp_path / "a.jsonl", ["thanks giving"])))
+    batch = next(make_loader([source], tokenizer=str(tmp_path), seq_len=8))
+    assert batch["tokens"].max() == batch["labels"].max() == largest_id
+    assert torch.nn.Embedding(config.model.vocab_size, 1)(batch["tokens"]).shape == (8, 8, 1)
+
+    config.model.vocab_size = 4096
+    with pytest.raises(UserError, match=rf"has ids up to {largest_id}; give at least {largest_id + 1}, or 0"):
+        resolve_vocabulary(config.model, tokenizer.vocab_size)
+
+
+def test_a_tiktoken_file_that_leaves_ranks_out_has_their_ids_unused(tiktoken_file: Path, tmp_path: Path) -> None:
+    lines = tiktoken_file.read_text().splitlines()
+    path = tmp_path / "gap.tiktoken"
+    path.write_text("\n".join([*lines[:300], "IGdpdmluZw== 500"]) + "\n")
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.vocab_size == 503 and list(tokenizer.unused_ids) == list(range(300, 500))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (501, 502)
+    assert tokenizer.decode([501, 400, 500, 502, 900]) == " giving"
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"a": 2**31}])
+def test_a_vocabulary_that_no_model_can_have_is_refused(vocabulary: dict[str, int], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(path))
+    with pytest.raises(
+        UserError, match=r"it has no entries|it has the id 2,147,483,648; ids must be below 134,217,728"
+    ):
+        load_tokenizer(str(path))
 
 
 def test_begin_and_end_tokens_are_put_by_key() -> None:

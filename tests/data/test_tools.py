@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, write_jsonl
+from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, tokenizer_with_a_gap, write_jsonl
 
 from titan_peer import cli
-from titan_peer.data.tokenized import TokenizedShard, open_shards
+from titan_peer.data.records import TokenizedText
+from titan_peer.data.tokenized import TokenizedShard, open_shards, write_shard
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.data_source import DataSource
+from titan_peer.errors import UserError
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--model.tokenizer_path", TOKENIZER]
 
@@ -69,6 +71,43 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
     for path in whole.iterdir():
         assert (killed / path.name).read_bytes() == path.read_bytes()
     assert {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")} == written
+
+
+def test_ids_beyond_the_number_of_entries_are_stored_as_they_are(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with_a_gap(tmp_path / "tokenizer", 70_000)
+    source = write_jsonl(tmp_path / "a.jsonl", ["thanks giving"])
+    assert tokenize(tmp_path / "out", "--tokenizer_path", str(tokenizer), source=source) == 0
+    (document,) = open_shards(tmp_path / "out", "data.sources[0]")[0].records(0, 0)
+    assert document.ids.tolist() == load_tokenizer(str(tokenizer)).encode_batch(["thanks giving"])[0]
+    assert document.ids[-1] == 70_000
+
+
+def test_an_id_that_does_not_fit_is_never_written(tmp_path: Path) -> None:
+    for ids in ([1, 70_000], [-1]):
+        with pytest.raises(UserError, match=f"gave the ids {min(ids)} to {max(ids)}, which uint16 does not hold"):
+            write_shard(tmp_path, "shard-00000", [TokenizedText(np.array(ids, np.int32), 5)], "uint16")
+
+
+def test_shards_with_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One whose ids were cut to 16 bits when it was written, and one with a damaged number."""
+    tokenizer = tokenizer_with_a_gap(tmp_path / "tokenizer", 70_000)
+    source = write_jsonl(tmp_path / "a.jsonl", ["thanks giving"])
+    arguments = ["--tokenizer_path", str(tokenizer)]
+    assert tokenize(tmp_path / "out", *arguments, source=source) == 0
+    shard, manifest = tmp_path / "out/shard-00000.tokens", tmp_path / "out/tokenized.json"
+    ids = np.fromfile(shard, np.uint32)
+    np.append(ids[:-1], 70_001).astype(np.uint32).tofile(shard)
+    with pytest.raises(UserError, match=r"shard-00000.tokens: document 0: is damaged: it has the id 70,001"):
+        take(make_loader([DataSource(str(tmp_path / "out"))], tokenizer=str(tokenizer)), 1)
+
+    ids.astype(np.uint16).tofile(shard)
+    manifest.write_text(manifest.read_text().replace("uint32", "uint16"))
+    with pytest.raises(
+        UserError, match=r"holds ids as uint16, but the tokenizer has ids up to 70,000: tokenise it again"
+    ):
+        make_loader([DataSource(str(tmp_path / "out"))], tokenizer=str(tokenizer))
+    assert tokenize(tmp_path / "out", *arguments, source=source) == 2
+    assert "holds what was made with numbers too small for the tokenizer's ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

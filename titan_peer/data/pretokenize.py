@@ -78,7 +78,11 @@ class Tokenization:
 
     def _resume(self) -> None:
         found = read_manifest(self.folder)
-        for what, key in (("another tokenizer", "tokenizer"), ("another source, or one that has changed,", "source")):
+        for what, key in (
+            ("another tokenizer", "tokenizer"),
+            ("another source, or one that has changed,", "source"),
+            ("numbers too small for the tokenizer's ids", "dtype"),
+        ):
             if found[key] != self.manifest[key]:
                 raise UserError(f"--output {self.folder}: holds what was made with {what}; give a new folder")
         self.manifest = found

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source
+from titan_peer.data.tokenized import TokenizedShard
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
 
@@ -265,10 +266,13 @@ def _size(document: str | TokenizedText) -> int:
 
 
 def require_same_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Raise UserError if the source's tokens were made by another tokenizer."""
+    """Raise UserError if the source's tokens were made by another tokenizer, or stored too small for its ids."""
     made_by = source.tokenizer_fingerprint
     if made_by is not None and made_by != tokenizer.fingerprint:
         raise UserError(
             f"{source.key}.path = {source.config.path}: was tokenised by another tokenizer than model.tokenizer_path; "
             "use that one, or tokenise it again"
         )
+    for part in source.parts:
+        if isinstance(part, TokenizedShard):
+            part.require_vocabulary(tokenizer.vocab_size, source.key)

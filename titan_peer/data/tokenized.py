@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from titan_peer.data.records import BadDocument, Divisible, TokenizedText
 from titan_peer.errors import UserError
 
 MANIFEST = "tokenized.json"
-_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+_DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"uint16": np.uint16, "uint32": np.uint32}
 _DOCUMENTS_PER_CHUNK = 1024
 
 
@@ -28,7 +29,15 @@ def is_tokenized(path: str) -> bool:
 
 
 def dtype_for(vocab_size: int) -> str:
+    """The smallest dtype that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def _stored(ids: NDArray[np.int32], dtype: str) -> NDArray[Any]:
+    """Ids as they are stored; a cast alone would make other ids of those that do not fit."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(_DTYPES[dtype]).max:
+        raise UserError(f"the tokenizer gave the ids {ids.min()} to {ids.max()}, which {dtype} does not hold")
+    return ids.astype(_DTYPES[dtype])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def write_shard(folder: Path, name: str, documents: Sequence[TokenizedText], dty
     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
     with (folder / f"{name}.tokens").open("wb") as file:
         for document in documents:
-            file.write(document.ids.astype(_DTYPES[dtype]).tobytes())
+            file.write(_stored(document.ids, dtype).tobytes())
         _sync(file)
     num_bytes = np.array([d.num_bytes for d in documents], dtype=np.int64)
     for kind, array in (("ends", np.cumsum(lengths)), ("bytes", num_bytes)):
@@ -96,11 +105,25 @@ class TokenizedShard:
         except (OSError, ValueError) as error:
             raise UserError(f"{key}: {self.path}: cannot be read: {error}") from None
         self.tokens = tokens
+        self._vocab_size = 2**31
         self.size = entry["documents"]
         whole = len(self.ends) == len(self.bytes) == self.size and len(tokens) == entry["tokens"]
         if not whole or (self.size and self.ends[-1] != len(tokens)):
             raise UserError(f"{key}: {self.path}: is damaged: it has {len(tokens):,} tokens, not {entry['tokens']:,}")
         self.divide(1)
+
+    def require_vocabulary(self, vocab_size: int, key: str) -> None:
+        """Take ids from `vocab_size` on for damage.
+
+        Raises:
+            UserError: its numbers are too small for the vocabulary, so that larger ids were cut when it was written.
+        """
+        if vocab_size > np.iinfo(self.tokens.dtype).max + 1:
+            raise UserError(
+                f"{key}: {self.path}: holds ids as {self.tokens.dtype}, but the tokenizer has ids up to {vocab_size - 1:,}: "
+                "tokenise it again"
+            )
+        self._vocab_size = vocab_size
 
     def approximate_documents(self) -> float:
         return self.size
@@ -116,4 +139,8 @@ class TokenizedShard:
         first = chunk * self.documents_per_chunk
         for i in range(first + start, min(first + self.documents_per_chunk, self.size)):
             begin = int(self.ends[i - 1]) if i else 0
-            yield TokenizedText(self.tokens[begin : int(self.ends[i])].astype(np.int32), int(self.bytes[i]))
+            ids = self.tokens[begin : int(self.ends[i])]
+            if len(ids) and (largest := ids.max()) >= self._vocab_size:
+                yield BadDocument(f"{self.path}: document {i}", f"is damaged: it has the id {largest:,}")
+            else:
+                yield TokenizedText(ids.astype(np.int32), int(self.bytes[i]))

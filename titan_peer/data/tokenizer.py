@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,10 @@ class Tokenizer(Protocol):
     """What training, evaluation and decoding need of a tokenizer."""
 
     vocab_size: int
-    """Entries, special tokens included; ids are below it."""
+    """The largest id + 1, special tokens included: every id is below it. Some files leave numbers out, so it may be more
+    than the number of entries."""
+    unused_ids: Sequence[int]
+    """Ids below vocab_size that no entry has: they have no text and stand in no document."""
     bos_id: int | None
     """Begins a document, if the vocabulary has such a token."""
     eos_id: int | None
@@ -29,18 +32,35 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; begin and end tokens are left out."""
+        """Text of the ids; begin and end tokens, and ids that no entry has, are left out."""
         ...
+
+
+_MOST_IDS = 2**27
 
 
 def fingerprint_of(file: Path) -> str:
     return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
+def _bound_and_gaps(ids: Iterable[int]) -> tuple[int, list[int]]:
+    """The largest id + 1, and the ids below it that are not there."""
+    known = set(ids)
+    if not known:
+        raise ValueError("it has no entries")
+    bound = max(known) + 1
+    if bound > _MOST_IDS:
+        raise ValueError(
+            f"it has the id {bound - 1:,}; ids must be below {_MOST_IDS:,}, since a model has a row for each"
+        )
+    return bound, [] if len(known) == bound else [i for i in range(bound) if i not in known]
+
+
 class ByteTokenizer:
     """UTF-8 bytes, then a begin and an end token: 258 entries."""
 
     vocab_size: int = 258
+    unused_ids: Sequence[int] = ()
     bos_id: int | None = 256
     eos_id: int | None = 257
     fingerprint: str = "byte"
@@ -65,7 +85,8 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.unused_ids: Sequence[int]
+        self.vocab_size, self.unused_ids = _bound_and_gaps(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id = self._first_known(self._BOS), self._first_known(self._EOS)
 
     def _first_known(self, names: Sequence[str]) -> int | None:
@@ -92,23 +113,22 @@ class TiktokenTokenizer:
         from tiktoken.load import load_tiktoken_bpe
 
         ranks = load_tiktoken_bpe(str(file))
-        if not ranks:
-            raise ValueError("it has no entries")
-        first = max(ranks.values()) + 1
+        self.unused_ids: Sequence[int]
+        first, self.unused_ids = _bound_and_gaps(ranks.values())
         self._tokenizer = tiktoken.Encoding(
             name=file.stem, pat_str=_split_pattern(file.stem), mergeable_ranks=ranks, special_tokens={}
         )
         self.bos_id: int | None = first
         self.eos_id: int | None = first + 1
         self.vocab_size = first + 2
+        self._ids = frozenset(ranks.values())
         self.fingerprint = fingerprint_of(file)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer.encode_ordinary_batch(list(texts), num_threads=2)
 
     def decode(self, ids: Sequence[int]) -> str:
-        assert self.bos_id is not None
-        return self._tokenizer.decode([i for i in ids if i < self.bos_id])
+        return self._tokenizer.decode([i for i in ids if i in self._ids])
 
 
 _CONTRACTIONS = r"'(?i:[sdmt]|ll|ve|re)"
