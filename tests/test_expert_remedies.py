@@ -58,8 +58,8 @@ def test_training_minimises_loss_plus_coeff_times_unevenness(compiled: bool) -> 
     routed: list[tuple[Tensor, Tensor]] = []
     for _, layer in peer_layers(plain):
 
-        def route(x: Tensor, original=layer.route) -> tuple[Tensor, Tensor]:
-            routed.append(original(x))
+        def route(x: Tensor, is_token: Tensor | None, original=layer.route) -> tuple[Tensor, Tensor]:
+            routed.append(original(x, is_token))
             return routed[-1]
 
         layer.route = route  # type: ignore[method-assign]

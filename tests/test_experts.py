@@ -62,8 +62,8 @@ def test_the_report_equals_a_brute_force_recount(
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = peer.retrieve
 
-    def retrieve(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        indices, scores = original(x)
+    def retrieve(x: torch.Tensor, is_token: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, scores = original(x, is_token)
         found.append((indices, scores.softmax(-1)))
         return indices, scores
 

@@ -24,16 +24,18 @@ def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     Work and memory follow the pairs, not the experts: gates are summed along the runs of the sorted indices.
 
     Args:
-        indices: int64, any shape.
+        indices: int64, any shape; places of negative index (padding) have no share.
         gates: the same shape; not negative.
     Returns:
         0-d, dtype of gates, nats; differentiable in gates.
     """
     experts, order = indices.flatten().sort()
     is_first = torch.cat([experts.new_zeros(1, dtype=torch.bool), experts[1:] != experts[:-1]])
-    sums = torch.zeros_like(gates.flatten()).index_add(0, is_first.cumsum(0), gates.flatten()[order])
-    shares = sums / sums.sum()
-    return math.log(num_experts) + (shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum()
+    present = torch.where(indices < 0, 0, gates).flatten()
+    sums = torch.zeros_like(present).index_add(0, is_first.cumsum(0), present[order])
+    tiny = torch.finfo(sums.dtype).tiny
+    shares = sums / sums.sum().clamp_min(tiny)  # nothing but padding: no shares, and no gradient
+    return math.log(num_experts) + (shares * shares.clamp_min(tiny).log()).sum()
 
 
 class _AddLoss(torch.autograd.Function):
@@ -48,8 +50,10 @@ class _AddLoss(torch.autograd.Function):
         return grad, grad.new_ones(())
 
 
-def _balanced_route(peer: PEER, route: Route, num_experts: int, weight: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    indices, gates = route(x)
+def _balanced_route(
+    peer: PEER, route: Route, num_experts: int, weight: float, x: Tensor, is_token: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    indices, gates = route(x, is_token)
     if peer.training:
         gates = _AddLoss.apply(gates, weight * unevenness(indices, gates, num_experts))
     return indices, gates

@@ -29,7 +29,7 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 LOAD_EDGES = (0.0, *(2.0**power for power in range(-6, 15)))
 """Bins of the histogram of loads, in multiples of uniform usage; unused experts are in the first."""
 
-Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+Route = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def peer_layers(model: Transformer) -> Iterator[tuple[int, PEER]]:
@@ -51,16 +51,17 @@ def count_experts(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Ten
     Args:
         counts: int32 [H, N]; a head takes an expert at most once a token, so there is room for 2**31 tokens.
         gate_sums: float32 [H, N].
-        indices: int64 [T, H, k].
+        indices: int64 [T, H, k]; negative ones (padding) are not counted.
         gates: [T, H, k].
     """
     if torch._C._current_graph_task_id() != -1:  # in a backward pass: activation checkpointing repeats the forward
         return
     heads, num_experts = counts.shape
     first = torch.arange(0, heads * num_experts, num_experts, device=indices.device)
-    places = (indices + first[:, None]).flatten()
-    counts.view(-1).scatter_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
-    gate_sums.view(-1).scatter_add_(0, places, gates.flatten().to(gate_sums.dtype))
+    places = (indices.clamp_min(0) + first[:, None]).flatten()
+    present = (indices >= 0).flatten()
+    counts.view(-1).scatter_add_(0, places, present.to(counts.dtype))
+    gate_sums.view(-1).scatter_add_(0, places, torch.where(present, gates.flatten().to(gate_sums.dtype), 0))
 
 
 @count_experts.register_fake
@@ -69,10 +70,16 @@ def _(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Tensor) -> None
 
 
 def _counted_route(
-    peer: PEER, route: Route, in_training: bool, counts: Tensor, gate_sums: Tensor, x: Tensor
+    peer: PEER,
+    route: Route,
+    in_training: bool,
+    counts: Tensor,
+    gate_sums: Tensor,
+    x: Tensor,
+    is_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`PEER.route`, counted."""
-    indices, gates = route(x)
+    indices, gates = route(x, is_token)
     if peer.training == in_training:
         count_experts(counts, gate_sums, indices, gates.detach())
     return indices, gates

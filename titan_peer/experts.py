@@ -104,8 +104,8 @@ class _TopTokens:
         """expert: (gate, place of the token in all text, head)"""
         self.tokens_seen = 0
 
-    def route(self, original: Route, x: Tensor) -> tuple[Tensor, Tensor]:
-        indices, gates = original(x)
+    def route(self, original: Route, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        indices, gates = original(x, is_token)
         found = torch.isin(indices, self.experts.to(indices.device)).nonzero()  # [P, 3]: token, head, rank
         chosen, weights = indices[tuple(found.T)].tolist(), gates[tuple(found.T)].tolist()
         best: dict[tuple[int, int], tuple[float, int]] = {}

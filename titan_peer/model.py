@@ -5,6 +5,7 @@ Notable choices:
 - PEER ("Mixture of a Million Experts", arXiv 2407.04153) in place of the feed-forward in chosen layers: product keys over
   any number of axes, tiny experts of any hidden size. Other layers have a dense SwiGLU.
 - Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
+- Padding teaches nothing: it is left out of batch-norm statistics, retrieves no experts and has no label.
 - No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
 - Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside.
 
@@ -326,22 +327,38 @@ class QueryBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.empty(num_heads, query_dim))
         self.register_buffer("running_var", torch.empty(num_heads, query_dim))
 
-    def forward(self, queries: Tensor) -> Tensor:
-        """queries [T, H, query_dim] -> the same shape and dtype; statistics in the dtype of the buffers, float32."""
+    def forward(self, queries: Tensor, is_token: Tensor | None = None) -> Tensor:
+        """queries [T, H, query_dim] -> the same shape and dtype; statistics in the dtype of the buffers, float32.
+
+        Args:
+            is_token: bool [T], false for padding, which the statistics leave out. None: no padding.
+        """
         q = queries.to(self.running_mean.dtype)
         if self.training:
-            own_mean = q.mean(0)
-            moments = torch.stack([own_mean, (q - own_mean).square().mean(0)])  # centred: E[q^2] - mean^2 would cancel
-            moments = moments[None] if self.gather_from_replicas is None else self.gather_from_replicas(moments)
-            means, variances = moments.unbind(1)  # [R, H, query_dim]
-            mean = means.mean(0)
-            var = variances.mean(0) + (means - mean).square().mean(0)
+            mean, var, count = self.statistics(q, is_token)
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
+                momentum = self.momentum * (count > 0).to(mean.dtype)  # nothing is learnt from padding alone
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var, momentum)
         else:
             mean, var = self.running_mean, self.running_var
         return ((q - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
+
+    def statistics(self, q: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and number of the tokens of all replicas, [H, query_dim] each; 0, 0, 0 where there are none."""
+        if is_token is None:
+            is_token = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
+        present, count = is_token[:, None, None], is_token.sum().to(q.dtype)
+        own_mean = torch.where(present, q, 0).sum(0) / count.clamp_min(1)
+        # centred: E[q^2] - mean^2 would cancel
+        own_var = torch.where(present, q - own_mean, 0).square().sum(0) / count.clamp_min(1)
+        own = torch.stack([own_mean, own_var, count.expand_as(own_mean)])
+        moments = own[None] if self.gather_from_replicas is None else self.gather_from_replicas(own)
+        means, variances, counts = moments.unbind(1)  # [R, H, query_dim]
+        total = counts.sum(0)
+        shares = counts / total.clamp_min(1)
+        mean = (shares * means).sum(0)
+        return mean, (shares * (variances + (means - mean).square())).sum(0), total
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -367,7 +384,10 @@ class Experts(nn.Module):
         self.expert_up = nn.Parameter(torch.empty(shape))  # [N, E, D]
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-        """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D]."""
+        """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D].
+
+        A place of index -1 adds nothing, and its gate gets no gradient.
+        """
         return peer_experts(x, indices, gates, *self.tables(), self.activation, rowwise=self.rowwise)
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -403,10 +423,12 @@ class PEER(nn.Module):
         )  # C x [H or 1, n_c, query_dim / C]
         self.experts = None if args.share_experts else Experts(dim, args)
 
-    def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def retrieve(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k]."""
         queries = self.wq(x).unflatten(-1, (self.num_heads, self.query_dim))  # [T, H, query_dim]
-        if self.query_norm is not None:
+        if isinstance(self.query_norm, QueryBatchNorm):
+            queries = self.query_norm(queries, is_token)
+        elif self.query_norm is not None:
             queries = self.query_norm(queries)
         if self.norm_query:
             queries = F.normalize(queries.unflatten(-1, (-1, self.axis_dim)), dim=-1).flatten(-2)
@@ -427,17 +449,23 @@ class PEER(nn.Module):
             gates = scores.relu()
         return F.dropout(gates, self.dropout, self.training)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their gates: x [T, D] -> int64 [T, H, k], float32 [T, H, k]."""
-        indices, scores = self.retrieve(x)
+    def route(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their gates: x [T, D] -> int64 [T, H, k], float32 [T, H, k].
+
+        Args:
+            is_token: bool [T], false for padding, whose experts are -1: none. Its gates mean nothing. None: no padding.
+        """
+        indices, scores = self.retrieve(x, is_token)
+        if is_token is not None:
+            indices = torch.where(is_token[:, None, None], indices, -1)
         return indices, self.gate(scores)
 
-    def forward(self, x: Tensor, shared_experts: Experts | None = None) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+    def forward(self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]; is_token bool [B, S], false for padding, which gets zeros."""
         experts = self.experts if self.experts is not None else shared_experts
         assert experts is not None, "PEER with share_experts needs the shared tables"
         tokens = x.flatten(0, 1)  # [T, D]
-        indices, gates = self.route(tokens)
+        indices, gates = self.route(tokens, None if is_token is None else is_token.flatten())
         compute_dtype = self.wq.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             compute_dtype = torch.get_autocast_dtype(x.device.type)
@@ -487,15 +515,24 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(args.dim, args.ffn_hidden_dim)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, shared_experts: Experts | None = None) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        mask: AttentionMask,
+        shared_experts: Experts | None = None,
+        is_token: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]; is_token bool [B, S], false for padding (None: there is none)."""
         x = x + self.attention(self.attention_norm(x), rope, mask)
-        return self.after_attention(x, shared_experts)
+        return self.after_attention(x, shared_experts, is_token)
 
-    def after_attention(self, x: Tensor, shared_experts: Experts | None = None) -> Tensor:
+    def after_attention(
+        self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None
+    ) -> Tensor:
         """The second half: x [B, S, D] -> [B, S, D]."""
         h = self.ffn_norm(x)
-        return x + (self.peer(h, shared_experts) if self.has_peer else self.feed_forward(h))
+        return x + (self.peer(h, shared_experts, is_token) if self.has_peer else self.feed_forward(h))
 
     def init_weights(self, std: float, residual_scale: float) -> None:
         self.attention_norm.reset_parameters()
@@ -540,7 +577,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 [B, S], S at most max_seq_len.
-            document_ids: integer [B, S]; runs of equal ids are documents, which do not see each other. None: one a row.
+            document_ids: integer [B, S]; runs of equal ids are documents, which do not see each other; negative ids are
+                padding, best each another one, so that attention has nothing to do. None: one document a row.
             labels: int64 [B, S], the next token of each place, -100 where nothing is learnt.
         Returns:
             logits [B, S, vocab] in the compute dtype; or, with labels, the float32 sum of -log p(label) over learnt
@@ -550,9 +588,10 @@ class Transformer(nn.Module):
         mask = causal_mask(document_ids, batch_size, seq_len, tokens.device)
         # [B or 1, S, 2, qk_rope_head_dim / 2]
         rope = self.rope[None, :seq_len] if document_ids is None else self.rope[document_positions(document_ids)]
+        is_token = None if document_ids is None else document_ids >= 0
         x = self.tok_embeddings(tokens)  # [B, S, D]
         for block in self.layers:
-            x = block(x, rope, mask, self.shared_experts)
+            x = block(x, rope, mask, self.shared_experts, is_token)
         x = self.norm(x)
         if labels is None:
             return self.output(x)

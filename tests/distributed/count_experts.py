@@ -35,8 +35,9 @@ def main(folder: Path, arguments: list[str]) -> None:
         recount.update({f"counts{layer}": counts, f"gates{layer}": gate_sums})
         original = module.retrieve
 
-        def retrieve(x: Tensor) -> tuple[Tensor, Tensor]:
-            indices, scores = original(x)
+        def retrieve(x: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor]:
+            indices, scores = original(x, is_token)
+            assert is_token is None or is_token.all()
             if module.training and torch._C._current_graph_task_id() == -1:
                 gates = scores.detach().double().softmax(-1)
                 for head in range(peer.num_heads):

@@ -50,14 +50,9 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
 def describe(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
     """The lines that show sequence `row` of a batch."""
     tokens, labels, documents = (batch[key][row].tolist() for key in ("tokens", "labels", "document_ids"))
-    parts = [[t for t, _ in group] for _, group in groupby(zip(tokens, documents), key=lambda pair: pair[1])]
-    # padding tokens are documents of one token each, at the end, that no label tells of
-    padding = 0
-    while len(parts) > 1 and len(parts[-1]) == 1 and labels[len(tokens) - padding - 1] == IGNORE_INDEX:
-        if parts[-1][0] != (tokenizer.eos_id or 0):
-            break
-        padding += 1
-        parts.pop()
+    padding = sum(document < 0 for document in documents)
+    real = zip(tokens[: len(tokens) - padding], documents)
+    parts = [[t for t, _ in group] for _, group in groupby(real, key=lambda pair: pair[1])]
     learnt = sum(label != IGNORE_INDEX for label in labels)
     yield f"sequence {row}: {len(tokens)} tokens, {learnt} learnt, {len(parts)} documents, {padding} padding"
     for number, part in enumerate(parts):

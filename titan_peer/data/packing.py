@@ -30,7 +30,7 @@ _SEQUENCES_AT_A_TIME = 64
 class PackedSequence(NamedTuple):
     tokens: NDArray[np.int32]  # [S]
     labels: NDArray[np.int32]  # [S], IGNORE_INDEX: not learnt
-    document_ids: NDArray[np.int32]  # [S], 0, 1, 2 ... within the sequence; each padding token its own
+    document_ids: NDArray[np.int32]  # [S], 0, 1, 2 ... within the sequence; padding -1, -2, -3 ...
     positions: NDArray[np.int32]  # [S], of a token within its document's part of the sequence
     num_bytes: float  # UTF-8 bytes of the text its labels stand for
     source_tokens: NDArray[np.int64]  # [sources], tokens of each source, padding left out
@@ -88,7 +88,7 @@ class PackingFormat(NamedTuple):
             if not self.mask_borders and stop == len(document.tokens):
                 after = pieces[number + 1].document.tokens[0] if number + 1 < len(pieces) else following
                 labels[end - 1] = IGNORE_INDEX if after is None else after
-        document_ids[end:] = np.arange(len(pieces), len(pieces) + self.seq_len - end)
+        document_ids[end:] = -1 - np.arange(self.seq_len - end)
         return PackedSequence(tokens, labels, document_ids, positions, num_bytes, source_tokens, epochs)
 
     def empty(self) -> PackedSequence:
