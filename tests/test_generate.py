@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizer_kinds import KINDS
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
@@ -25,12 +27,11 @@ import titan_peer.model
 from titan_peer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from titan_peer.decoder import Decoder, Form
 from titan_peer.errors import UserError
-from titan_peer.generate import Generator, SamplingParams
+from titan_peer.generate import Generator, SamplingParams, _Sequence
 from titan_peer.latent_cache import BLOCK_SIZE, CacheBatch, cache_bytes_per_token
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import product_key_retrieve
 from titan_peer.sampling import Sampler
-from titan_peer.text_stream import TextStream
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
@@ -208,33 +209,25 @@ def test_the_mode_and_gradient_setting_of_the_model_are_left_alone(tokenizer: To
 # ---- stopping
 
 
-@pytest.mark.parametrize("stop", [("needle",), ("e hay", "needle"), ("never",), ("k",)])
-def test_text_ends_before_the_first_stop_string_and_is_streamed_without_it(stop: tuple[str, ...]) -> None:
-    tokenizer = ByteTokenizer()
-    text = "in the hay a needle hides, the hayneedle"
-    cut = min((place for place in (text.find(s) for s in stop) if place >= 0), default=len(text))
-    stream, seen = TextStream(tokenizer, [65, 66], stop), ""
-    for token in text.encode():
-        seen += stream.push(token)
-        assert text.startswith(seen)
-        if stream.stopped:
-            break
-    seen += stream.finish()
-    assert seen == stream.text == text[:cut]
+@pytest.mark.parametrize("kind", ["llama 2", "byte-level BPE", "WordPiece"])
+def test_a_completions_text_is_that_of_its_ids_at_once_and_ends_at_the_stop_string(kind: str, tmp_path: Path) -> None:
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    generator = Generator(build_model(tokenizer.vocab_size), tokenizer)
+    free = SamplingParams(max_new_tokens=60, temperature=2, ignore_eos=True, seed=1)
+    before = tokenizer.decode(generator.encode("the quick"))
+    for completion in generator.generate(["the quick"] * 5, free):
+        assert before + completion.text == tokenizer.decode([*generator.encode("the quick"), *completion.token_ids])
+    stop = completion.text[10:13]  # of the fifth
+    stopped = generator.generate(["the quick"] * 5, dataclasses.replace(free, stop=(stop,)))[-1]
+    assert stopped.text == completion.text.split(stop)[0] and stopped.finish_reason == "stop"
 
 
-def test_streamed_text_equals_decoding_at_once_for_characters_of_many_bytes_and_broken_ones(
-    tokenizer: Tokenizer,
-) -> None:
-    text = "naïve — 東京 🙂🙂 𝔘nicode\n\n  indented, ok"
-    broken = [0xF0, 0x9F, 65, *[0xFF] * 50, 0xF0, 0x9F, 0x99, 0x82, 66, 0xE6]
-    broken = [*ByteTokenizer().encode_batch([text])[0], *broken]
-    for tok, ids in ((tokenizer, tokenizer.encode_batch([text])[0]), (ByteTokenizer(), broken)):
-        stream = TextStream(tok, [])
-        pieces = [stream.push(i) for i in ids]
-        assert "".join(pieces) + stream.finish() == tok.decode(ids)
-        if tok is tokenizer:
-            assert not any("\ufffd" in piece for piece in pieces)
+def test_a_stop_string_that_only_the_end_makes_certain_is_the_reason_of_the_end() -> None:
+    sequence = _Sequence(0, [65], SamplingParams(stop=("\ufffd",)), ByteTokenizer(), limit=2)
+    assert sequence.push(66, 0.0).completion is None
+    piece = sequence.push(0xE6, 0.0)
+    assert piece.completion is not None and piece.completion.finish_reason == "stop" and piece.completion.text == "B"
 
 
 def test_the_end_token_ends_a_completion_unless_ignored(tokenizer: Tokenizer) -> None:

@@ -25,6 +25,7 @@ from titan_peer.expert_plots import draw
 from titan_peer.expert_usage import ExpertUsage, LayerUsage, Route, layer_usage, peer_layers
 from titan_peer.model import Transformer
 from titan_peer.sinks import JsonlSink
+from titan_peer.text_stream import text_in_context
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 12, 5  # of context shown around a token
 
@@ -138,9 +139,8 @@ def top_tokens(
         inside = documents == documents[place]
         first = max(place - _TOKENS_BEFORE, int(inside.nonzero()[0]))
         last = min(place + 1 + _TOKENS_AFTER, int(inside.nonzero()[-1]) + 1)
-        parts = (tokens[first:place], tokens[place : place + 1], tokens[place + 1 : last])
-        before, token, after = (tokenizer.decode(part.tolist()) for part in parts)
-        return Activation(gate, head, before, token, after)
+        around = tokens[first:place].tolist(), int(tokens[place]), tokens[place + 1 : last].tolist()
+        return Activation(gate, head, *text_in_context(tokenizer, *around))
 
     return {
         layer: {e: [activation(*entry) for entry in sorted(heap, reverse=True)] for e, heap in watcher.heaps.items()}

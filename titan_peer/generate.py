@@ -101,6 +101,8 @@ class _Sequence:
         if self.finish_reason is None:
             return TextPiece(self.index, text, None)
         text += self.stream.finish()
+        if self.stream.stopped:  # also by an incomplete character that is certain only now
+            self.finish_reason = "stop"
         completion = Completion(
             self.stream.text, self.token_ids, self.logprobs, self.finish_reason, prompt_tokens=len(self.prompt)
         )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import tokenizers
 
+from titan_peer.data.byte_fallback import ByteRuns
 from titan_peer.errors import UserError
 
 
@@ -32,7 +33,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; begin and end tokens, and ids that no entry has, are left out."""
+        """Text of the ids. Special tokens and ids that no entry has are left out; U+FFFD stands for each incomplete or
+        broken character."""
         ...
 
 
@@ -85,6 +87,7 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
+        self._byte_runs = ByteRuns(self._tokenizer)
         self.unused_ids: Sequence[int]
         self.vocab_size, self.unused_ids = _bound_and_gaps(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id = self._first_known(self._BOS), self._first_known(self._EOS)
@@ -97,7 +100,7 @@ class FileTokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._byte_runs.mended(ids), skip_special_tokens=True)
         return text
 
 
