@@ -1,4 +1,4 @@
-"""Decoding with the latent cache against the plain forward pass; sampling against transformers and by counting."""
+"""Decoding with the latent cache against the plain forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +13,6 @@ import pytest
 import torch
 from tokenizer_kinds import KINDS
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import titan_peer.model
 from titan_peer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -31,7 +22,6 @@ from titan_peer.generate import Generator, SamplingParams, _Sequence
 from titan_peer.latent_cache import BLOCK_SIZE, CacheBatch, cache_bytes_per_token
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import product_key_retrieve
-from titan_peer.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
@@ -254,72 +244,6 @@ def test_the_context_ends_a_completion(tokenizer: Tokenizer) -> None:
         generator.generate([[5] * 64])
 
 
-# ---- sampling
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(temperature=0.7),
-        SamplingParams(top_k=5),
-        SamplingParams(top_p=0.8),
-        SamplingParams(min_p=0.1),
-        SamplingParams(temperature=1.5, top_k=20, top_p=0.7, min_p=0.05, repetition_penalty=1.4),
-    ],
-)
-def test_the_tokens_drawn_have_the_distribution_of_transformers_processors(params: SamplingParams) -> None:
-    torch.manual_seed(3)
-    logits, seen_ids = torch.randn(1, 40) * 2, torch.randint(40, (1, 10))
-    processors = LogitsProcessorList()
-    if params.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    processors.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k:
-        processors.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        processors.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        processors.append(MinPLogitsWarper(params.min_p))
-    expected = processors(seen_ids, logits.clone()).softmax(-1)[0]
-
-    n = 20_000
-    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # every quantile once: shares are exact to 1/n
-    seen = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, seen_ids, True).repeat(n, 1)
-    drawn = Sampler([params] * n, seen, torch.device("cpu"))(logits.expand(n, -1), uniform)
-    shares = torch.bincount(drawn, minlength=40) / n
-    torch.testing.assert_close(shares, expected, rtol=0, atol=2 / n)
-    assert not (shares[expected == 0] > 0).any()
-
-
-def test_greedy_and_sampled_sequences_share_a_batch() -> None:
-    logits = torch.randn(2, 30)
-    params = [SamplingParams(temperature=0), SamplingParams(top_k=3)]
-    counts: list[Counter[int]] = [Counter(), Counter()]
-    for i in range(100):
-        tokens = Sampler(params, None, torch.device("cpu"))(
-            logits, torch.tensor([i / 100, i / 100], dtype=torch.float64)
-        )
-        for counter, token in zip(counts, tokens.tolist()):
-            counter[token] += 1
-    assert list(counts[0]) == [int(logits[0].argmax())]
-    assert set(counts[1]) == set(logits[1].topk(3).indices.tolist())
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -1.0}, "temperature = -1.0: must be 0 (greedy) or more"),
-        ({"top_p": 0.0}, "top_p = 0.0: must be more than 0 and at most 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
-        ({"stop": ("",)}, "stop = ('',): must not contain the empty string"),
-    ],
-)
-def test_impossible_sampling_is_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        SamplingParams(**values)  # type: ignore[arg-type]
-    assert message in str(caught.value)
-
-
 # ---- log-likelihoods
 
 
@@ -358,6 +282,70 @@ def test_a_context_that_is_too_long_loses_its_beginning(tokenizer: Tokenizer) ->
     assert result.sum_logprob == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(UserError, match="continuation 0 has 70 tokens: must be at most the model's context of 64"):
         generator.log_likelihoods([(ids[:30], ids[30:])])
+
+
+# ---- a vocabulary larger than the tokenizer
+
+
+@pytest.fixture(params=["beyond the tokenizer's", "between the tokenizer's"])
+def ids_without_text(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Transformer, Tokenizer, list[int]]:
+    """A model that prefers ids which no entry of its tokenizer has, the tokenizer, and its entries' ids."""
+    tokenizer: Tokenizer = ByteTokenizer()
+    known = list(range(258))
+    if request.param == "between the tokenizer's":
+        library = KINDS["WordLevel"]()
+        library.save(str(tmp_path / "tokenizer.json"))
+        tokenizer, known = load_tokenizer(str(tmp_path)), sorted(library.get_vocab().values())
+    model = build_model(300)
+    with torch.no_grad():
+        states = torch.cat([model.output.weight[known].mean(dim=0, keepdim=True), model.output.weight[known]])
+        for i in set(range(300)) - set(known):
+            model.output.weight[i] = 3 * states[i % len(states)]
+    return model, tokenizer, known
+
+
+def logprobs_of_entries(model: Transformer, known: list[int], ids: list[int]) -> Tensor:
+    """float32 [len(ids) - 1, 300], of the tokens after the first: a softmax over the entries alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, :-1]
+    logprobs = torch.full_like(logits, float("-inf"))
+    logprobs[:, known] = logits[:, known].log_softmax(-1)
+    return logprobs
+
+
+def test_ids_without_text_are_never_drawn(ids_without_text: tuple[Transformer, Tokenizer, list[int]]) -> None:
+    model, tokenizer, known = ids_without_text
+    generator, prompt = Generator(model, tokenizer), known[:5]
+    with torch.no_grad():
+        assert int(model(torch.tensor([prompt]))[0, -1].argmax()) not in known
+    free = {"max_new_tokens": 30, "ignore_eos": True, "seed": 2}
+    for params in (
+        SamplingParams(**free, temperature=0),
+        SamplingParams(**free, temperature=2),
+        SamplingParams(**free, top_k=3, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+    ):
+        (completion,) = generator.generate([prompt], params)
+        assert len(completion.token_ids) == 30 and set(completion.token_ids) <= set(known)
+        wanted = logprobs_of_entries(model, known, [*prompt, *completion.token_ids])[4:]
+        wanted = wanted.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_ids_without_text_have_no_likelihood(ids_without_text: tuple[Transformer, Tokenizer, list[int]]) -> None:
+    model, tokenizer, known = ids_without_text
+    generator, context = Generator(model, tokenizer), known[:5]
+    (greedy,) = generator.generate([context], SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True))
+    for continuation in (greedy.token_ids, known[3:9]):
+        (found,) = generator.log_likelihoods([(context, continuation)])
+        wanted = logprobs_of_entries(model, known, [*context, *continuation])[4:]
+        assert found.sum_logprob == pytest.approx(
+            wanted.gather(1, torch.tensor(continuation)[:, None]).sum().item(), abs=1e-3
+        )
+        assert found.is_greedy == (continuation == greedy.token_ids)
+    nobody = next(i for i in range(300) if i not in known)
+    for call in (lambda: generator.generate([[nobody]]), lambda: generator.log_likelihoods([(context, [nobody])])):
+        with pytest.raises(UserError, match=f"token {nobody} of a prompt"):
+            call()
 
 
 # ---- memory

@@ -41,7 +41,7 @@ class Completion:
     token_ids: list[int]
     """All tokens that were drawn, those of an end token or stop string included."""
     logprobs: list[float]
-    """log p of each token under the model itself, before penalty, temperature and truncation."""
+    """log p of each token under the model itself, over the tokenizer's entries, before penalty, temperature and truncation."""
     finish_reason: Literal["eos", "stop", "length"]
     """The end token; a stop string; max_new_tokens or the end of the model's context."""
     prompt_tokens: int
@@ -113,6 +113,7 @@ class Generator:
     """Completions and log-likelihoods from a model.
 
     The model may be on any device, in any floating dtype; it is used in evaluation mode and left in the mode it was in.
+    A model may have a larger vocabulary than the tokenizer: ids without an entry are never drawn and have no probability.
     Under FSDP every process must make the same calls: parameters are gathered for the call's duration.
 
     Args:
@@ -131,6 +132,8 @@ class Generator:
             )
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
         self.device = model.tok_embeddings.weight.device
+        self._without_text = {*tokenizer.unused_ids, *range(tokenizer.vocab_size, model.args.vocab_size)}
+        self._masked = torch.tensor(sorted(self._without_text), device=self.device)
         self.decoder = Decoder(model, compile=self.device.type == "cuda" if compile is None else compile)
         logger.info(self.decoder.report())
 
@@ -180,9 +183,12 @@ class Generator:
             ids = list(prompt)
         if not ids:
             raise UserError("a prompt is empty and the tokenizer has no begin token: give at least one token")
-        outside = [i for i in ids if not 0 <= i < self.model.args.vocab_size]
+        outside = [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]
         if outside:
-            raise UserError(f"token {outside[0]} of a prompt: must be from 0 to {self.model.args.vocab_size - 1}")
+            raise UserError(f"token {outside[0]} of a prompt: must be from 0 to {self.tokenizer.vocab_size - 1}")
+        if not self._without_text.isdisjoint(ids):
+            unknown = next(i for i in ids if i in self._without_text)
+            raise UserError(f"token {unknown} of a prompt: the tokenizer has no entry of this id")
         return ids
 
     def _run(self, waiting: deque[_Sequence]) -> Iterator[TextPiece]:
@@ -239,11 +245,16 @@ class Generator:
 
     def _choose(self, sequences: list[_Sequence], sampler: Sampler, hidden: Tensor) -> list[TextPiece]:
         """Each sequence's next token from its hidden state [B, D]."""
-        logits = self.model.output(hidden).float()
+        logits = self._logits(hidden)
         uniform = torch.tensor([s.random.random() for s in sequences], dtype=torch.float64, device=self.device)
         tokens = sampler(logits, uniform)
         logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         return [s.push(token, lp) for s, token, lp in zip(sequences, tokens.tolist(), logprobs.tolist())]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> float32 [..., vocab]; ids without an entry in the tokenizer have none of the probability."""
+        logits = self.model.output(hidden).float()
+        return logits.index_fill(-1, self._masked, float("-inf")) if len(self._masked) else logits
 
     def _sampler(self, sequences: list[_Sequence]) -> Sampler:
         seen = None
@@ -309,7 +320,7 @@ class Generator:
         logprobs, is_best = [], []
         slice_size = max(1, _LOGIT_ELEMENTS // self.model.args.vocab_size)
         for states, wanted in zip(torch.cat(rows).split(slice_size), labels.split(slice_size)):
-            logits = self.model.output(states).float()
+            logits = self._logits(states)
             logprobs.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].double())
             is_best.append(logits.argmax(dim=-1) == wanted)
         counts = [scored for _, scored in pairs]

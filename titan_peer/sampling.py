@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from titan_peer.errors import UserError
+
+_LEAST_TEMPERATURE = 1e-30  # as far as float32 goes; the most probable token has all the probability long before
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for key, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            ("temperature", self.temperature >= 0, "must be 0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more, and finite"),
             ("top_k", self.top_k >= 0, "must be 0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "must be more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be more than 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be more than 0, and finite"),
             ("stop", all(self.stop), "must not contain the empty string"),
         ):
             if not ok:
@@ -76,7 +79,7 @@ class Sampler:
         self.seen = seen
         self.penalty = column([p.repetition_penalty for p in params])
         self.greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
-        self.temperature = column([p.temperature or 1.0 for p in params])
+        self.temperature = column([max(p.temperature, _LEAST_TEMPERATURE) if p.temperature else 1.0 for p in params])
         self.top_k = torch.tensor([p.top_k or 1 << 31 for p in params], device=device)[:, None]
         self.top_p, self.min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
         self.any_sampled = any(p.temperature > 0 for p in params)
@@ -96,7 +99,8 @@ class Sampler:
             logits = torch.where(self.seen, penalised, logits)
         best = logits.argmax(dim=-1)
         if self.any_sampled:
-            logits = logits / self.temperature
+            # the largest becomes 0, since it divided by a tiny temperature would be infinite
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
             drawn = self._draw_truncated(logits, uniform) if self.any_truncated else _draw(logits.softmax(-1), uniform)
             best = torch.where(self.greedy, best, drawn)
         if self.seen is not None:

@@ -52,7 +52,8 @@ class LanguageModel:
     def prefix_id(self) -> int:
         """The token that begins a document, which the log-likelihood of a whole text is conditioned on."""
         known = (token for token in (self.tokenizer.bos_id, self.tokenizer.eos_id) if token is not None)
-        return next(known, 0)
+        unused = set(self.tokenizer.unused_ids)
+        return next(known, next(i for i in range(self.tokenizer.vocab_size) if i not in unused))
 
     def sampling(
         self,
