@@ -1,39 +1,28 @@
-"""Which jobs an ablation consists of: axes, their values, and a complete job for every point and seed."""
+"""Which jobs an ablation consists of: a complete job for every point of its axes and every seed."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import math
 import re
-import tomllib
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from titan_peer.ablation.solve import Cost, Equal, cost, factorise, set_steps, solve, tokens_per_step
-from titan_peer.config import JobConfig, check, data_sources, leaf_keys, load_config
+from titan_peer.ablation.axes import Axis, Point, build_axis, read_key
+from titan_peer.ablation.solve import Cost, Equal, cost, set_steps, solve, tokens_per_step
+from titan_peer.config import JobConfig, check, leaf_keys, load_config
 from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
-
-@dataclass(frozen=True)
-class Point:
-    """A value of an axis."""
-
-    label: str
-    apply: Callable[[JobConfig], None]
-
-
-@dataclass(frozen=True)
-class Axis:
-    name: str
-    points: list[Point]
-    changes: frozenset[str]
-    """The config keys it sets."""
+_OURS = {
+    "job.dump_folder": "runs are in --output_dir",
+    "job.description": "runs are described by their axes",
+    "job.print_config": "--dry_run shows the runs",
+    "comm.mode": "--dry_run shows the runs",
+    "debug.seed": "give --seeds",
+}
+"""Keys that an ablation sets for every run, whatever the base job says, and what there is instead."""
 
 
 @dataclass(frozen=True)
@@ -54,155 +43,13 @@ class Run:
         return ", ".join(f"{axis} = {label}" for axis, label in self.labels.items()) or "base"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Axes
-
-
-def _read_key(config: JobConfig, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def _sets(values: dict[str, Any]) -> Callable[[JobConfig], None]:
-    """What gives keys of a job these values."""
-
-    def apply(config: JobConfig) -> None:
-        for key, value in values.items():
-            section, _, name = key.rpartition(".")
-            setattr(_read_key(config, section), name, copy.deepcopy(value))
-
-    return apply
-
-
-def _whole_numbers(name: str, values: Sequence[str]) -> list[int]:
-    if not all(value.isdigit() and int(value) >= 1 for value in values):
-        raise UserError(f"--axes {name}={','.join(values)}: values must be whole numbers of at least 1")
-    return [int(value) for value in values]
-
-
-def _expert_count(base: JobConfig, values: Sequence[str]) -> Axis:
-    number = base.model.peer.num_experts
-    points = []
-    for wanted in _whole_numbers("expert_count", values) or [max(number // 4, 1), number, number * 4]:
-        dims = base.model.peer.product_key_dim
-        dims = dims if wanted == number else factorise(wanted, len(dims))
-        settings = {"model.peer.num_experts": math.prod(dims), "model.peer.product_key_dim": dims}
-        points.append(Point(str(math.prod(dims)), _sets(settings)))
-    return Axis("expert_count", points, frozenset({"model.peer.num_experts", "model.peer.product_key_dim"}))
-
-
-def _peer_number(
-    axis: str, key: str, defaults: Callable[[int], list[int]]
-) -> Callable[[JobConfig, Sequence[str]], Axis]:
-    def build(base: JobConfig, values: Sequence[str]) -> Axis:
-        points = []
-        for number in _whole_numbers(axis, values) or defaults(getattr(base.model.peer, key)):
-            points.append(Point(str(number), _sets({f"model.peer.{key}": number})))
-        return Axis(axis, points, frozenset({f"model.peer.{key}"}))
-
-    return build
-
-
-def _cartesian_dims(base: JobConfig, values: Sequence[str]) -> Axis:
-    """How many axes the product keys have (`3`), or the sub-keys of each (`64x16x16`)."""
-    peer = base.model.peer
-    shapes = []
-    for value in values or ["2", "3", "4"]:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value):
-            raise UserError(f"--axes cartesian_dims={value}: must be a number of axes, or sub-keys as in 64x16x16")
-        sizes = [int(size) for size in value.split("x")]
-        if len(sizes) == 1:
-            count = sizes[0]
-            sizes = peer.product_key_dim if count == len(peer.product_key_dim) else _exact(peer.num_experts, count)
-        shapes.append(sizes)
-    points = []
-    for shape in shapes:
-        settings = {
-            "model.peer.product_key_dim": list(shape),
-            "model.peer.num_experts": math.prod(shape),
-            "model.peer.query_dim": max(round(peer.query_dim / len(shape)), 1) * len(shape),
-        }
-        points.append(Point("x".join(map(str, shape)), _sets(settings)))
-    return Axis("cartesian_dims", points, frozenset(settings))
-
-
-def _exact(num_experts: int, axes: int) -> list[int]:
-    """The most equal factorisation of num_experts into so many axes; the nearest number where there is none."""
-    if axes == 1:
-        return [num_experts]
-    ideal = num_experts ** (1 / axes)
-    divisors = [d for d in range(1, math.isqrt(num_experts) + 1) if num_experts % d == 0]
-    divisors += [num_experts // d for d in divisors]
-    first = min(divisors, key=lambda d: abs(math.log(d / ideal)))
-    if abs(math.log(first / ideal)) > math.log(4):
-        return factorise(num_experts, axes)
-    return sorted([first, *_exact(num_experts // first, axes - 1)], reverse=True)
-
-
-def _data_mix(base: JobConfig, values: Sequence[str], mixes: dict[str, list[DataSource]]) -> Axis:
-    if not mixes:
-        sources = base.data.sources
-        if len(sources) < 2:
-            raise UserError("--axes data_mix: the base job has one data source; name mixes with --custom-datasets FILE")
-        mixes = {"all": sources, **{source.name or source.path: [source] for source in sources}}
-    unknown = [value for value in values if value not in mixes]
-    if unknown:
-        raise UserError(f"--axes data_mix={unknown[0]}: the mixes are {', '.join(mixes)}")
-    points = [Point(name, _sets({"data.sources": mixes[name]})) for name in values or list(mixes)]
-    return Axis("data_mix", points, frozenset({"data.sources"}))
-
-
-def _config_key(base_arguments: Sequence[str], key: str, values: Sequence[str]) -> Axis:
-    """Any key of the job; entries of lists are written with x between them."""
-    types = {name: expected for name, expected, _ in leaf_keys()}
-    if key not in types:
-        raise UserError(f"--axes {key}: must be one of {', '.join([*_NAMED_AXES, 'data_mix'])}, or a key of the job")
-    if not values:
-        raise UserError(f"--axes {key}: give its values, as in {key}=A,B")
-    points = []
-    for value in values:
-        words = value.split("x") if typing.get_origin(types[key]) is list else [value]
-        typed = _read_key(load_config([*base_arguments, f"--{key}", *words]), key)
-        points.append(Point(value, _sets({key: typed})))
-    return Axis(key, points, frozenset({key}))
-
-
-_NAMED_AXES: dict[str, Callable[[JobConfig, Sequence[str]], Axis]] = {
-    "expert_count": _expert_count,
-    "expert_size": _peer_number("expert_size", "expert_hidden_size", lambda size: [size, size * 2, size * 4]),
-    "cartesian_dims": _cartesian_dims,
-    "selection_heads": _peer_number(
-        "selection_heads", "num_heads", lambda heads: sorted({max(heads // 2, 1), heads, heads * 2})
-    ),
-}
-
-
-def load_mixes(file: str) -> dict[str, list[DataSource]]:
-    """The data mixes of a TOML file: [[mixes.NAME]] tables, each a data source as in a job.
-
-    Raises:
-        UserError: the file cannot be read, or has no mixes or unknown keys.
-    """
-    try:
-        tables = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("mixes")
-    except OSError as error:
-        raise UserError(f"--custom-datasets {file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"--custom-datasets {file}: is not valid TOML: {error}") from None
-    if not isinstance(tables, dict) or not tables:
-        raise UserError(f"--custom-datasets {file}: has no [[mixes.NAME]] table")
-    where = f"--custom-datasets {file}"
-    return {name: data_sources(sources, f"mixes.{name}", where) for name, sources in tables.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The plan
-
-
 @dataclass(frozen=True)
 class Plan:
     runs: list[Run]
     axes: dict[str, dict[str, str]]
     """axis -> label -> point of the runs with this value and all else as in the base job. Empty for a grid."""
+    notes: list[str] = field(default_factory=list)
+    """Numbers that are not what was asked for or what the base job has, and why."""
 
 
 def build_plan(
@@ -212,7 +59,7 @@ def build_plan(
     output_dir: Path,
     grid: bool = False,
     tokens: int | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     equal: Equal = "none",
     free: str | None = None,
     processes: int = 1,
@@ -225,49 +72,37 @@ def build_plan(
         axes: `NAME` or `NAME=VALUE,VALUE`.
         grid: every combination of values; else one axis at a time, the others as in the base job.
         tokens: of a run (of the base job's run, where the solver changes it).
+        seeds: of each design; None: the base job's.
         equal, free: see `solve`; every point is made to cost what the base job does.
         processes: of a run.
     Raises:
         UserError: an axis, value or point is impossible.
     """
+    given = frozenset(word[2:].partition("=")[0] for word in base_arguments if word.startswith("--"))
+    for key in sorted(given & _OURS.keys()):
+        raise UserError(f"--{key}: cannot be given to an ablation: {_OURS[key]}")
     base = load_config(base_arguments)
+    notes = []
     if tokens is not None:
-        set_steps(base, round(tokens / tokens_per_step(base, processes)))
+        notes.append(_set_tokens(base, tokens, processes))
     target = cost(base, processes)
-    found = []
-    for spec in axes:
-        name, _, text = spec.partition("=")
-        values = [value for value in text.split(",") if value]
-        if name == "data_mix":
-            found.append(_data_mix(base, values, mixes or {}))
-        elif name in _NAMED_AXES:
-            found.append(_NAMED_AXES[name](base, values))
-        else:
-            found.append(_config_key(base_arguments, name, values))
+    found = [build_axis(spec, base, base_arguments, mixes) for spec in axes]
     if len({axis.name for axis in found}) < len(found):
         raise UserError(f"--axes {' '.join(axes)}: an axis is named twice")
+    for axis in found:
+        if axis.name in _OURS:
+            raise UserError(f"--axes {axis.name}: cannot be varied: {_OURS[axis.name]}")
 
-    designs: dict[str, tuple[dict[str, str], JobConfig]] = {}
+    designs: dict[str, tuple[dict[str, str], JobConfig]] = {} if grid else {"base": ({}, base)}
     of_axes: dict[str, dict[str, str]] = {axis.name: {} for axis in found}
-    if grid:
-        combinations = list(itertools.product(*([(axis, point) for point in axis.points] for axis in found)))
-    else:
-        designs["base"] = ({}, base)
-        combinations = [((axis, point),) for axis in found for point in axis.points]
-    for combination in combinations:
+    for combination in _combinations(found, grid):
         labels = {axis.name: point.label for axis, point in combination}
-        config = copy.deepcopy(base)
-        for _, point in combination:
-            point.apply(config)
         where = ", ".join(f"{axis} = {label}" for axis, label in labels.items())
         try:
-            check(config)
-            if config != base:
-                changed = frozenset().union(*(axis.changes for axis, _ in combination))
-                config = solve(config, target, equal, changed, processes, free)
-                check(config)
+            config, changed = _design(base, combination, target, equal, free, processes)
         except UserError as error:
             raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+        notes += [f"{where}: {note}" for note in changed]
         point_name = where if grid or config != base else "base"
         designs.setdefault(point_name, (labels, config))
         if not grid:
@@ -276,11 +111,89 @@ def build_plan(
     for labels in of_axes.values():
         if not grid and "base" not in labels.values():  # every axis is compared with the base job
             labels["unchanged"] = "base"
-    runs = [_run(labels, seed, config, output_dir, processes) for labels, config in designs.values() for seed in seeds]
-    return Plan(runs, of_axes)
+    own = given.union(*(axis.changes for axis in found))
+    runs = [
+        _run(labels, seed, config, own, output_dir, processes)
+        for labels, config in designs.values()
+        for seed in (seeds if seeds is not None else [base.debug.seed])
+    ]
+    return Plan(runs, of_axes, list(dict.fromkeys(notes)))
 
 
-def _run(labels: dict[str, str], seed: int, design: JobConfig, output_dir: Path, processes: int) -> Run:
+def _set_tokens(base: JobConfig, tokens: int, processes: int) -> str:
+    """Make the base job's run as long as `tokens`, in whole steps; returns the line that says how long that is."""
+    step = tokens_per_step(base, processes)
+    if tokens < step:
+        raise UserError(
+            f"--tokens {tokens:,}: a step of the base job has {step:,} tokens; give at least these, or make "
+            "training.seq_len or training.local_batch_size smaller"
+        )
+    set_steps(base, round(tokens / step))
+    steps, warmup = base.training.steps, base.lr_scheduler.warmup_steps
+    return f"--tokens {tokens:,}: {steps * step:,} in {steps:,} steps of {step:,}, {warmup:,} of them warmup"
+
+
+Combination = tuple[tuple[Axis, Point], ...]
+
+
+def _combinations(axes: Sequence[Axis], grid: bool) -> Iterator[Combination]:
+    if grid:
+        yield from itertools.product(*([(axis, point) for point in axis.points] for axis in axes))
+    else:
+        yield from (((axis, point),) for axis in axes for point in axis.points)
+
+
+def _design(
+    base: JobConfig, combination: Combination, target: Cost, equal: Equal, free: str | None, processes: int
+) -> tuple[JobConfig, list[str]]:
+    """The job of a combination of values, and what changed in it besides them.
+
+    All designs have the base job's tokens, unless an axis or the solver changes the steps.
+    """
+    config = copy.deepcopy(base)
+    # the length of a run scales its warmup, which another axis may then set
+    for _, point in sorted(combination, key=lambda pair: pair[0].name != "training.steps"):
+        point.apply(config)
+    notes = [point.note for _, point in combination if point.note]
+    check(config)
+    if config == base:
+        return config, notes
+    changed = frozenset().union(*(axis.changes for axis, _ in combination))
+    before = copy.deepcopy(config)
+    if "training.steps" not in changed:
+        _match_tokens(config, target.tokens, processes)
+    matched = config.training.steps
+    config = solve(config, target, equal, changed, processes, free)
+    if "lr_scheduler.warmup_steps" in changed:
+        config.lr_scheduler.warmup_steps = before.lr_scheduler.warmup_steps
+    check(config)
+    for key, _, _ in leaf_keys():
+        old, new = read_key(before, key), read_key(config, key)
+        if old != new:
+            same_tokens = key == "training.steps" and new == matched
+            goal = "the same number of tokens" if same_tokens else f"equal {equal.replace('_', ' ')}"
+            reason = "its share of the steps" if key == "lr_scheduler.warmup_steps" else f"for {goal}"
+            notes.append(f"{key} = {new} instead of {old}, {reason}")
+    if "training.steps" not in changed and config.training.steps == matched:
+        tokens = matched * tokens_per_step(config, processes)
+        if tokens != target.tokens:
+            notes.append(f"{tokens:,} tokens, the base job {target.tokens:,}: steps are whole")
+    return config, notes
+
+
+def _match_tokens(config: JobConfig, tokens: int, processes: int) -> None:
+    step = tokens_per_step(config, processes)
+    if step > tokens:
+        raise UserError(f"a step has {step:,} tokens, more than the whole run of the base job ({tokens:,})")
+    steps = round(tokens / step)
+    if steps != config.training.steps:
+        set_steps(config, steps)
+
+
+def _run(
+    labels: dict[str, str], seed: int, design: JobConfig, own: frozenset[str], output_dir: Path, processes: int
+) -> Run:
+    """The job of a design and seed; `own` are the keys that the command line or an axis gave."""
     settings = [f"{axis}={label}" for axis, label in labels.items()] or ["base"]
     name = re.sub(r"[^\w.=,+-]", "_", ",".join([*settings, f"seed={seed}"]))
     config = copy.deepcopy(design)
@@ -288,18 +201,23 @@ def _run(labels: dict[str, str], seed: int, design: JobConfig, output_dir: Path,
     config.debug.seed = seed
     config.job.dump_folder = str(output_dir / "runs" / name)
     config.job.description = ", ".join(settings)
-    config.metrics.log_freq = max(steps // 100, 1)
     config.metrics.wandb_group = config.metrics.wandb_group or output_dir.name
-    config.validation.enable = bool(config.validation.sources)
-    config.validation.freq = max(steps // 10, 1)
-    config.checkpoint.interval = max(steps // 4, 1)
-    config.checkpoint.keep_latest_k = 1
+    if "metrics.log_freq" not in own:
+        config.metrics.log_freq = max(steps // 100, 1)
+    if "validation.enable" not in own:
+        config.validation.enable = bool(config.validation.sources)
+    if "validation.freq" not in own:
+        config.validation.freq = max(steps // 10, 1)
+    if "checkpoint.interval" not in own:
+        config.checkpoint.interval = max(steps // 4, 1)
+    if "checkpoint.keep_latest_k" not in own:
+        config.checkpoint.keep_latest_k = 1
     return Run(name, labels, seed, config, cost(config, processes))
 
 
 def plan_table(plan: Plan) -> str:
     """The runs as text: parameters, FLOPs, tokens."""
-    header = ("run", "parameters", "active", "FLOPs a token", "tokens", "FLOPs")
+    header = ("run", "parameters", "active", "FLOPs per token", "tokens", "FLOPs")
     rows = [
         (
             run.name,

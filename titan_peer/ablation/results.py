@@ -30,6 +30,8 @@ class Result:
     """done, failed or unfinished."""
     records: list[Record]
     error: str = ""
+    beside: int = 0
+    """Most other runs that worked on the same cores meanwhile."""
 
     @property
     def loss(self) -> float:
@@ -44,6 +46,12 @@ class Result:
         losses = [record["loss"] for record in self.records if "loss" in record]
         return statistics.fmean(losses[-max(len(losses) // 10, 1) :]) if losses else math.nan
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Median of the log lines; the first, which compiles, counts only if it is alone. nan without any."""
+        speeds = [record["tokens_per_second"] for record in self.records if "tokens_per_second" in record]
+        return statistics.median(speeds[1:] or speeds) if speeds else math.nan
+
     def last(self, key: str) -> Any:
         return next((record[key] for record in reversed(self.records) if key in record), "")
 
@@ -53,7 +61,7 @@ def collect(plan: Plan) -> list[Result]:
     for run in plan.runs:
         status = status_of(run) or {"state": "unfinished"}
         records = complete_lines(folder_of(run) / "metrics.jsonl")
-        results.append(Result(run, status["state"], records, status.get("error", "")))
+        results.append(Result(run, status["state"], records, status.get("error", ""), status.get("beside", 0)))
     return results
 
 
@@ -77,6 +85,15 @@ class PointResult:
         """Standard deviation over seeds; 0 for one seed."""
         return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
 
+    @property
+    def beside(self) -> int:
+        return max(result.beside for result in self.results)
+
+    def speed_text(self) -> str:
+        """Tokens per second, mean over seeds; with a star where runs shared the cores."""
+        speeds = [speed for result in self.results if not math.isnan(speed := result.tokens_per_second)]
+        return f"{statistics.fmean(speeds):,.0f}{'*' * (self.beside > 0)}" if speeds else ""
+
     def loss_text(self) -> str:
         if not self.losses:
             return "failed" if any(result.state == "failed" for result in self.results) else "unfinished"
@@ -97,20 +114,17 @@ def results_csv(plan: Plan, results: Sequence[Result]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     costs = ["total_parameters", "active_parameters", "flops_per_token", "tokens", "flops"]
-    measured = [
-        "validation_loss",
-        "validation_bits_per_byte",
-        "tokens_per_second",
-        "peak_memory_gib",
-        "elapsed_seconds",
-    ]
-    writer.writerow(["run", *axes, "seed", "state", *costs, "loss", "training_loss", *measured, "error"])
+    measured = ["validation_loss", "validation_bits_per_byte", "peak_memory_gib", "elapsed_seconds"]
+    speeds = ["tokens_per_second", "other_runs_on_the_cores"]
+    writer.writerow(["run", *axes, "seed", "state", *costs, "loss", "training_loss", *measured, *speeds, "error"])
     for result in results:
         run, cost = result.run, result.run.cost
         settings = [run.labels.get(axis, "base") for axis in axes]
         numbers = [getattr(cost, name) for name in costs]
         losses = ["" if math.isnan(x) else f"{x:.6f}" for x in (result.loss, result.training_loss)]
         found = [result.last(key) for key in measured]
+        speed = result.tokens_per_second
+        found += ["" if math.isnan(speed) else f"{speed:.1f}", result.beside]
         writer.writerow([run.name, *settings, run.seed, result.state, *numbers, *losses, *found, result.error])
     return out.getvalue()
 
@@ -121,46 +135,76 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def best_of(candidates: Sequence[tuple[str, PointResult]]) -> str:
+    """Which of some (label, design) has the lowest loss, and how far that can be told from chance."""
+    (label, best), *others = sorted(candidates, key=lambda entry: entry[1].mean)
+    text = f"**{label}**, loss {best.loss_text()}."
+    if not others:
+        return text
+    next_label, following = others[0]
+    gap = f"{following.mean - best.mean:.4f} lower than the next, {next_label}"
+    if len(best.losses) == 1 or len(following.losses) == 1:
+        return (
+            f"{text} That is {gap}, from one seed: whether it is more than chance is not known. Runs that differ in "
+            "nothing but the seed differ too; `--seeds 0 1 2` shows by how much."
+        )
+    noise = max(best.deviation, following.deviation)
+    if following.mean - best.mean <= noise:
+        return f"{text} That is {gap}, which is no more than the standard deviation over seeds ({noise:.4f})."
+    return f"{text} That is {gap}, more than the standard deviation over seeds ({noise:.4f})."
+
+
+_EXPLANATION = """\
+Loss: the last validation loss, nats per token; where a job has no validation text, the mean training loss of the last
+tenth of the run. ±: standard deviation over seeds. tokens/s: median of the log lines, mean over seeds.
+"""
+
+
 def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
-    """Best design, a table an axis (or of all combinations), what failed."""
+    """Best design, a table for each axis (or of all combinations), what failed."""
     points = {found.point: found for found in by_point(results)}
-    done = [found for found in points.values() if found.losses]
+    done = [(found.point, found) for found in points.values() if found.losses]
     states = [result.state for result in results]
     lines = [f"# {title}", ""]
     lines.append(f"{len(results)} runs: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) + ".")
     if done:
-        best, *others = sorted(done, key=lambda found: found.mean)
-        lines.append(f"Best: **{best.point}**, loss {best.loss_text()}.")
-        if others and others[0].mean - best.mean <= max(best.deviation, others[0].deviation):
-            lines.append(f"The next, {others[0].point}, is within one standard deviation over seeds of it.")
+        lines.append(f"Best: {best_of(done)}")
     lines.append("")
-    header = ["design", "loss", "parameters", "active", "FLOPs a token", "tokens", "tokens/s"]
+    if plan.notes:
+        lines += ["Notes:", "", *(f"- {note}" for note in plan.notes), ""]
+    header = ["design", "loss", "parameters", "active", "FLOPs per token", "tokens", "tokens/s"]
 
     def row(label: str, found: PointResult) -> list[str]:
-        first = found.results[0]
-        cost, speed = first.run.cost, first.last("tokens_per_second")
+        cost = found.results[0].run.cost
         numbers = [f"{n:,}" for n in (cost.total_parameters, cost.active_parameters, cost.flops_per_token, cost.tokens)]
-        return [label, found.loss_text(), *numbers, f"{speed:,.0f}" if speed else ""]
+        return [label, found.loss_text(), *numbers, found.speed_text()]
 
     for axis, labels in plan.axes.items():
         if not labels:
             continue
         shown = {label: f"{label} (base)" if point == "base" else label for label, point in labels.items()}
         rows = [row(shown[label], points[point]) for label, point in labels.items()]
-        of_axis = [(points[point], label) for label, point in labels.items() if points[point].losses]
+        of_axis = [(label, points[point]) for label, point in labels.items() if points[point].losses]
         lines += [f"## {axis}", "", *_table(header, rows), ""]
         if of_axis:
-            best_label = min(of_axis, key=lambda entry: entry[0].mean)[1]
-            lines += [f"Best {axis}: **{best_label}**.", ""]
+            lines += [f"Best {axis}: {best_of(of_axis)}", ""]
     ranked = sorted(points.values(), key=lambda found: found.mean)
-    lines += ["## All designs, best first", "", *_table(header, [row(found.point, found) for found in ranked]), ""]
+    lines += [
+        "## All designs, lowest loss first",
+        "",
+        *_table(header, [row(found.point, found) for found in ranked]),
+        "",
+    ]
     failed = [result for result in results if result.state == "failed"]
     if failed:
         lines += ["## Failed", "", *(f"- `{result.run.name}`: {result.error}" for result in failed), ""]
-    lines += [
-        "Loss: the last validation loss, nats a token; where a job has no validation text, the mean training loss of"
-    ]
-    lines += ["the last tenth of the run. ±: standard deviation over seeds.", ""]
+    lines.append(_EXPLANATION)
+    most = max((found.beside for found in points.values()), default=0)
+    if most:
+        lines += [
+            f"\\*: trained with up to {most} other runs on the same cores; such speeds do not compare designs.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -169,8 +213,13 @@ def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
 
 
 def draw(plan: Plan, results: Sequence[Result], folder: Path) -> list[Path]:
-    """loss_curves.png and loss_scaling.png; runs without a loss are left out."""
-    figures = {"loss_curves": _loss_curves(plan, results), "loss_scaling": _loss_scaling(results)}
+    """loss_curves.png and loss_scaling.png; runs without a loss are left out. A design looks the same in all panels."""
+    points = by_point(results)
+    styles = design_styles([found.point for found in points])
+    figures = {
+        "loss_curves": loss_curves(panels(plan, points), styles),
+        "loss_scaling": loss_scaling(points, styles),
+    }
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -182,65 +231,94 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
     return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def _panels(plan: Plan, points: dict[str, PointResult]) -> dict[str, list[tuple[str, PointResult]]]:
+@dataclass(frozen=True)
+class Style:
+    """How a design is drawn, in every panel of every plot."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def design_styles(points: Sequence[str]) -> dict[str, Style]:
+    """A style for each design, different ones for up to 50."""
+    shapes = ("-", "--", "-.", ":", (0, (1, 3)))
+    return {
+        point: Style(f"C{i % 10}", "osD^v"[i // 10 % 5], shapes[i // 10 % 5])  # type: ignore[arg-type]
+        for i, point in enumerate(points)
+    }
+
+
+Panel = list[tuple[str, PointResult]]
+
+
+def panels(plan: Plan, results: Sequence[PointResult]) -> dict[str, Panel]:
     """What is drawn together: the values of an axis; all designs of a grid."""
+    points = {found.point: found for found in results}
     axes = {axis: [(label, points[p]) for label, p in labels.items()] for axis, labels in plan.axes.items() if labels}
     return axes or {"all designs": list(points.items())}
 
 
-def _loss_curves(plan: Plan, results: Sequence[Result]) -> Figure:
-    panels = _panels(plan, {found.point: found for found in by_point(results)})
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
+def loss_curves(drawn: dict[str, Panel], styles: dict[str, Style]) -> Figure:
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(7 * columns, 4.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, entries) in zip(grid.flat, panels.items()):
-        for i, (label, found) in enumerate(entries):
+    for axes, (name, entries) in zip(grid.flat, drawn.items()):
+        for label, found in entries:
+            shown = f"{label} (base)" if found.point == "base" else label
             for result in found.results:
-                _curve(axes, result, f"C{i % 10}", label if result is found.results[0] else None)
+                _curve(axes, result, styles[found.point], shown if result is found.results[0] else None)
         axes.set(xlabel="tokens", title=name)
-        axes.set_ylabel("loss (nats a token); o: validation")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=8, ncols=1 + len(entries) // 10)
-    for axes in list(grid.flat)[len(panels) :]:
+            axes.legend(
+                fontsize=8, ncols=1 + len(entries) // 10, title="line: training, marks: validation", title_fontsize=8
+            )
+    for axes in list(grid.flat)[len(drawn) :]:
         axes.set_axis_off()
     return figure
 
 
-def _curve(axes: Axes, result: Result, colour: str, label: str | None) -> None:
+def _curve(axes: Axes, result: Result, style: Style, label: str | None) -> None:
     per_step = result.run.cost.tokens / result.run.config.training.steps
     training = [(r["step"] * per_step, r["loss"]) for r in result.records if "loss" in r]
     validation = [(r["step"] * per_step, r["validation_loss"]) for r in result.records if "validation_loss" in r]
     if training:
         places, losses = zip(*training)
         smooth = _smooth(losses, max(len(losses) // 40, 1))
-        axes.plot(places, smooth, color=colour, linewidth=1.2, alpha=0.8, label=label)
+        axes.plot(places, smooth, color=style.colour, linestyle=style.line, linewidth=1.2, alpha=0.8, label=label)
     if validation:
-        axes.plot(*zip(*validation), "o", color=colour, markersize=4)
+        axes.plot(*zip(*validation), linestyle="", marker=style.marker, color=style.colour, markersize=4)
 
 
-def _loss_scaling(results: Sequence[Result]) -> Figure:
-    points = [found for found in by_point(results) if found.losses]
+def loss_scaling(points: Sequence[PointResult], styles: dict[str, Style]) -> Figure:
+    points = [found for found in points if found.losses]
     figure = Figure(figsize=(15, 5), layout="constrained")
     quantities: list[tuple[str, Callable[[Run], int]]] = [
         ("training FLOPs", lambda run: run.cost.flops),
         ("parameters", lambda run: run.cost.total_parameters),
-        ("active parameters a token", lambda run: run.cost.active_parameters),
+        ("active parameters per token", lambda run: run.cost.active_parameters),
     ]
     for axes, (label, quantity) in zip(figure.subplots(1, 3, sharey=True), quantities):
         places = [quantity(found.results[0].run) for found in points]
-        for i, (found, place) in enumerate(zip(points, places)):
-            style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]}
-            axes.errorbar([place], [found.mean], yerr=[found.deviation], capsize=4, label=found.point, **style)
+        for found, place in zip(points, places):
+            style = styles[found.point]
+            shape = {"color": style.colour, "marker": style.marker}
+            bar = [found.deviation] if len(found.losses) > 1 else None
+            axes.errorbar([place], [found.mean], yerr=bar, capsize=4, label=found.point, linestyle="", **shape)
         axes.set_xlabel(label)
         if places and max(places) > 4 * min(places):
             axes.set_xscale("log")
         else:
-            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("loss (nats a token); bars: standard deviation over seeds")
+    several = any(len(found.losses) > 1 for found in points)
+    bars = "bars: standard deviation over seeds" if several else "one seed each: chance is not shown"
+    figure.axes[0].set_ylabel(f"loss (nats per token); {bars}")
     if points:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from titan_peer.ablation.plan import Run
 from titan_peer.errors import UserError
 from titan_peer.sinks import complete_lines
 
-JOB, LOG, STATUS = "job.toml", "log.txt", "status.json"
+JOB, LOG, STATUS, CHECKPOINTS = "job.toml", "log.txt", "status.json", "checkpoint"
 
 
 def folder_of(run: Run) -> Path:
@@ -38,9 +39,13 @@ def status_of(run: Run) -> dict[str, Any] | None:
     return found
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill or a crash at any moment leaves the old text or the new one."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     partial.replace(file)
 
 
@@ -52,16 +57,18 @@ def only_here(output_dir: Path) -> Iterator[None]:
         UserError: there is one.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w", encoding="utf-8") as lock:
+    with (output_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--output-dir {output_dir}: another titan-peer ablate is working there") from None
+            raise UserError(f"--output_dir {output_dir}: another titan-peer ablate is working there") from None
         yield
 
 
-def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool) -> list[Run]:
+def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool, keep_checkpoints: bool = False) -> list[Run]:
     """Write the runs' jobs and return those that are still to do.
+
+    Checkpoints of done runs, which a killed ablation may have left, are removed unless they are to be kept.
 
     Raises:
         UserError: the folder has runs and `resume` is not given, or a run of this name with other settings.
@@ -69,7 +76,7 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool) -> list[Ru
     started = [run for run in runs if (folder_of(run) / JOB).exists()]
     if started and not resume:
         raise UserError(
-            f"--output-dir {folder_of(started[0]).parent.parent}: has {len(started)} of these runs already; "
+            f"--output_dir {folder_of(started[0]).parent.parent}: has {len(started)} of these runs already; "
             "give --resume to go on with them, or another folder"
         )
     to_do = []
@@ -77,11 +84,13 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool) -> list[Ru
         folder, job = folder_of(run), run.config.to_toml()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / JOB).exists() and (folder / JOB).read_text(encoding="utf-8") != job:
-            raise UserError(f"{folder / JOB}: the run was started with other settings; give another --output-dir")
-        _write_whole(folder / JOB, job)
+            raise UserError(f"{folder / JOB}: the run was started with other settings; give another --output_dir")
+        write_whole(folder / JOB, job)
         status = status_of(run)
         if status is None or (retry_failed and status["state"] == "failed"):
             to_do.append(run)
+        elif status["state"] == "done" and not keep_checkpoints:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return to_do
 
 
@@ -102,7 +111,7 @@ def _end_with_parent() -> None:
 
 
 def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w", encoding="utf-8") as lock:
+    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w") as lock:
         # The trainer inherits the lock and has it until it ends: one that a killed ablation left behind saves first.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
@@ -117,26 +126,49 @@ def _start(folder: Path, processes: int, environment: dict[str, str]) -> subproc
         )
 
 
-def _record_end(folder: Path, steps: int, exit_status: int, seconds: float, keep_checkpoints: bool) -> str:
-    """Write status.json, unless the run was stopped before its end; returns "done", "failed" or "stopped"."""
+def record_end(
+    folder: Path, steps: int, exit_status: int, seconds: float, keep_checkpoints: bool, beside: int = 0
+) -> str:
+    """Write status.json, unless the run was stopped before its end; returns "done", "failed" or "stopped".
+
+    Args:
+        beside: most other runs that worked on the same cores meanwhile.
+    """
     last = max((line["step"] for line in complete_lines(folder / "metrics.jsonl")), default=0)
     if exit_status == 0 and last < steps:
         return "stopped"
     state = "done" if exit_status == 0 else "failed"
-    record: dict[str, Any] = {"state": state, "exit_status": exit_status, "seconds": round(seconds, 1)}
+    record: dict[str, Any] = {
+        "state": state,
+        "exit_status": exit_status,
+        "seconds": round(seconds, 1),
+        "beside": beside,
+    }
     if state == "failed":
-        lines = [
-            line for line in (folder / LOG).read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
-        ]
+        text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         record["error"] = next((line for line in reversed(lines) if "error:" in line.lower()), "".join(lines[-1:]))
-    elif not keep_checkpoints:
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    _write_whole(folder / STATUS, json.dumps(record))
+    write_whole(folder / STATUS, json.dumps(record))
+    if state == "done" and not keep_checkpoints:  # only now: a kill before leaves a run that can go on
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return state
 
 
 class StoppedError(Exception):
     """The ablation was told to stop; the runs have saved."""
+
+
+@dataclass
+class _Working:
+    """A run that is being trained here."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    slot: list[str]
+    """Its GPUs."""
+    began: float
+    beside: int = 0
+    """Most other runs on the same cores so far."""
 
 
 def run_here(
@@ -162,14 +194,14 @@ def run_here(
         [list(gpus[i * processes : (i + 1) * processes]) for i in range(jobs)] if gpus else [[] for _ in range(jobs)]
     )
     threads = max((os.cpu_count() or 1) // (jobs * processes), 1)
-    working: list[tuple[Run, subprocess.Popen[bytes], list[str], float]] = []
+    working: list[_Working] = []
     stop = False
 
     def on_signal(_number: int, _frame: Any) -> None:
         nonlocal stop
         stop = True
-        for _, process, _, _ in working:
-            process.terminate()
+        for entry in working:
+            entry.process.terminate()
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -181,18 +213,24 @@ def run_here(
                     environment["OMP_NUM_THREADS"] = str(threads)
                 report(f"start  {run.name}")
                 process = _start(folder_of(run), processes, environment)
-                working.append((run, process, slot, time.monotonic()))
+                working.append(_Working(run, process, slot, time.monotonic()))
+                for entry in working:
+                    entry.beside = max(entry.beside, 0 if gpus else len(working) - 1)
             for entry in list(working):
-                run, process, slot, began = entry
-                if process.poll() is None:
+                if entry.process.poll() is None:
                     continue
                 working.remove(entry)
-                slots.append(slot)
-                seconds = time.monotonic() - began
-                state = _record_end(
-                    folder_of(run), run.config.training.steps, process.returncode, seconds, keep_checkpoints
+                slots.append(entry.slot)
+                seconds = time.monotonic() - entry.began
+                state = record_end(
+                    folder_of(entry.run),
+                    entry.run.config.training.steps,
+                    entry.process.returncode,
+                    seconds,
+                    keep_checkpoints,
+                    entry.beside,
                 )
-                report(f"{state:<7}{run.name} ({seconds:.0f} s)")
+                report(f"{state:<7}{entry.run.name} ({seconds:.0f} s)")
             time.sleep(0.1)
     finally:
         for number, handler in previous.items():
@@ -207,7 +245,7 @@ def run_one(folder: str, steps: int, processes: int, keep_checkpoints: bool) -> 
     process = _start(Path(folder), processes, {})
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     exit_status = process.wait()
-    return _record_end(Path(folder), steps, exit_status, time.monotonic() - began, keep_checkpoints)
+    return record_end(Path(folder), steps, exit_status, time.monotonic() - began, keep_checkpoints)
 
 
 def run_on_cluster(

@@ -57,8 +57,8 @@ def cost(config: JobConfig, processes: int) -> Cost:
     return Cost(size.total_parameters, size.active_parameters, size.training_flops, tokens)
 
 
-def factorise(num_experts: int, axes: int) -> list[int]:
-    """Sub-keys an axis, as equal as they can be, of the product nearest to num_experts."""
+def nearest_shape(num_experts: int, axes: int) -> list[int]:
+    """Sub-keys of each axis, as equal as they can be, of a product near num_experts."""
     sizes: list[int] = []
     left = float(num_experts)
     for axis in range(axes, 0, -1):
@@ -69,7 +69,7 @@ def factorise(num_experts: int, axes: int) -> list[int]:
 
 def set_expert_count(config: JobConfig, number: int) -> None:
     peer = config.model.peer
-    peer.product_key_dim = factorise(number, len(peer.product_key_dim))
+    peer.product_key_dim = nearest_shape(number, len(peer.product_key_dim))
     peer.num_experts = math.prod(peer.product_key_dim)
 
 

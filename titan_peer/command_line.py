@@ -1,0 +1,103 @@
+"""How commands take flags and show help: one rule for all of them.
+
+A job's keys are written `--section.key`, a command's own flags `--words_with_underscores`. A dash may stand for an
+underscore in both, so spellings of other tools and of earlier versions work. Help is as wide as the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+
+_PROGRAMS = ("titan-peer", "./run_train.sh")
+
+
+def with_underscores(args: Sequence[str]) -> list[str]:
+    """The arguments with the names of flags spelled by the rule: `--world-size=4` becomes `--world_size=4`."""
+    words = []
+    for word in args:
+        name, equals, value = word.partition("=")
+        words.append("--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word)
+    return words
+
+
+def terminal_width() -> int:
+    """Columns of help texts; 80 where there is no terminal and COLUMNS is not set."""
+    return max(shutil.get_terminal_size().columns - 2, 20)
+
+
+def wrapped(text: str, width: int | None = None) -> str:
+    """A help text with lines of at most `width` columns (the terminal's).
+
+    Lines without indentation are prose: those in a row are one paragraph. An indented line stays a line of its own: an
+    example is continued by a backslash, as a shell reads it, and a row of a table below its second column.
+    """
+    width = width or terminal_width()
+    lines: list[str] = []
+    paragraph: list[str] = []
+    for line in [*textwrap.dedent(text).strip("\n").splitlines(), ""]:
+        if line and not line[0].isspace():
+            paragraph.append(line)
+            continue
+        if paragraph:
+            lines.append(textwrap.fill(" ".join(paragraph), width))
+            paragraph = []
+        if line.strip().startswith(_PROGRAMS):
+            lines += _command_lines(line, width)
+        elif line.strip():
+            column = re.match(r"\s*\S+(?: \S+)*?(\s{2,})(?=\S)", line)
+            indent = column.end() if column and column.end() < width // 2 else len(line) - len(line.lstrip()) + 4
+            lines.append(textwrap.fill(line, width, subsequent_indent=" " * indent))
+        else:
+            lines.append("")
+    return "\n".join(lines).strip("\n")
+
+
+def _command_lines(line: str, width: int) -> Iterator[str]:
+    """A command over several lines; a flag stays with its first value where both fit."""
+    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line)
+    parts: list[str] = []
+    for word in words:
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("--"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    current = line[: len(line) - len(line.lstrip())] + parts[0]
+    for part in parts[1:]:
+        if len(current) + len(part) + 3 > width:
+            yield current + " \\"
+            current = " " * 6 + part
+        else:
+            current += f" {part}"
+    yield current
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrapped(text, width)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command: flags spelled by the rule above, no abbreviations, help as wide as the terminal.
+
+    Args:
+        command: its name after `titan-peer`.
+        description: what it does; prose.
+        epilog: what else there is to say, examples last; see `wrapped`.
+    """
+
+    def __init__(self, command: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=f"titan-peer {command}",
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        return super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
