@@ -57,7 +57,7 @@ def only_here(output_dir: Path) -> Iterator[None]:
         UserError: there is one.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as lock:
+    with (output_dir / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -111,7 +111,7 @@ def _end_with_parent() -> None:
 
 
 def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w") as lock:
+    with (folder / LOG).open("ab") as log, (folder / ".lock").open("w", encoding="utf-8") as lock:
         # The trainer inherits the lock and has it until it ends: one that a killed ablation left behind saves first.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
