@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from titan_peer import cli
-from titan_peer.analyze import analyze, kv_cache_bytes
+from titan_peer.analyze import analyze, draw, kv_cache_bytes
 from titan_peer.config import load_config
 from titan_peer.model import Transformer
 
@@ -56,6 +57,15 @@ def test_command_writes_tables_numbers_and_a_plot(tmp_path: Path, capsys: pytest
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_every_axis_of_the_plot_that_has_numbers_says_what_they_are() -> None:
+    config = load_config(["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"])
+    parameters, flops, cache, memory = draw(analyze(config, 1)).axes
+    assert "parameters" in parameters.get_xlabel()
+    assert (flops.get_xlabel(), flops.get_ylabel()) == ("block", "MFLOPs")
+    for panel in (cache, memory):  # the bars are labelled instead
+        assert not len(panel.get_xticks()) and len(panel.texts) == len(panel.patches)
+
+
 def test_a_hundred_billion_parameters_are_analysed_without_memory() -> None:
     arguments = ["--job.config_file", "train_configs/peer_1m.toml", "--compile.enable", "false"]
     arguments += ["--model.dim", "1024", "--model.peer.num_experts", str(2**26)]
@@ -67,6 +77,13 @@ def test_a_hundred_billion_parameters_are_analysed_without_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
+@pytest.mark.parametrize("command", ["analyze", "estimate"])
+@pytest.mark.parametrize("flag", ["--world_size", "--world-size"])
+def test_a_world_without_processes_is_refused(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--job.config_file", "train_configs/debug_model.toml", flag, "0"]) == 2
+    assert "--world_size 0: must be at least 1" in capsys.readouterr().err
+
+
 def test_cache_is_what_decoding_allocates() -> None:
     args = load_config(["--job.config_file", "train_configs/debug_model.toml"]).model
     cache = kv_cache_bytes(args)
@@ -75,18 +92,27 @@ def test_cache_is_what_decoding_allocates() -> None:
     assert cache["MQA"] == cache["MHA (4 heads)"] // 4
 
 
-def test_experts_of_a_checkpoint_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_of_a_checkpoint_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     job = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
     job += ["--training.seq_len", "64", "--training.local_batch_size", "2"]
     run = ["--training.steps", "2", "--validation.enable", "false", "--job.dump_folder", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHON": sys.executable}
     subprocess.run(["./run_train.sh", *job, *run], env=environment, check=True, capture_output=True)
     checkpoint = ["--checkpoint", str(tmp_path / "run/checkpoint/step-2"), "--tokens", "2000"]
+    caplog.set_level(logging.INFO, "titan_peer")
     files = ["--json", str(tmp_path / "a.json"), "--output", str(tmp_path / "a.png")]
     assert cli.main(["analyze", *job, *checkpoint, *files]) == 0
     usage = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["expert_usage"]
     assert len(usage) == 3
     for layer, scalars in enumerate(usage):
         assert 0 < scalars[f"expert_usage/layer_{layer}/share_used"] <= 1
+    assert "were asked for" not in caplog.text
+    few = tmp_path / "few.txt"
+    few.write_text("A few words.", encoding="utf-8")
+    text = ["--validation.sources.0.path", str(few)]
+    assert cli.main(["analyze", *job, *checkpoint, *text]) == 0
+    assert "tokens; --tokens 2,000 were asked for" in caplog.text
     assert cli.main(["analyze", *job, *checkpoint, "--model.dim", "128"]) == 2
     assert "its model.dim = 256, but the job's is 128" in capsys.readouterr().err

@@ -22,7 +22,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU run's resid
 
 
 def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: int = 1) -> tuple[float, float]:
-    """GiB of a process: in the banner of a run, and the most that the run reports."""
+    """GiB per process: in the banner of a run, and the most that the run reports."""
     done = subprocess.run(
         ["./run_train.sh", "--job.config_file", f"train_configs/{job}.toml", "--job.dump_folder", folder, *arguments],
         cwd=ROOT,
@@ -32,7 +32,7 @@ def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: i
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    banner = re.search(r"memory +about ([\d.,]+) ([MG]iB) a process: parameters .*process", done.stderr)
+    banner = re.search(r"memory +about ([\d.,]+) ([MG]iB) per process: parameters .*process", done.stderr)
     assert banner is not None, done.stderr
     records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return float(banner[1]) * GIB[banner[2]], max(r["peak_memory_gib"] for r in records if "peak_memory_gib" in r)

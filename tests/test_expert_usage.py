@@ -13,10 +13,13 @@ import pytest
 import torch
 from wandb_files import wandb_history
 
-from titan_peer.config import ActivationCheckpoint
+from titan_peer.config import ActivationCheckpoint, load_config
+from titan_peer.expert_plots import load_text
+from titan_peer.expert_report import remedies
 from titan_peer.expert_usage import DEAD_AFTER, LOAD_EDGES, PERCENTILES, Counts, ExpertUsage, layer_usage
 from titan_peer.model import ModelArgs, PEERArgs, Transformer
 from titan_peer.parallelize import apply_activation_checkpointing, apply_compile
+from titan_peer.units import count_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
@@ -184,3 +187,43 @@ def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> Non
     assert any(row.get("expert_usage/rank_frequency", {}).get("_type") == "image-file" for row in history)
     for plot in ("rank_frequency", "load_percentiles", "over_time"):
         assert (tmp_path / "expert_usage" / f"{plot}.png").stat().st_size > 10_000
+
+
+def test_warnings_advise_nothing_that_the_job_does_already() -> None:
+    debug = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml")]
+    assert remedies(load_config(debug)) == {
+        "hot": "try training.expert_balance_coeff = 0.01 or a lower optimizer.lr than 0.003",
+        "dead": "try training.reinit_dead_experts_freq = 10 or training.expert_balance_coeff = 0.01 "
+        "or a lower optimizer.lr than 0.003",
+    }
+    given = ["--model.peer.query_norm", "rms", "--training.reinit_dead_experts_freq", "20"]
+    assert remedies(load_config([*debug, *given, "--training.expert_balance_coeff", "0.02"])) == dict.fromkeys(
+        ("hot", "dead"),
+        'try a larger training.expert_balance_coeff than 0.02 or model.peer.query_norm = "batch" '
+        "or a lower optimizer.lr than 0.003",
+    )
+
+
+@pytest.mark.parametrize(
+    ("load", "text"),
+    [(0.0, "0"), (4e-5, "<0.001"), (0.022, "0.022"), (1.84, "1.8"), (74.2, "74"), (968.4, "968"), (12345.6, "12,346")],
+)
+def test_loads_are_written_without_powers_of_ten(load: float, text: str) -> None:
+    assert load_text(load) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.4, "999"),
+        (999.6, "1 K"),
+        (999_960, "1 M"),
+        (28_398_528, "28.4 M"),
+        (1e13, "10 T"),
+        (2e15, "2,000 T"),
+    ],
+)
+def test_counts_are_written_without_powers_of_ten(count: float, text: str) -> None:
+    assert count_text(count) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -99,11 +100,25 @@ def test_the_report_equals_a_brute_force_recount(
         assert (tmp_path / f"{plot}.png").stat().st_size > 10_000
 
 
+def test_as_many_of_the_hottest_experts_are_shown_as_were_asked_for(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "titan_peer")
+    few = tmp_path / "few.txt"
+    few.write_text("In the beginning was the Word, and the Word was with God.", encoding="utf-8")
+    arguments = ["--checkpoint", str(checkpoint), "--data", str(few), "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert experts.main([*arguments, "--num_experts", "12"]) == 0
+    blocks = (tmp_path / "tokens.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    assert len(blocks) == 12
+    assert "--tokens 100,000 were asked for" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--experts", "1024"], "--experts 1024: the layers have experts 0 to 1,023"),
-        (["--seq-len", "99999"], "--seq-len 99999: must be from 1 to model.max_seq_len = 1024"),
+        (["--seq-len", "99999"], "--seq_len 99999: must be from 1 to model.max_seq_len = 1024"),
+        (["--seq_len", "0"], "--seq_len 0: must be from 1 to model.max_seq_len = 1024"),
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--data", "no/such.txt"], "no/such.txt"),
     ],

@@ -81,3 +81,9 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="needs a CUDA device"):
         main(["--config_file", str(ROOT / "train_configs/debug_model.toml")])
+
+
+@pytest.mark.parametrize("flag", ["--job.config_file", "--config_file", "--config-file"])
+def test_no_tokens_are_refused_and_not_taken_for_the_job_s_own_number(flag: str) -> None:
+    with pytest.raises(UserError, match="--tokens 0: must be at least 1"):
+        main([flag, str(ROOT / "train_configs/debug_model.toml"), "--tokens", "0"])

@@ -6,7 +6,6 @@ kinds of attention, and the memory of a process for the configured parallelism: 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -15,24 +14,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.command_line import CommandParser
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.estimate import MemoryEstimate, estimate_memory
 from titan_peer.expert_usage import LayerUsage
-from titan_peer.experts import batches, measure, read_documents, usage_table
+from titan_peer.experts import batches, measure, read_documents, say_if_short, usage_table
 from titan_peer.latent_cache import cache_bytes_per_token
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.model_size import COMPONENTS, ComponentSize, ModelSize, model_size
 from titan_peer.resolve import resolve_vocabulary
 from titan_peer.units import bytes_text, count_text
 
-BYTES_A_NUMBER = 2
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BYTES_PER_NUMBER = 2
 """Of weights and caches in decoding: bfloat16."""
 
 
@@ -52,7 +55,7 @@ class Analysis:
     @property
     def weight_bytes(self) -> int:
         """Weights that decoding one token alone reads, bytes."""
-        return BYTES_A_NUMBER * self.size.active_parameters
+        return BYTES_PER_NUMBER * self.size.active_parameters
 
     def by_component(self) -> dict[str, ComponentSize]:
         """Sums over the layers."""
@@ -117,7 +120,7 @@ def kv_cache_bytes(args: ModelArgs) -> dict[str, int]:
         f"GQA ({groups} group{'s' * (groups > 1)})": groups * head,
         "MQA": head,
     }
-    others = {name: BYTES_A_NUMBER * args.n_layers * count for name, count in numbers.items()}
+    others = {name: BYTES_PER_NUMBER * args.n_layers * count for name, count in numbers.items()}
     return {"MLA (latent and rotary key)": latent, **others}
 
 
@@ -135,6 +138,7 @@ def checkpoint_usage(config: JobConfig, checkpoint: str, num_tokens: int) -> lis
             raise UserError(f"--checkpoint {checkpoint}: its model.{key} = {theirs[key]}, but the job's is {ours[key]}")
     paths = [source.path for source in config.validation.sources or config.data.sources]
     work = batches(read_documents(paths, tokenizer), config.training.seq_len, 8, num_tokens)
+    say_if_short(work, num_tokens)
     return measure(model, work)
 
 
@@ -165,9 +169,9 @@ def print_tables(analysis: Analysis) -> None:
     size = analysis.size
     console.print(f"[bold]{analysis.job}[/bold]", highlight=False)
     for title, groups in (("component", analysis.by_component()), ("layer", analysis.by_layer())):
-        table = Table(title=f"by {title}, a token of {analysis.seq_len:,}", title_justify="left")
+        table = Table(title=f"by {title}, per token of a sequence of {analysis.seq_len:,}", title_justify="left")
         table.add_column(title)
-        for column in ("parameters", "active a token", "FLOPs forward", "FLOPs training", "weights read"):
+        for column in ("parameters", "active per token", "FLOPs forward", "FLOPs training", "weights read"):
             table.add_column(column, justify="right")
         for name, part in _runs(groups):
             table.add_row(name, *_cells(part))
@@ -185,9 +189,9 @@ def print_tables(analysis: Analysis) -> None:
     share = size.active_parameters / size.total_parameters
     lines = [
         f"active / total parameters   {share:.4%}",
-        "cache of a token in decoding, bfloat16",
+        "cache per token in decoding, bfloat16",
         *(f"  {name:<28} {bytes_text(count):>10}" for name, count in analysis.kv_cache.items()),
-        f"memory of a process ({analysis.memory.world_size} in the job)",
+        f"memory per process ({analysis.memory.world_size} in the job)",
         *(f"  {kind:<28} {bytes_text(count):>10}" for kind, count in analysis.memory.rows().items()),
         f"  {'most at a time':<28} {bytes_text(analysis.memory.total):>10}",
     ]
@@ -213,34 +217,34 @@ def _cells(part: ComponentSize) -> list[str]:
         f"{part.active_parameters:,}",
         count_text(part.forward_flops),
         count_text(part.forward_flops + part.backward_flops),
-        bytes_text(BYTES_A_NUMBER * part.active_parameters),
+        bytes_text(BYTES_PER_NUMBER * part.active_parameters),
     ]
 
 
-def plot(analysis: Analysis, output: Path) -> None:
-    """The analysis as a PNG of four panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def draw(analysis: Analysis) -> Figure:
+    """The analysis in four panels, and two more where experts were counted."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     components = analysis.by_component()
     names = list(components)
     rows = 3 if analysis.usage else 2
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.25 * rows), layout="constrained")
+    figure = Figure(figsize=(13, 4.25 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2)
     figure.suptitle(
         f"{analysis.job}\n{count_text(analysis.size.total_parameters)} parameters, "
-        f"{count_text(analysis.size.active_parameters)} active a token"
+        f"{count_text(analysis.size.active_parameters)} active per token"
     )
-    colours = plt.get_cmap("tab10")
+    colours = colormaps["tab10"]
 
     places = range(len(names))
     total = [components[name].total_parameters for name in names]
     active = [components[name].active_parameters for name in names]
     panel = axes[0][0]
     panel.barh([p - 0.2 for p in places], total, 0.4, label="total", color=colours(0))
-    panel.barh([p + 0.2 for p in places], active, 0.4, label="active a token", color=colours(1))
-    panel.set(xscale="log", title="parameters", yticks=list(places), yticklabels=names, xlim=(1, 12 * max(total)))
+    panel.barh([p + 0.2 for p in places], active, 0.4, label="active per token", color=colours(1))
+    panel.set(xscale="log", title="parameters, all layers", yticks=list(places), yticklabels=names)
+    panel.set(xlim=(1, 12 * max(total)), xlabel="parameters (logarithmic)")
     panel.set_ylim(len(names) - 0.4, -1.4)  # downwards, with room for the legend
     for place, whole, part in zip(places, total, active):
         panel.text(max(whole, 1) * 1.15, place - 0.2, count_text(whole), va="center", fontsize=8)
@@ -266,20 +270,20 @@ def plot(analysis: Analysis, output: Path) -> None:
             bottom = [b + h for b, h in zip(bottom, heights)]
     step = max(1, len(layers) // 12)
     panel.set(
-        title=f"training MFLOPs a token, sequences of {analysis.seq_len:,}",
+        title=f"training FLOPs per token, sequences of {analysis.seq_len:,}",
         xlabel="block",
+        ylabel="MFLOPs",
         ylim=(0, 1.35 * max(bottom)),
     )
     panel.set_xticks([*layers[::step], len(layers)], [*map(str, layers[::step]), "head"])
     panel.legend(ncols=3, fontsize=8, loc="upper center")
 
-    _bars(axes[1][0], analysis.kv_cache, "cache of a token in decoding, bfloat16", colours)
-    title = f"memory of a process ({analysis.memory.world_size} in the job): {bytes_text(analysis.memory.total)}"
+    _bars(axes[1][0], analysis.kv_cache, "cache per token in decoding, bfloat16", colours)
+    title = f"memory per process ({analysis.memory.world_size} in the job): {bytes_text(analysis.memory.total)}"
     _bars(axes[1][1], analysis.memory.rows(), title, colours)
     if analysis.usage:
         _plot_usage(axes[2], analysis.usage, colours)
-    figure.savefig(output, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def _plot_usage(panels: Any, usage: Sequence[LayerUsage], colours: Any) -> None:
@@ -287,7 +291,7 @@ def _plot_usage(panels: Any, usage: Sequence[LayerUsage], colours: Any) -> None:
     shares = [100 * layer.whole.share_used for layer in usage]
     panels[0].barh(names, shares, color=colours(0))
     panels[0].invert_yaxis()
-    panels[0].set(title="experts used, per cent", xlim=(0, 115))
+    panels[0].set(title="experts used", xlabel="per cent of the experts", xlim=(0, 115))
     for i, share in enumerate(shares):
         panels[0].text(share, i, f"  {share:.1f}", va="center", fontsize=9)
     for i, layer in enumerate(usage):
@@ -295,7 +299,11 @@ def _plot_usage(panels: Any, usage: Sequence[LayerUsage], colours: Any) -> None:
         panels[1].plot(*zip(*ranks), label=names[i], color=colours(i))
     panels[1].axhline(1, color="grey", linewidth=0.8, linestyle="--")
     panels[1].set(
-        xscale="log", yscale="log", title="gates of an expert by rank (1: all alike)", xlabel="rank of the expert"
+        xscale="log",
+        yscale="log",
+        title="load of experts by rank",
+        xlabel="rank of the expert (1: the most loaded)",
+        ylabel="multiples of the uniform share of gates",
     )
     panels[1].legend(fontsize=8)
 
@@ -310,27 +318,33 @@ def _bars(panel: Any, sizes: dict[str, int], title: str, colours: Any) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Analyse a job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="titan-peer analyze",
-        description="Parameters, FLOPs, cache and memory of a job's model, which is never built.",
-        epilog="Any key of a job may follow, as for run_train.sh.\n\nExamples:\n"
+    parser = CommandParser(
+        "analyze",
+        "Parameters, FLOPs, cache and memory of a job's model, which is never built.",
+        "Any key of the job may be given besides, as for run_train.sh.\n\nexamples:\n"
         "  titan-peer analyze --job.config_file train_configs/peer_1m.toml --output model_analysis.png\n"
-        "  titan-peer analyze --job.config_file train_configs/peer_1m_multinode.toml --world-size 16 --json analysis.json\n"
-        "  titan-peer analyze --job.config_file train_configs/debug_model.toml --checkpoint "
-        "outputs/debug_model/checkpoint/step-80 --output model_analysis.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "  titan-peer analyze --job.config_file train_configs/peer_1m_multinode.toml --world_size 16 --json analysis.json\n"
+        "  titan-peer analyze --job.config_file train_configs/debug_model.toml --checkpoint outputs/debug_model/checkpoint/step-100 "
+        "--output model_analysis.png",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="write a plot")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
     parser.add_argument("--checkpoint", metavar="DIR", help="also run this checkpoint of the job and count its experts")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of held-out text for that (default: %(default)s)")
-    parser.add_argument("--world-size", type=int, default=1, help="processes of the job, all machines together")
+    parser.add_argument(
+        "--tokens", type=int, default=20_000, metavar="N", help="of held-out text for that (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--world_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the job, all machines together (default: 1)",
+    )
     options, job_arguments = parser.parse_known_args(args)
     if options.world_size < 1:
-        parser.error(f"--world-size = {options.world_size}: must be at least 1")
+        raise UserError(f"--world_size {options.world_size}: must be at least 1")
     if options.tokens < 1:
-        parser.error(f"--tokens = {options.tokens}: must be at least 1")
+        raise UserError(f"--tokens {options.tokens}: must be at least 1")
     config = load_config(job_arguments)
     usage = checkpoint_usage(config, options.checkpoint, options.tokens) if options.checkpoint else []
     analysis = analyze(config, options.world_size, usage)
@@ -340,7 +354,7 @@ def main(args: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(analysis.as_dict(), indent=1) + "\n", encoding="utf-8")
             print(f"numbers: {options.json}")
         if options.output is not None:
-            plot(analysis, options.output)
+            draw(analysis).savefig(options.output, dpi=120)
             print(f"plot: {options.output}")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None

@@ -6,7 +6,6 @@ what interpreter, libraries and the heap take besides.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from titan_peer.command_line import CommandParser
 from titan_peer.config import JobConfig, load_config
 from titan_peer.dry_run import fake_world, trace_step
+from titan_peer.errors import UserError
 from titan_peer.units import bytes_text
 
 MIB = 2**20
@@ -53,7 +54,7 @@ class MemoryEstimate:
 
     def line(self) -> str:
         """One line for the banner."""
-        return f"about {bytes_text(self.total)} a process: " + ", ".join(
+        return f"about {bytes_text(self.total)} per process: " + ", ".join(
             f"{name} {bytes_text(size)}" for name, size in self.rows().items()
         )
 
@@ -79,20 +80,24 @@ def estimate_memory(config: JobConfig, world_size: int) -> MemoryEstimate:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the estimate for a job; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="titan-peer estimate",
-        description="The memory a process of a job will take. Nothing is allocated: a training step runs on fake tensors.",
-        epilog="Any key of a job may follow, as for run_train.sh.\n\nExamples:\n"
+    parser = CommandParser(
+        "estimate",
+        "The memory that each process of a job will take. Nothing is allocated: a training step runs on fake tensors.",
+        "Any key of the job may be given besides, as for run_train.sh.\n\nexamples:\n"
         "  titan-peer estimate --job.config_file train_configs/peer_1m.toml --training.local_batch_size 4\n"
-        "  titan-peer estimate --job.config_file train_configs/peer_1m_multinode.toml --world-size 16",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "  titan-peer estimate --job.config_file train_configs/peer_1m_multinode.toml --world_size 16",
     )
-    parser.add_argument("--world-size", type=int, default=1, help="processes of the job, all machines together")
+    parser.add_argument(
+        "--world_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the job, all machines together (default: 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: bytes by kind")
     options, job_arguments = parser.parse_known_args(args)
     if options.world_size < 1:
-        parser.error(f"--world-size = {options.world_size}: must be at least 1")
+        raise UserError(f"--world_size {options.world_size}: must be at least 1")
     config = load_config(job_arguments)
     estimate = estimate_memory(config, options.world_size)
     if options.json:

@@ -36,6 +36,15 @@ def _colours(number: int) -> list[Any]:
     return [colormaps["viridis"](0.9 * i / max(number - 1, 1)) for i in range(number)]
 
 
+def load_text(load: float) -> str:
+    """A load in two digits or whole multiples of the uniform share, never as a power of ten: 970, 1.8, 0.022, <0.001."""
+    if load >= 10:
+        return f"{load:,.0f}"
+    if 0 < load < 0.001:
+        return "<0.001"
+    return f"{load:.2g}"
+
+
 def _rank_frequency(latest: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -61,7 +70,7 @@ def _load_percentiles(latest: Sequence[Record]) -> Figure:
     for i, record in enumerate(latest):
         for j, load in enumerate(record["percentiles"]):
             dark = load > 30 or load < 0.03
-            axes.text(j, i, f"{load:.2g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            axes.text(j, i, load_text(load), ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_xticks(range(len(PERCENTILES)), [f"{p:g}" for p in PERCENTILES])
     axes.set_yticks(range(len(latest)), [str(record["layer"]) for record in latest])
     axes.set(xlabel="percentile of experts", ylabel="layer")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from titan_peer.config import JobConfig
 from titan_peer.expert_usage import ExpertUsage, LayerUsage, layer_usage
 from titan_peer.metrics import MetricsLogger
 from titan_peer.model import Transformer
@@ -24,6 +25,21 @@ _PLOT_TIME_SHARE = 0.005
 """Plots are drawn anew as often as this share of the time allows, and at the end."""
 
 
+def remedies(config: JobConfig) -> dict[str, str]:
+    """What a job could try against a "hot" expert and against "dead" ones; nothing that it does already."""
+    training = config.training
+    balance = "training.expert_balance_coeff = 0.01"
+    if training.expert_balance_coeff:
+        balance = f"a larger training.expert_balance_coeff than {training.expert_balance_coeff:g}"
+    common = [balance]
+    if config.model.peer.query_norm != "batch":
+        common.append('model.peer.query_norm = "batch"')
+    common.append(f"a lower optimizer.lr than {config.optimizer.lr:g}")
+    freq = min(1000, max(training.steps // 10, 1))
+    revival = [] if training.reinit_dead_experts_freq else [f"training.reinit_dead_experts_freq = {freq}"]
+    return {kind: "try " + " or ".join(found) for kind, found in (("hot", common), ("dead", [*revival, *common]))}
+
+
 class UsageReporter:
     """Reports a training run's expert usage: scalars and histograms to every sink, details to expert_usage.jsonl, plots.
 
@@ -31,6 +47,7 @@ class UsageReporter:
         folder: gets expert_usage.jsonl and the plots.
         freq: steps between reports.
         total_steps: the last step is always reported.
+        remedies: what warnings of "hot" and "dead" experts advise.
     """
 
     def __init__(
@@ -43,9 +60,11 @@ class UsageReporter:
         total_steps: int,
         resumed_step: int,
         is_first: bool,
+        remedies: dict[str, str],
     ) -> None:
         self.usage = ExpertUsage(model)
         self.metrics, self.folder, self.freq, self.total_steps = metrics, folder, freq, total_steps
+        self.remedies = remedies
         self._file: JsonlSink | None = None
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,13 +120,12 @@ class UsageReporter:
             if hottest.count >= HOT_COUNT and self._is_news(usage.layer, "hot", hottest.load, HOT_LOAD):
                 lines.append(
                     f"warning: layer {usage.layer}: expert {hottest.expert} has {hottest.load:.0f} x the uniform share of "
-                    "gates; try training.expert_balance_coeff = 0.01, query_norm = batch, or a lower optimizer.lr"
+                    f"gates; {self.remedies['hot']}"
                 )
             if self._is_news(usage.layer, "dead", dead_share, DEAD_SHARE):
                 lines.append(
                     f"warning: layer {usage.layer}: {usage.dead:,} of {usage.num_experts:,} experts "
-                    f"({100 * dead_share:.0f}%) are dead; try training.reinit_dead_experts_freq = 1000, "
-                    "training.expert_balance_coeff = 0.01, or query_norm = batch"
+                    f"({100 * dead_share:.0f}%) are dead; {self.remedies['dead']}"
                 )
         return lines
 

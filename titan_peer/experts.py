@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import heapq
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.checkpoint_files import TRAIN_STATE
+from titan_peer.command_line import CommandParser
 from titan_peer.data.sources import Source
 from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
 from titan_peer.data.tokenizer import Tokenizer
@@ -26,6 +28,8 @@ from titan_peer.expert_usage import ExpertUsage, LayerUsage, Route, layer_usage,
 from titan_peer.model import Transformer
 from titan_peer.sinks import JsonlSink
 from titan_peer.text_stream import text_in_context
+
+logger = logging.getLogger("titan_peer")
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 12, 5  # of context shown around a token
 
@@ -67,6 +71,13 @@ def batches(documents: Iterable[Document], seq_len: int, batch_size: int, limit:
     return work
 
 
+def say_if_short(work: Sequence[Batch], tokens: int) -> None:
+    """Log a line where the text had fewer tokens than were asked for."""
+    found = sum(batch[0].numel() for batch in work)
+    if found < tokens:
+        logger.info("the text has %s tokens; --tokens %s were asked for", f"{found:,}", f"{tokens:,}")
+
+
 @torch.no_grad()
 def _run(model: Transformer, work: Sequence[Batch], label: str) -> Iterator[Batch]:
     """Put every batch through the model, showing progress; yields each when it is done."""
@@ -76,12 +87,12 @@ def _run(model: Transformer, work: Sequence[Batch], label: str) -> Iterator[Batc
         yield tokens, documents
 
 
-def measure(model: Transformer, work: Sequence[Batch]) -> list[LayerUsage]:
-    """The usage of every PEER layer on the batches."""
+def measure(model: Transformer, work: Sequence[Batch], num_hot: int = 10) -> list[LayerUsage]:
+    """The usage of every PEER layer on the batches, with the `num_hot` most loaded experts of each."""
     usage = ExpertUsage(model, in_training=False)
     for _ in _run(model, work, "counting experts"):
         pass
-    return [layer_usage(layer, counts) for layer, counts in usage.read().items()]
+    return [layer_usage(layer, counts, num_hot=num_hot) for layer, counts in usage.read().items()]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -178,31 +189,30 @@ def usage_table(usage: Sequence[LayerUsage]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="titan-peer experts",
-        description=__doc__,
-        epilog="Examples:\n"
+    parser = CommandParser(
+        "experts",
+        (__doc__ or "").partition(": ")[2].capitalize(),
+        "examples:\n"
         "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data assets/sample_text/validation.jsonl\n"
         "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data a.txt b.jsonl --experts 17 4242",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, .../checkpoint/step-N")
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="FILE", help="text: .jsonl, .jsonl.gz, .txt, folders"
     )
     parser.add_argument("--tokens", type=int, default=100_000, help="read this many at most (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (default: as the model was trained)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--seq_len", type=int, help="tokens of a sequence (default: as the model was trained)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
     parser.add_argument(
         "--experts", type=int, nargs="+", metavar="N", help="show these (default: each layer's hottest)"
     )
     parser.add_argument(
-        "--num-experts", type=int, default=4, help="hottest experts shown a layer (default: %(default)s)"
+        "--num_experts", type=int, default=4, help="hottest experts shown a layer (default: %(default)s)"
     )
-    parser.add_argument("--num-tokens", type=int, default=8, help="tokens shown an expert (default: %(default)s)")
+    parser.add_argument("--num_tokens", type=int, default=8, help="tokens shown an expert (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--output-dir",
+        "--output_dir",
         default="expert_usage",
         metavar="DIR",
         help="gets expert_usage.jsonl, the plots and tokens.txt (default: %(default)s)",
@@ -214,11 +224,12 @@ def main(args: Sequence[str]) -> int:
     options = _parser().parse_args(args)
     for name in ("tokens", "batch_size", "num_tokens", "num_experts"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     model, job, tokenizer = load_model_for_inference(options.checkpoint, device=options.device)
-    seq_len, num_experts = options.seq_len or job.training.seq_len, job.model.peer.num_experts
+    num_experts = job.model.peer.num_experts
+    seq_len = job.training.seq_len if options.seq_len is None else options.seq_len
     if not 1 <= seq_len <= job.model.max_seq_len:
-        raise UserError(f"--seq-len {seq_len}: must be from 1 to model.max_seq_len = {job.model.max_seq_len}")
+        raise UserError(f"--seq_len {seq_len}: must be from 1 to model.max_seq_len = {job.model.max_seq_len}")
     if not list(peer_layers(model)):
         raise UserError(f"--checkpoint {options.checkpoint}: the model has no PEER layer")
     unknown = [expert for expert in options.experts or [] if not 0 <= expert < num_experts]
@@ -228,10 +239,10 @@ def main(args: Sequence[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
 
     work = batches(read_documents(options.data, tokenizer), seq_len, options.batch_size, options.tokens)
-    usage = measure(model, work)
+    usage = measure(model, work, max(options.num_experts, 10))
     chosen = {u.layer: options.experts or [hot.expert for hot in u.hot[: options.num_experts]] for u in usage}
     report = tokens_report(top_tokens(model, work, tokenizer, chosen, options.num_tokens), usage)
 
@@ -243,6 +254,7 @@ def main(args: Sequence[str]) -> int:
     (folder / "tokens.txt").write_text(report, encoding="utf-8")
     plots = draw(folder / "expert_usage.jsonl", folder)
     num_tokens = sum(tokens.numel() for tokens, _ in work)
+    say_if_short(work, options.tokens)
     print(f"{num_tokens:,} tokens, {usage[0].expected:.1f} uses of an expert if usage were uniform\n")
     print(usage_table(usage), report, f"written: {folder}/expert_usage.jsonl, tokens.txt, ", sep="\n\n", end="")
     print(", ".join(path.name for path in plots.values()))

@@ -32,7 +32,7 @@ from titan_peer.estimate import estimate_memory
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
 from titan_peer.expert_balance import add_balance_loss
-from titan_peer.expert_report import UsageReporter
+from titan_peer.expert_report import UsageReporter, remedies
 from titan_peer.expert_revival import ExpertRevival
 from titan_peer.faults import report_failure
 from titan_peer.float8 import precompute_scales_after_step
@@ -173,6 +173,7 @@ class Trainer:
             total_steps=self.config.training.steps,
             resumed_step=self.step,
             is_first=self.world.is_first,
+            remedies=remedies(self.config),
         )
 
     def _prepare_dump_folder(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from titan_peer.command_line import CommandParser
 from titan_peer.config import JobConfig, load_config
 from titan_peer.errors import UserError
 from titan_peer.ops import set_table_gradient
@@ -153,15 +154,23 @@ def tune(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="titan-peer tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  titan-peer tune --config_file train_configs/peer_1m.toml\n"
-        "  titan-peer tune --config_file train_configs/peer_1m.toml --tokens 16384 --training.mixed_precision_param bfloat16",
+    parser = CommandParser(
+        "tune",
+        __doc__ or "",
+        "Any key of the job may be given besides, as for run_train.sh.\n\nexamples:\n"
+        "  titan-peer tune --job.config_file train_configs/peer_1m.toml\n"
+        "  titan-peer tune --job.config_file train_configs/peer_1m.toml --tokens 16384 "
+        "--training.mixed_precision_param bfloat16",
     )
-    parser.add_argument("--config_file", required=True, help="the job whose kernels are tuned")
-    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: the job's local batch")
+    parser.add_argument(
+        "--job.config_file",
+        "--config_file",
+        dest="config_file",
+        required=True,
+        metavar="FILE",
+        help="the job whose kernels are tuned (--config_file means the same)",
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a micro-batch (default: the job's local batch)")
     return parser
 
 
@@ -169,11 +178,11 @@ def main(args: Sequence[str]) -> int:
     """Tune the kernels of the job that the arguments name."""
     options, overrides = _parser().parse_known_args(args)
     config = load_config(["--job.config_file", options.config_file, *overrides])
+    tokens = config.training.local_batch_size * config.training.seq_len if options.tokens is None else options.tokens
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: must be at least 1")
     if not torch.cuda.is_available():
         raise UserError("titan-peer tune: needs a CUDA device; none is visible, and CPU kernels have nothing to tune")
-    tokens = options.tokens or config.training.local_batch_size * config.training.seq_len
-    if tokens < 1:
-        raise UserError(f"--tokens = {tokens}: must be at least 1")
     from titan_peer.ops.triton import tuning
 
     device = torch.device("cuda", torch.cuda.current_device())

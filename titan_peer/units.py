@@ -15,7 +15,7 @@ def bytes_text(size: float) -> str:
 def count_text(count: float) -> str:
     """A count in thousands, millions, billions or trillions: "950", "12.3 K", "1.05 B"."""
     for unit in ("", " K", " M", " B"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:
             return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:,.3g} T"
+    return f"{count:,.0f} T" if abs(count) >= 99.95 else f"{count:.3g} T"

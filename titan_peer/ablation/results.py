@@ -318,7 +318,7 @@ def loss_scaling(points: Sequence[PointResult], styles: dict[str, Style]) -> Fig
         axes.grid(alpha=0.3, which="both")
     several = any(len(found.losses) > 1 for found in points)
     bars = "bars: standard deviation over seeds" if several else "one seed each: chance is not shown"
-    figure.axes[0].set_ylabel(f"loss (nats per token); {bars}")
+    figure.axes[0].set_ylabel(f"loss (nats per token)\n{bars}")
     if points:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
