@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from titan_peer.data.special_tokens import SETTINGS_FILES
 from titan_peer.errors import UserError
 
 # A single process is meant; the library warns of it at every save and load. For good, because a filter that comes and goes
@@ -130,7 +131,8 @@ def read_tokenizer_files(tokenizer_path: str) -> dict[str, bytes]:
     """Content of the files that `model.tokenizer_path` names, by name; empty for a tokenizer without files."""
     path = Path(tokenizer_path)
     if path.is_file():
-        return {path.name: path.read_bytes()}
+        settings = [path.with_name(name) for name in SETTINGS_FILES] if path.name == "tokenizer.json" else []
+        return {p.name: p.read_bytes() for p in [path, *settings] if p.is_file()}
     if not path.is_dir():
         return {}
     return {p.name: p.read_bytes() for pattern in _TOKENIZER_FILES for p in path.glob(pattern) if p.is_file()}

@@ -46,8 +46,7 @@ def write_tokenizer(path: str, folder: Path) -> None:
         "split_special_tokens": True,  # special tokens spelled out in a text stay text, as in training
     }
     for key, token in (("bos_token", ours.bos_id), ("eos_token", ours.eos_id)):
-        if token is not None:
-            config[key] = theirs.id_to_token(token)
+        config[key] = None if token is None else theirs.id_to_token(token)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

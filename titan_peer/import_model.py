@@ -15,7 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.checkpoint import Checkpointer
-from titan_peer.checkpoint_files import CONFIG, MANIFEST, TRAIN_STATE, DamagedCheckpointError, mismatch, verify
+from titan_peer.checkpoint_files import (
+    CONFIG,
+    MANIFEST,
+    TRAIN_STATE,
+    DamagedCheckpointError,
+    mismatch,
+    read_tokenizer_files,
+    verify,
+)
 from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
@@ -143,7 +151,8 @@ def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, s
     """The run's folder: tokenizer, config.toml and the checkpoint, which is returned."""
     tokenizer = output / "tokenizer"
     tokenizer.mkdir(parents=True)
-    shutil.copyfile(folder / "tokenizer.json", tokenizer / "tokenizer.json")
+    for name, content in read_tokenizer_files(str(folder / "tokenizer.json")).items():
+        (tokenizer / name).write_bytes(content)
     job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
     (output / CONFIG).write_text(job.to_toml(), encoding="utf-8")
     checkpointer = Checkpointer(job, model, Optimizers(model, job.optimizer))

@@ -26,6 +26,7 @@ from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader, gather
+from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.estimate import estimate_memory
@@ -208,6 +209,7 @@ class Trainer:
             f"titan_peer {__version__}, torch {torch.__version__}: {config.job.description or config.job.config_file}",
             f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
             f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
+            f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
             f"device     {self.world.world_size} x {device}, compute {str(self.dtype).removeprefix('torch.')}, "
             f"compile {'on' if config.compile.enable else 'off'}",
             f"attention  {attention_backend(self.device)}",

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.pipeline import Batch
+from titan_peer.data.special_tokens import describe as describe_borders
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
@@ -135,6 +136,7 @@ def main(args: Sequence[str]) -> int:
         dp_world_size=1,
         seed=config.debug.seed,
     )
+    print(f"{config.model.tokenizer_path}: {describe_borders(tokenizer.specials, config.data)}\n")
     shown = 0
     for _ in tqdm(range(max(options.batches, 1)), unit="batch", desc="reading", disable=not sys.stderr.isatty()):
         batch = next(loader)

@@ -32,6 +32,7 @@ from titan_peer.config import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
 from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
 from titan_peer.data.sources import Source, open_sources
+from titan_peer.data.special_tokens import missing
 from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.data_source import DataSource
@@ -392,6 +393,8 @@ def build_dataloader(
     Raises:
         UserError: a source cannot be read.
     """
+    for warning in missing(tokenizer.specials, data):
+        logger.warning("%s", warning)
     sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries)
     pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
     readers = dp_world_size * max(data.num_workers, 1)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 import tokenizers
+from tokenizers import AddedToken
 
 from titan_peer.data.byte_fallback import ByteRuns
+from titan_peer.data.special_tokens import Specials, SpecialToken, begin_and_end
 from titan_peer.errors import UserError
 
 
@@ -25,6 +27,8 @@ class Tokenizer(Protocol):
     """Begins a document, if the vocabulary has such a token."""
     eos_id: int | None
     """Ends a document, if the vocabulary has such a token."""
+    specials: Specials
+    """The same two, with their names, for a person."""
     fingerprint: str
     """The same for tokenizers that were read from the same file, and only for those."""
 
@@ -65,6 +69,10 @@ class ByteTokenizer:
     unused_ids: Sequence[int] = ()
     bos_id: int | None = 256
     eos_id: int | None = 257
+    specials: Specials = (
+        SpecialToken(256, "a begin token", "the byte tokenizer"),
+        SpecialToken(257, "an end token", "the byte tokenizer"),
+    )
     fingerprint: str = "byte"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -77,24 +85,20 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer.json of the `tokenizers` library."""
 
-    # In the order of preference; the first that the vocabulary has is taken.
-    _BOS = ("<|begin_of_text|>", "<|begin▁of▁sentence|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>", "<|startoftext|>")
-    _EOS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|endoftext|>")
-
     def __init__(self, file: Path) -> None:
         self.fingerprint = fingerprint_of(file)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
-        self._byte_runs = ByteRuns(self._tokenizer)
         self.unused_ids: Sequence[int]
         self.vocab_size, self.unused_ids = _bound_and_gaps(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.eos_id = self._first_known(self._BOS), self._first_known(self._EOS)
-
-    def _first_known(self, names: Sequence[str]) -> int | None:
-        ids = (self._tokenizer.token_to_id(name) for name in names)
-        return next((i for i in ids if i is not None), None)
+        self.specials: Specials = begin_and_end(file, self._tokenizer)
+        self.bos_id, self.eos_id = (None if token is None else token.id for token in self.specials)
+        # so that decoding leaves them out, also where the file has them among its text entries
+        named = [AddedToken(token.text, special=True) for token in self.specials if token is not None]
+        self._tokenizer.add_special_tokens(named)
+        self._byte_runs = ByteRuns(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -123,6 +127,10 @@ class TiktokenTokenizer:
         )
         self.bos_id: int | None = first
         self.eos_id: int | None = first + 1
+        self.specials: Specials = (
+            SpecialToken(first, "a begin token", "the entries' number"),
+            SpecialToken(first + 1, "an end token", "the entries' number"),
+        )
         self.vocab_size = first + 2
         self._ids = frozenset(ranks.values())
         self.fingerprint = fingerprint_of(file)
@@ -175,6 +183,8 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(
             f"model.tokenizer_path = {path}: needs tiktoken; install it with: pip install 'titan_peer[data]'"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise bare Exception
         kind = ".tiktoken file" if is_tiktoken else "tokenizer.json"
         raise UserError(f"model.tokenizer_path = {path}: {file} is not a {kind}: {error}") from None
