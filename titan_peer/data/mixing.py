@@ -11,11 +11,12 @@ time; a seeded head start for each source and stream keeps the streams from draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from titan_peer.data.packing import PackedSequence, Packer
 from titan_peer.data.streams import Document, DocumentStream, State
+from titan_peer.data_source import DataSource
 
 
 class WeightedDraw:
@@ -28,11 +29,11 @@ class WeightedDraw:
     def __init__(self, names: Sequence[str], weights: Sequence[float], head_start: Sequence[float]) -> None:
         self.names, self.weights, self.head_start = list(names), list(weights), list(head_start)
         self.amounts = [0.0] * len(names)
-        self.active = [weight > 0 for weight in weights]
+        self.ended = [False] * len(names)
 
     def draw(self) -> int | None:
-        """The active one that is farthest behind its part; None when none is active."""
-        active = [i for i, is_active in enumerate(self.active) if is_active]
+        """Of those that have a weight and have not ended, the one that is farthest behind its part; None: there is none."""
+        active = [i for i, weight in enumerate(self.weights) if weight > 0 and not self.ended[i]]
         if not active:
             return None
         total = sum(self.amounts[i] for i in active) / sum(self.weights[i] for i in active)
@@ -43,7 +44,7 @@ class WeightedDraw:
 
     def drop(self, which: int) -> None:
         """Go on without one; the others keep their proportions from here on."""
-        self.active[which] = False
+        self.ended[which] = True
         self.amounts = [0.0] * len(self.names)
         self.head_start = [0.0] * len(self.names)
 
@@ -52,20 +53,24 @@ class WeightedDraw:
             name: {
                 "amount": self.amounts[i],
                 "head_start": self.head_start[i],
-                "active": self.active[i],
+                "ended": self.ended[i],
                 "weight": self.weights[i],
             }
             for i, name in enumerate(self.names)
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Go on; with other sources or weights than at the save, the count of shares begins anew."""
-        same = {name: entry["weight"] for name, entry in state.items()} == dict(zip(self.names, self.weights))
-        for i, name in enumerate(self.names):
-            if name in state:
-                self.active[i] = state[name]["active"] and self.weights[i] > 0
-                if same:
-                    self.amounts[i], self.head_start[i] = state[name]["amount"], state[name]["head_start"]
+    def load_state_dict(self, state: State, ended: Collection[str]) -> None:
+        """Go on, without those in `ended`; with others, or with other weights, the count of shares begins anew."""
+        self.ended = [name in ended for name in self.names]
+        weights = {name: entry["weight"] for name, entry in state.items()}
+        if weights == dict(zip(self.names, self.weights)) and {n for n in state if _has_ended(state[n])} == set(ended):
+            for i, name in enumerate(self.names):
+                self.amounts[i], self.head_start[i] = state[name]["amount"], state[name]["head_start"]
+
+
+def _has_ended(entry: State) -> bool:
+    """Of a part, at the save; older states tell it from a weight of 0 by the weight only."""
+    return bool(entry["ended"]) if "ended" in entry else not entry["active"] and entry["weight"] > 0
 
 
 class Part(Protocol):
@@ -79,39 +84,51 @@ class Part(Protocol):
 
 
 class Mixture:
-    """Draws from parts; ends when all have, or, for a part that is in `stops`, when that one has."""
+    """Draws from sources' parts; ends when all have, or when one has whose at_end is "stop"."""
 
-    def __init__(self, parts: Sequence[Part], draw: WeightedDraw, stops: Sequence[bool]) -> None:
-        self.parts, self.draw, self.stops = parts, draw, stops
-        self._stopped = False
+    def __init__(self, parts: Sequence[Part], draw: WeightedDraw, sources: Sequence[DataSource]) -> None:
+        self.parts, self.draw, self.sources = parts, draw, sources
 
     def _next(self) -> tuple[int, Any] | None:
-        while not self._stopped and (which := self.draw.draw()) is not None:
+        while not self._stopped() and (which := self.draw.draw()) is not None:
             item = self.parts[which].next()
             if item is not None:
                 return which, item
             self.draw.drop(which)
-            self._stopped = self.stops[which]
         return None
 
+    def _stopped(self) -> bool:
+        return any(ended and source.at_end == "stop" for ended, source in zip(self.draw.ended, self.sources))
+
     def state_dict(self) -> State:
-        parts = {name: part.state_dict() for name, part in zip(self.draw.names, self.parts)}
-        return {"draw": self.draw.state_dict(), "parts": parts, "stopped": self._stopped}
+        return {
+            "draw": self.draw.state_dict(),
+            "parts": {name: part.state_dict() for name, part in zip(self.draw.names, self.parts)},
+            "max_epochs": {name: source.max_epochs for name, source in zip(self.draw.names, self.sources)},
+        }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on with the sources of the same names; one that is new begins at its beginning."""
-        self.draw.load_state_dict(state["draw"])
-        self._stopped = state["stopped"]
-        for name, part in zip(self.draw.names, self.parts):
+        """Go on with the sources of the same names; one that is new, or may be read more often now, takes part again."""
+        ended = {name for name, entry in state["draw"].items() if _has_ended(entry)}
+        for name, part, source in zip(self.draw.names, self.parts, self.sources):
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
+                read = state["max_epochs"][name] if "max_epochs" in state else _epoch(state["parts"][name]) + 1
+                if not source.max_epochs or source.max_epochs > read:
+                    ended.discard(name)
+        self.draw.load_state_dict(state["draw"], ended)
+
+
+def _epoch(part: State) -> int:
+    """The pass that a part's documents were in, for states that do not say how many there were to be."""
+    return int(part["documents"]["epoch"] if "documents" in part else part["epoch"])
 
 
 class DocumentMixture(Mixture):
     """Documents of several sources in proportion to their numbers."""
 
-    def __init__(self, parts: Sequence[DocumentStream], draw: WeightedDraw, stops: Sequence[bool]) -> None:
-        super().__init__(parts, draw, stops)
+    def __init__(self, parts: Sequence[DocumentStream], draw: WeightedDraw, sources: Sequence[DataSource]) -> None:
+        super().__init__(parts, draw, sources)
 
     def next(self) -> Document | None:
         drawn = self._next()
@@ -125,8 +142,8 @@ class DocumentMixture(Mixture):
 class SequenceMixture(Mixture):
     """Packed sequences of several sources in proportion to their tokens."""
 
-    def __init__(self, parts: Sequence[Packer], draw: WeightedDraw, stops: Sequence[bool]) -> None:
-        super().__init__(parts, draw, stops)
+    def __init__(self, parts: Sequence[Packer], draw: WeightedDraw, sources: Sequence[DataSource]) -> None:
+        super().__init__(parts, draw, sources)
 
     def next(self) -> PackedSequence | None:
         drawn = self._next()

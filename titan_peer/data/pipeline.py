@@ -75,11 +75,10 @@ class Pipeline:
         head_start = unit * np.random.default_rng([self.seed, stream]).random(len(self.sources))
         configs = [source.config for source in self.sources]
         draw = WeightedDraw([s.name for s in self.sources], [c.weight for c in configs], head_start.tolist())
-        stops = [c.at_end == "stop" for c in configs]
         if by_tokens:
             packers = [make_packer(self.data.packing, d, self.format) for d in documents]
-            return PackedStream(SequenceMixture(packers, draw, stops), documents)
-        mixture = DocumentMixture(documents, draw, stops)
+            return PackedStream(SequenceMixture(packers, draw, configs), documents)
+        mixture = DocumentMixture(documents, draw, configs)
         return PackedStream(make_packer(self.data.packing, mixture, self.format), documents)
 
 

@@ -162,7 +162,7 @@ class DocumentStream:
         self._enter(state)
         if state["index"]:
             self._fill_window()
-            self._position = state["index"]
+            self._position = min(state["index"], len(self._window))  # none is left if it may be read less often now
 
     @property
     def skipped(self) -> int:
