@@ -1,4 +1,4 @@
-"""Exported models in transformers: same logits, same text with its own cache; and back again. The `generate` command."""
+"""What an export holds, what is refused, and back again (in transformers: test_transformers.py). The `generate` command."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained
 from safetensors.torch import load_file
 from test_checkpoint import flip_a_bit
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from titan_peer import cli
 from titan_peer.checkpoint import load_model_for_inference
@@ -24,23 +25,6 @@ from titan_peer.import_model import import_model
 from titan_peer.parallelize import init_world
 from titan_peer.train import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
-JOB = f"""
---job.config_file {ROOT}/train_configs/debug_model.toml --compile.enable false --validation.enable false
---training.mixed_precision_param float32 --training.gc_freq 0 --training.seq_len 64 --training.local_batch_size 2
---training.steps 4 --model.dim 64 --model.n_layers 3 --model.init_std 0.1 --optimizer.lr 1e-2
---model.mla.rope_factor 4.0 --model.mla.original_seq_len 128 --model.mla.mscale 0.8
-""".split()
-VARIANTS = {
-    "two axes": "--model.peer.num_experts 1024 --model.peer.product_key_dim 32 32 --model.n_dense_layers 1",
-    "three axes": """--model.peer.num_experts 240 --model.peer.product_key_dim 4 6 10 --model.peer.query_dim 96
-        --model.peer.expert_hidden_size 2 --model.peer.query_norm rms --model.peer.share_experts true
-        --model.peer.norm_query true --model.peer.norm_keys true --model.peer.keys_per_head false
-        --model.peer.gates sigmoid --model.peer.activation silu --model.tie_embeddings true --model.mla.q_lora_rank 24
-        --model.mla.v_head_dim 80 --model.tokenizer_path byte""",
-}
-TEXTS = ["In the beginning", "def f(x):\n    return", "¿Qué? 東京 🙂 <|end_of_text|>"]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def from_the_repository_root():
@@ -50,74 +34,22 @@ def from_the_repository_root():
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    config = load_config([*JOB, *VARIANTS[request.param].split(), "--job.dump_folder", str(folder)])
-    assert Trainer(config, init_world(config.parallelism)).train() == 0
-    return folder / "checkpoint/step-4"
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports") / "export"
-    export_checkpoint(checkpoint, folder, max_shard_bytes=300_000, license_name="bsd-3-clause")
-    return folder
+def checkpoint(variant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(variant, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def exported(variant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported_in_shards(variant, tmp_path_factory)
 
 
 def in_transformers(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-
-
-def test_transformers_computes_our_logits(checkpoint: Path, exported: Path) -> None:
-    ours, _, _ = load_model_for_inference(checkpoint)
-    theirs = in_transformers(exported)
-    tokens = torch.randint(ours.args.vocab_size, (2, 150))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
-
-
-def test_padding_on_either_side_changes_no_logit(exported: Path) -> None:
-    model = in_transformers(exported)
-    tokens, pad = torch.randint(200, (1, 20)), torch.zeros(1, 7, dtype=torch.long)
-    with torch.no_grad():
-        alone = model(tokens).logits
-        for left in (True, False):
-            mask = torch.cat([pad, torch.ones_like(tokens)] if left else [torch.ones_like(tokens), pad], dim=1)
-            padded = model(torch.cat([pad, tokens] if left else [tokens, pad], dim=1), attention_mask=mask).logits
-            torch.testing.assert_close(padded[:, 7:] if left else padded[:, :-7], alone, rtol=1e-5, atol=1e-5)
-
-
-def test_transformers_generates_our_greedy_text_with_its_cache(checkpoint: Path, exported: Path) -> None:
-    model, _, tokenizer = load_model_for_inference(checkpoint)
-    params = SamplingParams(max_new_tokens=60, temperature=0)
-    wanted = Generator(model, tokenizer).generate(TEXTS, params)
-    theirs, their_tokenizer = in_transformers(exported), AutoTokenizer.from_pretrained(exported, padding_side="left")
-    their_tokenizer.pad_token = their_tokenizer.eos_token
-    inputs = their_tokenizer(TEXTS, return_tensors="pt", padding=True)
-    for use_cache in (True, False):
-        out = theirs.generate(**inputs, max_new_tokens=60, do_sample=False, use_cache=use_cache)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        for row, completion in zip(new, wanted):
-            assert row[: len(completion.token_ids)].tolist() == completion.token_ids
-            text = their_tokenizer.decode(row[: len(completion.token_ids)], skip_special_tokens=True)
-            assert text == completion.text
-
-
-def test_the_exported_tokenizer_gives_our_ids(checkpoint: Path, exported: Path) -> None:
-    _, _, ours = load_model_for_inference(checkpoint)
-    theirs = AutoTokenizer.from_pretrained(exported)
-    for text in TEXTS:
-        assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode_batch([text])[0]]
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-
-
-def test_the_cache_of_the_exported_model_holds_latents_only(exported: Path) -> None:
-    model = in_transformers(exported)
-    with torch.no_grad():
-        cache = model(torch.randint(200, (2, 10)), use_cache=True).past_key_values
-    mla, n_layers = model.config.mla, model.config.n_layers
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert numbers == 2 * 10 * n_layers * (mla["kv_lora_rank"] + mla["qk_rope_head_dim"])
 
 
 def test_large_models_are_written_in_shards_with_an_index(exported: Path) -> None:
@@ -231,6 +163,7 @@ def test_nothing_is_written_over(checkpoint: Path, exported: Path, capsys) -> No
     assert "exists already" in message
 
 
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
 def test_a_disk_that_refuses_leaves_nothing_half_written(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     code += "from titan_peer import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -281,6 +214,7 @@ def test_a_foreign_or_inconsistent_export_is_refused_with_the_reason(broken: Pat
 # ---- the generate command
 
 
+@pytest.mark.parametrize("variant", ["three axes"], indirect=True)
 def test_generate_writes_the_text_to_standard_output_and_the_rest_to_standard_error(checkpoint: Path) -> None:
     model, _, tokenizer = load_model_for_inference(checkpoint)
     params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=1)

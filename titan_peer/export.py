@@ -30,13 +30,14 @@ from titan_peer.checkpoint_files import (
     verify,
     write_manifest,
 )
+from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
 from titan_peer.export_tokenizer import write_tokenizer
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.model_card import model_card
 
 TableDtype = Literal["float", "int8", "float8_e4m3"]
-CODE_FILES = ("configuration_titan_peer.py", "modeling_titan_peer.py")
+CODE_FILES = ("configuration_titan_peer.py", "layers_titan_peer.py", "modeling_titan_peer.py")
 INDEX, CONFIG_JSON = "model.safetensors.index.json", "config.json"
 _TABLES = ("expert_down", "expert_up")
 _FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,11 +57,12 @@ def is_table(name: str) -> bool:
     return name.rpartition(".")[2] in _TABLES
 
 
-def transformers_config(args: ModelArgs, tokenizer: Any, dtype: str, table_dtype: TableDtype) -> dict[str, Any]:
+def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table_dtype: TableDtype) -> dict[str, Any]:
     """The content of config.json."""
     numbers = {f.name: getattr(args, f.name) for f in dataclasses.fields(ModelArgs)}
-    for key in ("n_dense_layers", "peer_every_n_layers", "init_std"):  # peer_layers says it in full
+    for key in ("n_dense_layers", "peer_every_n_layers"):  # peer_layers says it in full
         del numbers[key]
+    numbers["initializer_range"] = numbers.pop("init_std")
     return {
         "architectures": ["TitanPeerForCausalLM"],
         "model_type": "titan_peer",
@@ -158,6 +160,17 @@ def _write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
+def _generation_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of generation_config.json: special tokens, and the ids that no text has, which must not be chosen."""
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    without_text = list(range(tokenizer.vocab_size, config["vocab_size"]))
+    return tokens | ({"suppress_tokens": without_text} if without_text else {})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
@@ -189,11 +202,11 @@ def export_checkpoint(
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
-        config = transformers_config(job.model, tokenizer, dtype, table_dtype)
-        (partial / CONFIG_JSON).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-        (partial / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
-        write_tokenizer(stored_tokenizer_path(checkpoint, job.model.tokenizer_path), partial)
+        tokenizer_path = stored_tokenizer_path(checkpoint, job.model.tokenizer_path)
+        pad_id = write_tokenizer(tokenizer_path, partial, job.model.max_seq_len)
+        config = transformers_config(job.model, tokenizer, dtype, table_dtype) | {"pad_token_id": pad_id}
+        _write_json(partial / CONFIG_JSON, config)
+        _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).with_name("transformers_model") / name, partial / name)
         for name in (CONFIG, TRAIN_STATE):

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from titan_peer.data.special_tokens import SETTINGS_FILES
 from titan_peer.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 
+_PADDING_NAME = re.compile(r"[<\[|｜_▁]*(pad|padding)[>\]|｜_▁]*", re.IGNORECASE)
 _BYTE_BOS, _BYTE_EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def write_tokenizer(path: str, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json.
+def write_tokenizer(path: str, folder: Path, max_seq_len: int) -> int | None:
+    """Write tokenizer.json and tokenizer_config.json; returns the id of the padding token, if there can be one.
 
     With special tokens (transformers' default) a text gets the begin token, as every document had in training.
 
     Args:
         path: as `load_tokenizer` takes it.
+        max_seq_len: tokens of the model's context.
     Raises:
         UserError: a kind of tokenizer that has no tokenizer.json.
     """
     ours = load_tokenizer(path)
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if isinstance(ours, ByteTokenizer):
         theirs = _byte_level(ours)
     elif isinstance(ours, FileTokenizer):
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         theirs = tokenizers.Tokenizer.from_file(str(file))
     else:
         raise UserError(
@@ -44,10 +48,30 @@ def write_tokenizer(path: str, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # special tokens spelled out in a text stay text, as in training
+        "model_max_length": max_seq_len,
     }
-    for key, token in (("bos_token", ours.bos_id), ("eos_token", ours.eos_id)):
+    pad_id = _padding_id(file, theirs, ours)
+    for key, token in (("bos_token", ours.bos_id), ("eos_token", ours.eos_id), ("pad_token", pad_id)):
         config[key] = None if token is None else theirs.id_to_token(token)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return pad_id
+
+
+def _padding_id(file: Path, theirs: tokenizers.Tokenizer, ours: Tokenizer) -> int | None:
+    """The padding token that the tokenizer has or its settings name, or else the end token.
+
+    A new token would need a row of the embedding.
+    """
+    settings = [file.with_name(name) for name in SETTINGS_FILES if file.name == "tokenizer.json"]
+    for path in filter(Path.is_file, settings):
+        named = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+        token = theirs.token_to_id(named["content"] if isinstance(named, dict) else named or "")
+        if token is not None:
+            return int(token)
+    for token, added in theirs.get_added_tokens_decoder().items():
+        if added.special and _PADDING_NAME.fullmatch(added.content):
+            return int(token)
+    return ours.bos_id if ours.eos_id is None else ours.eos_id
 
 
 def _begin_documents(theirs: tokenizers.Tokenizer, ours: Tokenizer) -> None:

@@ -19,15 +19,17 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
         peer_layers: the blocks (from 0) with experts; the others have a dense SwiGLU.
         table_dtype: how the expert tables are stored: "float" (as the other weights), "int8" or "float8_e4m3", with a
             float32 scale a row.
+        initializer_range: standard deviation of initial weights, should any be made.
     """
 
     model_type = "titan_peer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",
         "intermediate_size": "ffn_hidden_dim",
         "max_position_embeddings": "max_seq_len",
+        "tie_word_embeddings": "tie_embeddings",
     }
 
     def __init__(
@@ -43,11 +45,14 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
         mla: dict[str, Any] | None = None,
         peer: dict[str, Any] | None = None,
         table_dtype: str = "float",
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.peer_layers, self.ffn_hidden_dim = list(peer_layers or []), ffn_hidden_dim
         self.max_seq_len, self.norm_eps, self.tie_embeddings = max_seq_len, norm_eps, tie_embeddings
         self.mla, self.peer, self.table_dtype = dict(mla or {}), dict(peer or {}), table_dtype
-        # The head uses the embedding's weight directly where they are tied: nothing is left to tie.
-        super().__init__(**{**kwargs, "tie_word_embeddings": False})
+        self.initializer_range, self.use_cache = initializer_range, use_cache
+        kwargs.pop("tie_word_embeddings", None)  # another name of tie_embeddings
+        super().__init__(**kwargs)

@@ -9,248 +9,41 @@ Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T 
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_titan_peer import TitanPeerConfig
+from .layers_titan_peer import MLA, PEER, Experts, FeedForward, QueryBatchNorm, RMSNorm, residual_scale, rope
 
-_GATHERED_ELEMENTS = 1 << 24  # of expert rows that exist at a time
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+# What this version of transformers calls the cache in a model's output.
+_CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32."""
+def causal_mask(cached: int, seq_len: int, is_token: Tensor | None, documents: Tensor | None, device: Any) -> Tensor:
+    """Who sees whom, bool [B or 1, 1, S, L]: the tokens before a place, of its document, and the place itself.
 
-    def __init__(self, dim: int, eps: float | None) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071, eq. 22)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def rope(mla: dict[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [B, S, 1, qk_rope_head_dim / 2], of positions [B, S]."""
-    dim, theta, factor = mla["qk_rope_head_dim"], mla["rope_theta"], mla["rope_factor"]
-    pair = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = theta ** -(pair / dim)
-    if factor > 1:
-
-        def pair_that_turns(rotations: float) -> float:
-            return dim * math.log(mla["original_seq_len"] / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-        low = max(math.floor(pair_that_turns(mla["beta_fast"])), 0)
-        high = min(math.ceil(pair_that_turns(mla["beta_slow"])), dim - 1)
-        share = ((pair / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
-        frequencies = frequencies * (1 - share) + frequencies / factor * share
-    scale = yarn_mscale(factor, mla["mscale"]) / yarn_mscale(factor, mla["mscale_all_dim"])
-    angles = (positions.float()[..., None] * frequencies)[:, :, None]
-    return angles.cos() * scale, angles.sin() * scale
+    Args:
+        is_token: bool [B, L], False for padding.
+        documents: [B, L], the number of each place's document; None: one a row.
+    """
+    places = torch.arange(cached + seq_len, device=device)
+    seen = (places <= places[cached:, None])[None]
+    if is_token is not None:
+        seen = seen & is_token[:, None, :]
+    if documents is not None:
+        seen = seen & (documents[:, cached:, None] == documents[:, None, :])
+    itself = places == places[cached:, None]  # a padding place too, so that no row of the softmax is empty
+    return (seen | itself)[:, None]
 
 
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of the last dim: x [B, S, H, qk_rope_head_dim]."""
-    (cos, sin), (even, odd) = cos_sin, x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
-
-
-class MLA(nn.Module):
-    """Multi-head latent attention: expanded for many new tokens, absorbed for one."""
-
-    def __init__(self, config: TitanPeerConfig, layer: int) -> None:
-        super().__init__()
-        mla, dim = config.mla, config.dim
-        self.layer, self.n_heads, self.q_lora_rank = layer, mla["n_heads"], mla["q_lora_rank"]
-        self.nope, self.rope, self.v_head_dim = mla["qk_nope_head_dim"], mla["qk_rope_head_dim"], mla["v_head_dim"]
-        self.kv_lora_rank, qk_head_dim = mla["kv_lora_rank"], self.nope + self.rope
-        self.scale = qk_head_dim**-0.5 * yarn_mscale(mla["rope_factor"], mla["mscale_all_dim"]) ** 2
-        if self.q_lora_rank == 0:
-            self.wq = nn.Linear(dim, self.n_heads * qk_head_dim, bias=False)
-        else:
-            self.wq_a = nn.Linear(dim, self.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(self.q_lora_rank, config.norm_eps)
-            self.wq_b = nn.Linear(self.q_lora_rank, self.n_heads * qk_head_dim, bias=False)
-        self.wkv_a = nn.Linear(dim, self.kv_lora_rank + self.rope, bias=False)
-        self.kv_norm = RMSNorm(self.kv_lora_rank, config.norm_eps)
-        self.wkv_b = nn.Linear(self.kv_lora_rank, self.n_heads * (self.nope + self.v_head_dim), bias=False)
-        self.wo = nn.Linear(self.n_heads * self.v_head_dim, dim, bias=False)
-
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor, cache: Cache | None) -> Tensor:
-        """x [B, S, D], mask bool [B, 1, S, L] -> [B, S, D]."""
-        q = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
-        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split([self.nope, self.rope], dim=-1)
-        q_rope = rotate(q_rope, cos_sin)
-        latent, k_rope = self.wkv_a(x).split([self.kv_lora_rank, self.rope], dim=-1)
-        latent, k_rope = self.kv_norm(latent)[:, None], rotate(k_rope.unsqueeze(2), cos_sin).transpose(1, 2)
-        if cache is not None:
-            # The cache's "keys" are the latents, its "values" the rotated key parts; it has one head.
-            latent, k_rope = cache.update(latent, k_rope, self.layer)
-
-        w_uk, w_uv = self.wkv_b.weight.unflatten(0, (self.n_heads, -1)).split([self.nope, self.v_head_dim], dim=1)
-        if x.shape[1] == 1:
-            absorbed = torch.einsum("bshd,hdr->bhsr", q_nope, w_uk)
-            scores = absorbed @ latent.mT + q_rope.transpose(1, 2) @ k_rope.mT  # [B, H, 1, L]
-            weights = (scores.float() * self.scale).masked_fill(~mask, float("-inf")).softmax(dim=-1).to(x.dtype)
-            out = torch.einsum("bhsr,hdr->bshd", weights @ latent, w_uv)
-        else:
-            k_nope = torch.einsum("blr,hdr->bhld", latent[:, 0], w_uk)
-            v = torch.einsum("blr,hdr->bhld", latent[:, 0], w_uv)
-            k = torch.cat([k_nope, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
-            q = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(1, 2)
-        return self.wo(out.flatten(2))
-
-
-class QueryBatchNorm(nn.Module):
-    """Batch norm over tokens; running statistics outside training."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_heads, query_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, query_dim))
-        self.register_buffer("running_mean", torch.zeros(num_heads, query_dim))
-        self.register_buffer("running_var", torch.ones(num_heads, query_dim))
-
-    def forward(self, queries: Tensor) -> Tensor:
-        """[T, H, query_dim] -> the same."""
-        q, mean, var = queries.to(self.running_mean.dtype), self.running_mean, self.running_var
-        if self.training:
-            mean = q.mean(0)
-            var = (q.square().mean(0) - mean.square()).clamp_min(0)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
-        return ((q - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
-
-
-class Experts(nn.Module):
-    """The expert tables, [N, E, D]: floats, or codes of one byte with a scale a row."""
-
-    expert_down: Tensor
-    expert_up: Tensor
-
-    def __init__(self, config: TitanPeerConfig) -> None:
-        super().__init__()
-        peer, self.table_dtype = config.peer, config.table_dtype
-        self.activation = _ACTIVATIONS[peer["activation"]]
-        shape = (peer["num_experts"], peer["expert_hidden_size"], config.dim)
-        for name in ("expert_down", "expert_up"):
-            if self.table_dtype == "float":
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-            else:
-                dtype = torch.int8 if self.table_dtype == "int8" else torch.uint8
-                self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-                self.register_buffer(f"{name}_scale", torch.zeros(shape[:2]))
-
-    def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows [..., E, D] of experts [...] of a table."""
-        rows = getattr(self, name)[indices]
-        if self.table_dtype == "float":
-            return rows.to(dtype)
-        if self.table_dtype == "float8_e4m3":
-            rows = rows.view(torch.float8_e4m3fn)
-        return (rows.float() * getattr(self, f"{name}_scale")[indices].float()[..., None]).to(dtype)
-
-    def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-        """x [T, D], indices and gates [T, K] -> sum_j gate_j * up_j^T act(down_j x), [T, D]."""
-        size = max(1, _GATHERED_ELEMENTS // (indices.shape[1] * self.expert_down[0].numel()))
-        out = []
-        for xs, index, gate in zip(x.split(size), indices.split(size), gates.split(size)):
-            z = torch.einsum("td,tked->tke", xs.float(), self.rows("expert_down", index, torch.float32))
-            hidden = self.activation(z) * gate[..., None].float()
-            out.append(torch.einsum("tke,tked->td", hidden, self.rows("expert_up", index, torch.float32)))
-        return torch.cat(out).to(x.dtype)
-
-
-class PEER(nn.Module):
-    """Product-key expert retrieval (arXiv 2407.04153, algorithm 1)."""
-
-    def __init__(self, config: TitanPeerConfig) -> None:
-        super().__init__()
-        peer = self.peer = config.peer
-        self.axis_dim = peer["query_dim"] // len(peer["product_key_dim"])
-        self.wq = nn.Linear(config.dim, peer["num_heads"] * peer["query_dim"], bias=False)
-        self.query_norm: nn.Module | None = None
-        if peer["query_norm"] == "batch":
-            self.query_norm = QueryBatchNorm(peer["num_heads"], peer["query_dim"])
-        elif peer["query_norm"] == "rms":
-            self.query_norm = RMSNorm(peer["query_dim"], None)
-        key_sets = peer["num_heads"] if peer["keys_per_head"] else 1
-        self.sub_keys = nn.ParameterList(
-            nn.Parameter(torch.zeros(key_sets, n_keys, self.axis_dim)) for n_keys in peer["product_key_dim"]
-        )
-        self.experts = None if peer["share_experts"] else Experts(config)
-
-    def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k best experts of each head: x [T, D] -> scores float32 and indices, [T, H, k]."""
-        peer, k = self.peer, self.peer["num_experts_per_tok"]
-        queries = self.wq(x).unflatten(-1, (peer["num_heads"], peer["query_dim"]))
-        if self.query_norm is not None:
-            queries = self.query_norm(queries)
-        scores = indices = torch.zeros(0)
-        for axis, (part, keys) in enumerate(zip(queries.split(self.axis_dim, dim=-1), self.sub_keys)):
-            if peer["norm_query"]:
-                part = F.normalize(part, dim=-1)
-            if peer["norm_keys"]:
-                keys = F.normalize(keys, dim=-1) * math.sqrt(self.axis_dim)
-            products = (part.transpose(0, 1) @ keys.mT).float().transpose(0, 1)  # [T, H, n]
-            best = products.topk(min(k, keys.shape[1]), dim=-1)
-            if axis == 0:
-                scores, indices = best.values, best.indices
-                continue
-            # The k best sums over the axes so far and this one are among the k best so far x the k best of this one.
-            sums = (scores[..., :, None] + best.values[..., None, :]).flatten(-2)
-            places = (indices[..., :, None] * keys.shape[1] + best.indices[..., None, :]).flatten(-2)
-            top = sums.topk(min(k, sums.shape[-1]), dim=-1)
-            scores, indices = top.values, places.gather(-1, top.indices)
-        return scores, indices
-
-    def forward(self, x: Tensor, shared_experts: Experts | None) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        tokens = x.flatten(0, 1)
-        scores, indices = self.retrieve(tokens)
-        kinds = {"softmax": lambda s: s.softmax(dim=-1), "sigmoid": torch.sigmoid, "relu": F.relu}
-        gates = F.dropout(kinds[self.peer["gates"]](scores), self.peer["dropout"], self.training)
-        experts = self.experts if self.experts is not None else shared_experts
-        assert experts is not None
-        return experts(tokens, indices.flatten(1), gates.flatten(1)).view(x.shape)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):  # type: ignore[misc]
     """x + MLA(norm(x)), then x + PEER(norm(x)) or x + FeedForward(norm(x))."""
 
     def __init__(self, config: TitanPeerConfig, layer: int) -> None:
@@ -262,84 +55,200 @@ class Block(nn.Module):
         if self.has_peer:
             self.peer = PEER(config)
         else:
-            self.feed_forward = FeedForward(config.dim, config.ffn_hidden_dim)
+            self.feed_forward = FeedForward(config)
 
     def forward(
         self,
         x: Tensor,
         cos_sin: tuple[Tensor, Tensor],
         mask: Tensor,
+        is_token: Tensor | None,
         cache: Cache | None,
+        cache_position: Tensor | None,
         shared_experts: Experts | None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos_sin, mask, cache)
+        """x [B, S, D], is_token bool [B, S]; the others as MLA takes them -> [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), cos_sin, mask, cache, cache_position)
         h = self.ffn_norm(x)
-        return x + (self.peer(h, shared_experts) if self.has_peer else self.feed_forward(h))
+        return x + (self.peer(h, is_token, shared_experts) if self.has_peer else self.feed_forward(h))
 
 
 class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The language model."""
 
     config_class = TitanPeerConfig
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # of the Trainer: num_items_in_batch
     _supports_sdpa = True
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012 - as transformers has it
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["running_mean", "running_var"]  # noqa: RUF012
 
     def __init__(self, config: TitanPeerConfig) -> None:
         super().__init__(config)
-        self._no_split_modules = ["Block"]
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         shares = bool(config.peer_layers) and config.peer["share_experts"]
         self.shared_experts = Experts(config) if shares else None
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.tok_embeddings
 
+    def set_input_embeddings(self, value: Any) -> None:
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.output = new_embeddings
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Everything is loaded: `titan-peer` makes fresh models."""
+        """What is not loaded starts as in titan_peer; transformers guards what is."""
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range * getattr(module, "init_scale", 1.0))
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, QueryBatchNorm):
+            for tensor, value in (
+                (module.weight, 1),
+                (module.bias, 0),
+                (module.running_mean, 0),
+                (module.running_var, 1),
+            ):
+                nn.init.constant_(tensor, value)
+        elif isinstance(module, nn.ParameterList):  # sub-keys
+            for keys in module:
+                nn.init.normal_(keys, std=keys.shape[-1] ** -0.5)
+        elif isinstance(module, Experts) and module.table_dtype == "float":
+            std = self.config.dim**-0.5
+            nn.init.normal_(module.expert_down, std=std)
+            nn.init.normal_(module.expert_up, std=std * residual_scale(self.config))
+
+    def _validate_generated_length(self, generation_config: Any, *args: Any) -> None:
+        """Before generation: it would fail in the middle."""
+        super()._validate_generated_length(generation_config, *args)  # type: ignore[misc]
+        if generation_config.max_length > self.config.max_seq_len:
+            raise ValueError(
+                f"prompt (with padding) and new tokens together may have {generation_config.max_length:,} tokens, but the "
+                f"model's context ends at max_seq_len = {self.config.max_seq_len:,}; lower max_new_tokens or max_length, "
+                "or shorten the prompt"
+            )
+
+    def _places(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cache_position: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Where the new tokens x [B, S, D] stand: positions [B or 1, S], mask [B or 1, 1, S, L], is_token bool [B, S], cache_position [S]."""
+        cached, seq_len = (0 if cache is None else cache.get_seq_length()), x.shape[1]  # a tensor in static caches
+        if cache_position is None:
+            cache_position = torch.arange(seq_len, device=x.device) + cached
+        if attention_mask is not None and attention_mask.ndim == 4:
+            positions = cache_position[None] if position_ids is None else position_ids
+            self._require_known_positions(positions, None)
+            return positions, attention_mask, None, cache_position
+
+        length = int(cached) + seq_len
+        is_token = documents = None
+        if attention_mask is not None:
+            if attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask covers {attention_mask.shape[1]} tokens, but {int(cached)} are cached and {seq_len} new"
+                )
+            is_token = attention_mask[:, :length].bool()
+        if position_ids is not None:
+            positions = position_ids
+            if is_token is None and length == seq_len > 1:
+                documents = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(dim=1)
+        elif is_token is not None:
+            positions = (is_token.long().cumsum(dim=1) - 1).clamp_min(0)[:, -seq_len:]
+        else:
+            positions = cache_position[None]
+        self._require_known_positions(positions, length if position_ids is None else None)
+        mask = causal_mask(length - seq_len, seq_len, is_token, documents, x.device)
+        return positions, mask, None if is_token is None else is_token[:, -seq_len:], cache_position
+
+    def _require_known_positions(self, positions: Tensor, length: int | None) -> None:
+        """Refuse tokens beyond the model's context; `length`, where known, is above all positions."""
+        limit = self.config.max_seq_len
+        if (length is not None and length <= limit) or positions.numel() == 0 or torch.compiler.is_compiling():
+            return  # compiled: reading a number back would break the graph; `generate` has checked before
+        last = int(positions.max()) + 1
+        if last > limit:
+            raise ValueError(f"{last:,} tokens: the model's context ends at max_seq_len = {limit:,}")
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, S, vocab], and the loss where labels [B, S] (-100: none) are given.
+        cache: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, S, vocab], and the mean loss where labels are given.
 
         Args:
-            attention_mask: [B, L], 0 for padding, which may be on either side.
+            input_ids: [B, S], or else inputs_embeds [B, S, D].
+            attention_mask: [B, L], 0 for padding, which may be on either side; or [B, 1, S, L], bool or to be added.
+            position_ids: [B or 1, S]. Without mask and cache, positions that begin anew begin another document.
+            past_key_values: the cache, which newer versions of transformers call `cache`.
+            labels: [B, S], the tokens themselves, -100 where nothing is learnt; they are shifted here.
+            num_items_in_batch: by what the summed loss is divided, instead of the number of labels here.
+        Raises:
+            ValueError: the tokens exceed the model's context, or what was asked for cannot be given.
         """
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        (batch_size, seq_len), device = input_ids.shape, input_ids.device
-        if attention_mask is None:
-            attention_mask = torch.ones(batch_size, cached + seq_len, device=device)
-        is_token = attention_mask[:, : cached + seq_len].bool()
-        if position_ids is None:
-            position_ids = (is_token.long().cumsum(dim=1) - 1).clamp_min(0)[:, cached:]
-        places = torch.arange(cached + seq_len, device=device)
-        causal = places <= places[cached:, None]
-        # A padding place sees itself, so that no row of the softmax is empty.
-        itself = places == places[cached:, None]
-        mask = ((causal & is_token[:, None, :]) | itself)[:, None]  # [B, 1, S, L]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("cache and past_key_values are two names of one thing; give one of them")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions = True: attention is computed by a kernel that keeps no weights")
+        cache = cache if cache is not None else past_key_values
+        repeats_blocks = any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        checkpointing = self.training and repeats_blocks and torch.is_grad_enabled()
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if checkpointing and cache is not None:
+            raise ValueError("gradient checkpointing repeats the blocks, which would fill the cache twice; give none")
+        if cache is None and use_cache and not checkpointing:
+            cache = DynamicCache()
 
-        cos_sin = rope(self.config.mla, position_ids)
-        x = self.tok_embeddings(input_ids)
+        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        positions, mask, is_token, cache_position = self._places(x, attention_mask, position_ids, cache, cache_position)
+        cos_sin = rope(self.config.mla, positions)
+        hidden_states = [x]
         for block in self.layers:
-            x = block(x, cos_sin, mask, past_key_values, self.shared_experts)
+            x = block(x, cos_sin, mask, is_token, cache, cache_position, self.shared_experts)
+            hidden_states.append(x)
+        hidden_states[-1] = x = self.norm(x)
+        if self.training:
+            for module in self.modules():
+                if isinstance(module, QueryBatchNorm):
+                    module.update_running_statistics()
+
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
-        x = self.norm(x)[:, kept]
-        logits = self.output(x) if self.output is not None else F.linear(x, self.tok_embeddings.weight)
+        logits = self.output(x[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        # its fields are a dataclass's, which the type checker does not see through transformers' decorator
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[call-arg]
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: Any = {"hidden_states": tuple(hidden_states) if wants_states else None, _CACHE: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **states)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
