@@ -29,14 +29,20 @@ VARIANTS = {
 TEXTS = ["In the beginning", "def f(x):\n    return", "¿Qué? 東京 🙂 <|end_of_text|>"]
 
 
+def trained_with(settings: str, folder: Path) -> Path:
+    """Train a small job from the repository's root; returns the folder of its checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        config = load_config([*JOB, *settings.split(), "--job.dump_folder", str(folder)])
+        assert Trainer(config, init_world(config.parallelism)).train() == 0
+    return folder / "checkpoint"
+
+
 def trained(variant: str, sessions: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a variant, made once a session; paths of its job are those of the repository's root."""
+    """The checkpoint of a variant, made once a session."""
     folder = sessions.getbasetemp() / f"trained-{variant.replace(' ', '-')}"
     if not folder.exists():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
-            config = load_config([*JOB, *VARIANTS[variant].split(), "--job.dump_folder", str(folder)])
-            assert Trainer(config, init_world(config.parallelism)).train() == 0
+        trained_with(VARIANTS[variant], folder)
     return folder / "checkpoint/step-4"
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import TEXTS, VARIANTS, exported_in_shards, trained
+from exported_models import TEXTS, VARIANTS, exported_in_shards, trained, trained_with
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
 from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.export import export_checkpoint
 from titan_peer.generate import Generator, SamplingParams
 from titan_peer.model import QueryBatchNorm, Transformer
 
@@ -193,6 +195,30 @@ def test_prompt_lookup_gives_the_greedy_text(ours: Transformer, theirs: Any) -> 
     logits = torch.stack(found.logits, dim=1)
     wanted = our_next_logits(ours, found.sequences, torch.ones_like(tokens), found.sequences.shape[1] - 36)
     torch.testing.assert_close(logits, wanted, **EXACT)
+
+
+def test_ids_without_text_are_never_generated(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "the": 1, "and": 4, "<s>": 7, "</s>": 9}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    settings = f"--model.tokenizer_path {tmp_path}/tokenizer.json --model.vocab_size 12 --training.steps 1"
+    export_checkpoint(trained_with(settings, tmp_path / "run") / "step-1", tmp_path / "export")
+    theirs = loaded(tmp_path / "export")
+    assert theirs.config.vocab_size == 12
+    out = theirs.generate(
+        torch.tensor([[7, 1]] * 50),
+        attention_mask=torch.ones(50, 2),
+        max_new_tokens=5,
+        do_sample=True,
+        temperature=100.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    assert set(out.sequences.unique().tolist()) == set(vocabulary.values())
+    without_text = [i for i in range(12) if i not in vocabulary.values()]
+    assert all((scores[:, without_text] == float("-inf")).all() for scores in out.scores)
 
 
 def test_generation_from_embeddings_gives_the_same_text(theirs: Any) -> None:

@@ -163,7 +163,7 @@ def _write_weights(
 def _generation_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of generation_config.json: special tokens, and the ids that no text has, which must not be chosen."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    without_text = list(range(tokenizer.vocab_size, config["vocab_size"]))
+    without_text = [*tokenizer.unused_ids, *range(tokenizer.vocab_size, config["vocab_size"])]
     return tokens | ({"suppress_tokens": without_text} if without_text else {})
 
 
