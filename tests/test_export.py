@@ -257,5 +257,5 @@ def test_impossible_requests_are_refused_before_the_model_is_loaded(tmp_path: Pa
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     anywhere = ["generate", "--checkpoint", tmp_path]
     assert "temperature = -1.0: must be" in failure(capsys, *anywhere, "--prompt", "x", "--temperature", "-1")
-    assert "--num-samples 0: must be at least 1" in failure(capsys, *anywhere, "--prompt", "x", "--num-samples", "0")
+    assert "--num_samples 0: must be at least 1" in failure(capsys, *anywhere, "--prompt", "x", "--num-samples", "0")
     assert "--interactive: goes with none of" in failure(capsys, *anywhere, "--prompt", "x", "--interactive")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
+from titan_peer.command_line import wrapped
 from titan_peer.errors import UserError
 
 # command: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
-    "estimate": ("titan_peer.estimate", "the memory a process of a job will take"),
+    "estimate": ("titan_peer.estimate", "the memory that each process of a job will take"),
     "analyze": ("titan_peer.analyze", "parameters, FLOPs, cache and memory of a job's model, by layer and component"),
     "ablate": ("titan_peer.ablate", "train variants of a job under equal conditions and say which is best"),
     "experts": ("titan_peer.experts", "which experts a saved model uses on given text, and for which tokens"),
@@ -32,18 +35,48 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def usage() -> str:
+    """What `titan-peer --help` shows."""
     width = max(map(len, COMMANDS))
-    lines = ["usage: titan-peer COMMAND [--help] ...", "", "commands:"]
-    lines += [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    lines += ["", "example: titan-peer train --job.config_file train_configs/debug_model.toml --training.steps 20"]
-    return "\n".join(lines)
+    rows = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    text = """usage: titan-peer COMMAND [--help] ...
+
+commands:
+%s
+
+A job's keys are written --section.key, a command's own flags --words_with_underscores; a dash may stand for an underscore.
+`titan-peer COMMAND --help` shows a command's flags with examples, `titan-peer --version` the versions.
+
+example:
+  titan-peer train --job.config_file train_configs/debug_model.toml --training.steps 20"""
+    return wrapped(text % "\n".join(rows))
+
+
+def versions() -> str:
+    """titan_peer's own version and what its behaviour depends on, one line."""
+    parts = [f"titan_peer {version('titan_peer')}", f"torch {version('torch')}", f"Python {platform.python_version()}"]
+    return ", ".join(parts)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit status (2 for bad input)."""
     words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(words)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] in (["--version"], ["-V"]):
+        print(versions(), flush=True)
+        return 0
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(), file=sys.stdout if words else sys.stderr, flush=True)
         return 0 if words else 2
     # the longest name that fits: "data inspect" before "data"
     for length in (2, 1):
@@ -55,15 +88,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("titan_peer").setLevel(logging.INFO)
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(words[length:])
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
-        return 0
+    status: int = importlib.import_module(COMMANDS[name][0]).main(words[length:])
+    return status
 
 
 if __name__ == "__main__":

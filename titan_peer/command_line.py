@@ -12,6 +12,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _PROGRAMS = ("titan-peer", "./run_train.sh")
 
@@ -57,6 +60,11 @@ def wrapped(text: str, width: int | None = None) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def wrapped_for_tyro(text: str) -> str:
+    """The same for a description that tyro prints: it joins lines that begin with a letter."""
+    return textwrap.indent(wrapped(text, terminal_width() - 1), " ")
+
+
 def _command_lines(line: str, width: int) -> Iterator[str]:
     """A command over several lines; a flag stays with its first value where both fit."""
     words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line)
@@ -74,6 +82,26 @@ def _command_lines(line: str, width: int) -> Iterator[str]:
         else:
             current += f" {part}"
     yield current
+
+
+def parse_options(options: type[T], args: Sequence[str], command: str, description: str, *, nested: bool = True) -> T:
+    """A command's flags as the dataclass that declares them; spelling and help as for CommandParser.
+
+    Args:
+        nested: flags of a dataclass inside another have its name before them, as in `--source.path`.
+    Raises:
+        SystemExit: --help (0), or a flag or value that does not fit (2), with a message.
+    """
+    import tyro
+
+    return tyro.cli(
+        options,
+        args=list(args),
+        prog=f"titan-peer {command}",
+        description=wrapped_for_tyro(description),
+        use_underscores=True,
+        config=() if nested else (tyro.conf.OmitArgPrefixes,),
+    )
 
 
 class _HelpFormatter(argparse.HelpFormatter):

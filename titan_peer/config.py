@@ -22,6 +22,7 @@ import tomli_w
 import tyro
 
 from titan_peer.bounds import Range, declared_range, out_of_range
+from titan_peer.command_line import wrapped_for_tyro
 from titan_peer.data_source import DataSource, source_name, source_problems
 from titan_peer.errors import UserError
 from titan_peer.model import ModelArgs
@@ -544,8 +545,10 @@ def load_config(args: Sequence[str]) -> JobConfig:
         args=args,
         default=base,
         prog="run_train.sh",
-        description="Train the job that a TOML file and the keys below describe.\n\nExample:\n"
-        "  ./run_train.sh --job.config_file train_configs/debug_model.toml --training.steps 20 --compile.enable false",
+        description=wrapped_for_tyro(
+            "Train the job that a TOML file and the keys below describe.\n\nexample:\n"
+            "  ./run_train.sh --job.config_file train_configs/debug_model.toml --training.steps 20 --compile.enable false"
+        ),
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

@@ -30,6 +30,7 @@ from titan_peer.checkpoint_files import (
     verify,
     write_manifest,
 )
+from titan_peer.command_line import parse_options
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
 from titan_peer.export_tokenizer import write_tokenizer
@@ -90,7 +91,7 @@ def quantize_rows(table: Tensor, table_dtype: TableDtype) -> tuple[Tensor, Tenso
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
     except ImportError:
         raise UserError(
-            f"--table-dtype {table_dtype}: needs torchao; install it with: pip install 'titan_peer[export]'"
+            f"--table_dtype {table_dtype}: needs torchao; install it with: pip install 'titan_peer[export]'"
         ) from None
     rows = table.float().flatten(0, 1)
     if table_dtype == "int8":
@@ -230,7 +231,7 @@ _DESCRIPTION = """Write a checkpoint as a folder that transformers loads (trust_
 
 Examples:
   titan-peer export --checkpoint outputs/debug_model/checkpoint/step-80 --output debug_model_export
-  titan-peer export --checkpoint outputs/debug_model/checkpoint/step-80 --output small_export --dtype bfloat16 --table-dtype int8"""
+  titan-peer export --checkpoint outputs/debug_model/checkpoint/step-80 --output small_export --dtype bfloat16 --table_dtype int8"""
 
 
 @dataclass
@@ -253,9 +254,9 @@ class ExportArgs:
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    args = tyro.cli(ExportArgs, args=list(words), prog="titan-peer export", description=_DESCRIPTION)
+    args = parse_options(ExportArgs, words, "export", _DESCRIPTION)
     if args.max_shard_size <= 0:
-        raise UserError(f"--max-shard-size {args.max_shard_size}: must be more than 0")
+        raise UserError(f"--max_shard_size {args.max_shard_size}: must be more than 0")
     export_checkpoint(
         args.checkpoint,
         args.output,

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.command_line import parse_options
 from titan_peer.errors import UserError
 from titan_peer.generate import Completion, Generator, SamplingParams
 from titan_peer.model import Experts, Transformer
@@ -104,19 +105,13 @@ def move_all_but_tables(model: Transformer, device: torch.device) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    args = tyro.cli(
-        GenerateArgs,
-        args=list(words),
-        prog="titan-peer generate",
-        description=_DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    args = parse_options(GenerateArgs, words, "generate", _DESCRIPTION, nested=False)
     for key in ("num_samples", "max_batch_size"):
         if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     if args.interactive:
         if args.prompt or args.json or args.num_samples > 1:
-            raise UserError("--interactive: goes with none of --prompt, --json, --num-samples")
+            raise UserError("--interactive: goes with none of --prompt, --json, --num_samples")
         return converse(load(args), args.sampling)
     prompts = args.prompt
     if not prompts:

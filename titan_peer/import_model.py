@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from titan_peer.checkpoint_files import (
     verify,
 )
 from titan_peer.checkpoint_saving import CheckpointSaveError
+from titan_peer.command_line import parse_options
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
@@ -181,6 +181,6 @@ class ImportArgs:
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    args = tyro.cli(ImportArgs, args=list(words), prog="titan-peer import", description=_DESCRIPTION)
+    args = parse_options(ImportArgs, words, "import", _DESCRIPTION)
     print(import_model(args.input, args.output))
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from titan_peer.command_line import CommandParser
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.pipeline import Batch
@@ -19,7 +20,7 @@ from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 _EXAMPLE = """\
-any key of a job can be given as well, as for `titan-peer train`
+Any key of the job may be given besides, as for run_train.sh.
 
 example:
   titan-peer data inspect --job.config_file train_configs/debug_model.toml --sequences 2 --output outputs/inspect
@@ -27,13 +28,11 @@ example:
 
 
 def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
-    parser = argparse.ArgumentParser(
-        prog="titan-peer data inspect",
-        description="Show a job's data: decoded sequences with document borders, each source's share, and a histogram of "
+    parser = CommandParser(
+        "data inspect",
+        "Show a job's data: decoded sequences with document borders, each source's share, and a histogram of "
         "the documents' lengths.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLE,
     )
     parser.add_argument("--sequences", type=int, default=2, help="sequences to show (default: 2)")
     parser.add_argument("--batches", type=int, default=20, help="global batches to count shares over (default: 20)")

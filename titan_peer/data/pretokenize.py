@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
+from titan_peer.command_line import parse_options
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source, open_sources
 from titan_peer.data.streams import DocumentEncoder
@@ -152,13 +152,7 @@ class Tokenization:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    options = tyro.cli(
-        TokenizeOptions,
-        args=args,
-        prog="titan-peer data tokenize",
-        description=inspect.getdoc(TokenizeOptions),
-        use_underscores=True,
-    )
+    options = parse_options(TokenizeOptions, args, "data tokenize", inspect.getdoc(TokenizeOptions) or "")
     if not options.source.path:
         raise UserError("--source.path: must be given: what is to be tokenised")
     if options.tokens_per_shard < 1:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from titan_peer.command_line import parse_options
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source, open_sources
 from titan_peer.data_source import DataSource
@@ -73,12 +73,8 @@ def texts_of(source: Source) -> Iterator[str]:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    options = tyro.cli(
-        TrainTokenizerOptions,
-        args=args,
-        prog="titan-peer data train-tokenizer",
-        description=inspect.getdoc(TrainTokenizerOptions),
-        use_underscores=True,
+    options = parse_options(
+        TrainTokenizerOptions, args, "data train-tokenizer", inspect.getdoc(TrainTokenizerOptions) or ""
     )
     if not options.source.path:
         raise UserError("--source.path: must be given: the text to train on")

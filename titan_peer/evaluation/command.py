@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from titan_peer.command_line import CommandParser
 from titan_peer.config import Evaluation
 from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
@@ -26,9 +27,8 @@ logger = logging.getLogger("titan_peer")
 EXAMPLES = """examples:
   titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --perplexity assets/sample_text/validation.jsonl
   titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --evals test-match,rectangles --limit 50
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 \\
-      --tasks sample_text_continuation,sample_text_last_word,sample_text_copy --output results
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --register-with-oaieval
+  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --tasks sample_text_continuation,sample_text_last_word,sample_text_copy --output results
+  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --register_with_oaieval
 
 The table goes to standard output, everything else to standard error. The exit status is 1 if an evaluation failed.
 """
@@ -40,12 +40,7 @@ def _names(text: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Evaluation()
-    parser = argparse.ArgumentParser(
-        prog="titan-peer eval",
-        description="Evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("eval", "Evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks.", EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="folder <dump_folder>/checkpoint/step-N")
     add(
@@ -56,13 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         help="held-out text: a file, folder or glob pattern as for [[data.sources]]; may be given several times",
     )
     add("--evals", type=_names, default=[], metavar="NAME,...", help="OpenAI evals, such as test-match")
-    add("--evals-registry", default="", metavar="DIR", help="folder of further evals")
+    add("--evals_registry", default="", metavar="DIR", help="folder of further evals")
     add("--tasks", type=_names, default=[], metavar="NAME,...", help="lm-eval tasks, such as sample_text_continuation")
-    add("--tasks-folder", default="", metavar="DIR", help="folder of further lm-eval task files")
+    add("--tasks_folder", default="", metavar="DIR", help="folder of further lm-eval task files")
     add("--limit", type=int, default=-1, help="samples of an eval or task; -1: all (default)")
-    add("--batch-size", type=int, default=defaults.batch_size, help="sequences at a time (default %(default)s)")
+    add("--batch_size", type=int, default=defaults.batch_size, help="sequences at a time (default %(default)s)")
     add(
-        "--max-new-tokens",
+        "--max_new_tokens",
         type=int,
         default=defaults.max_new_tokens,
         help="tokens of a completion where an eval or task does not say (default %(default)s)",
@@ -76,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, metavar="DIR", help="also write results.json, results.md and every sample's record here")
     add(
-        "--register-with-oaieval",
+        "--register_with_oaieval",
         nargs="?",
         type=Path,
         const=Path.home() / ".evals",
@@ -144,7 +139,7 @@ def _source(text: str) -> DataSource:
 def _check(settings: Evaluation) -> None:
     if not (settings.perplexity or settings.evals or settings.tasks):
         raise UserError("nothing to evaluate: give --perplexity, --evals or --tasks")
-    for flag, value in (("--batch-size", settings.batch_size), ("--max-new-tokens", settings.max_new_tokens)):
+    for flag, value in (("--batch_size", settings.batch_size), ("--max_new_tokens", settings.max_new_tokens)):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
     if settings.limit < 1 and settings.limit != -1:
