@@ -94,7 +94,7 @@ def test_examples_that_are_continued_are_the_same_command() -> None:
     prose, _, example = text.partition("\n\n")
     assert prose == "Some words of prose that go on."
     lines = example.splitlines()[1:]
-    assert all(len(line) <= 60 for line in lines) and len(lines) > 2
+    assert all(len(line) <= 60 for line in lines) and len(lines) == 2
     assert " ".join(line.removesuffix("\\").strip() for line in lines) == command
 
 
