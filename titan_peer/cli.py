@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from titan_peer.characters import write_every_character
 from titan_peer.command_line import wrapped
 from titan_peer.errors import UserError
 
@@ -59,6 +60,7 @@ def versions() -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit status (2 for bad input)."""
+    write_every_character()
     words = list(sys.argv[1:] if args is None else args)
     try:
         return _run(words)

@@ -22,6 +22,7 @@ import tomli_w
 import tyro
 
 from titan_peer.bounds import Range, declared_range, out_of_range
+from titan_peer.characters import require_whole
 from titan_peer.command_line import wrapped_for_tyro
 from titan_peer.data_source import DataSource, source_name, source_problems
 from titan_peer.errors import UserError
@@ -501,6 +502,9 @@ def _checked_arguments(args: Sequence[str]) -> list[str]:
     for argument in args:
         key, equals, value = argument.partition("=")
         flat += [key, value] if key.startswith("--") and equals else [argument]
+        require_whole(
+            argument, f"command line: {flat[-2] if len(flat) > 1 else 'the first word'}"
+        )  # as config.toml is UTF-8
     checked: list[str] = []
     for i, argument in enumerate(flat):
         if argument in ("-h", "--help") or not argument.startswith("--"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from titan_peer.characters import require_whole
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.decoder import Decoder
 from titan_peer.errors import UserError
@@ -167,28 +168,33 @@ class Generator:
         return self._run(waiting)
 
     def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> _Sequence:
-        ids, context = self.encode(prompt), self.model.args.max_seq_len
+        ids, context = self.encode(prompt, f"prompt {index}"), self.model.args.max_seq_len
         if len(ids) >= context:
             raise UserError(
                 f"prompt {index} has {len(ids)} tokens: must be fewer than the model's context of {context}"
             )
         return _Sequence(index, ids, params, self.tokenizer, min(params.max_new_tokens, context - len(ids)))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids; text gets the begin token."""
+    def encode(self, prompt: Prompt, name: str = "a prompt") -> list[int]:
+        """A prompt's ids; text gets the begin token.
+
+        Raises:
+            UserError: it is empty, has places that are no characters, or ids that the tokenizer has no entry for.
+        """
         if isinstance(prompt, str):
+            require_whole(prompt, name)
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             ids = [*bos, *self.tokenizer.encode_batch([prompt])[0]]
         else:
             ids = list(prompt)
         if not ids:
-            raise UserError("a prompt is empty and the tokenizer has no begin token: give at least one token")
+            raise UserError(f"{name} is empty and the tokenizer has no begin token: give at least one token")
         outside = [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]
         if outside:
-            raise UserError(f"token {outside[0]} of a prompt: must be from 0 to {self.tokenizer.vocab_size - 1}")
+            raise UserError(f"token {outside[0]} of {name}: must be from 0 to {self.tokenizer.vocab_size - 1}")
         if not self._without_text.isdisjoint(ids):
             unknown = next(i for i in ids if i in self._without_text)
-            raise UserError(f"token {unknown} of a prompt: the tokenizer has no entry of this id")
+            raise UserError(f"token {unknown} of {name}: the tokenizer has no entry of this id")
         return ids
 
     def _run(self, waiting: deque[_Sequence]) -> Iterator[TextPiece]:
@@ -292,7 +298,8 @@ class Generator:
         """All ids, and how many of them, from the end, are the continuation's."""
         begin = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         if isinstance(context, str) and isinstance(continuation, str):
-            alone, ids = self.tokenizer.encode_batch([context, context + continuation])
+            whole = require_whole(context, f"context {index}") + require_whole(continuation, f"continuation {index}")
+            alone, ids = self.tokenizer.encode_batch([context, whole])
             shared = next((i for i, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
             before = alone[:shared]
             if self.tokenizer.bos_id is not None:
@@ -310,7 +317,7 @@ class Generator:
             raise UserError(f"continuation {index} is empty: it needs at least one token")
         if scored > limit:
             raise UserError(f"continuation {index} has {scored} tokens: must be at most the model's context of {limit}")
-        return self.encode(ids[-(limit + 1) :]), scored
+        return self.encode(ids[-(limit + 1) :], f"pair {index}"), scored
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], int]]) -> list[LogLikelihood]:

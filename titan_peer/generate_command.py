@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from titan_peer.characters import lacking_encoding, read_standard_input, require_whole
 from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.command_line import parse_options
 from titan_peer.errors import UserError
@@ -112,14 +114,17 @@ def main(words: Sequence[str]) -> int:
     if args.interactive:
         if args.prompt or args.json or args.num_samples > 1:
             raise UserError("--interactive: goes with none of --prompt, --json, --num_samples")
-        return converse(load(args), args.sampling)
-    prompts = args.prompt
+        generator = load(args)
+        _say_what_the_output_lacks(args.json)
+        return converse(generator, args.sampling)
+    prompts = [require_whole(prompt, f"--prompt {number}") for number, prompt in enumerate(args.prompt, 1)]
     if not prompts:
         if sys.stdin.isatty():
             raise UserError("give --prompt TEXT, --interactive, or a prompt on standard input")
-        prompts = [sys.stdin.read()]
+        prompts = [read_standard_input()]
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     generator = load(args)
+    _say_what_the_output_lacks(args.json)
     try:
         write(generator, prompts, args.sampling, as_json=args.json)
     except KeyboardInterrupt:
@@ -187,14 +192,29 @@ def converse(generator: Generator, sampling: SamplingParams) -> int:
     return 0
 
 
+def _say_what_the_output_lacks(as_json: bool) -> None:
+    encoding = lacking_encoding()
+    if encoding and not as_json:
+        logger.info(
+            "standard output is %s: other characters are written as \\uXXXX; PYTHONIOENCODING=utf-8 writes them",
+            encoding,
+        )
+
+
 def _typed_lines() -> Iterator[str]:
     """Lines from the keyboard (with a prompt on standard error) or a pipe, without their line end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        encoding = sys.stdin.encoding if sys.stdin.isatty() else "utf-8"
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = input()
+            line = require_whole(input(), "the line")
         except (EOFError, KeyboardInterrupt):
             return
+        except UserError as error:
+            logger.error("%s; it is left out", error)
+            continue
         if line:
             yield line

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titan_peer.characters import require_whole
 from titan_peer.errors import UserError
 
 _LEAST_TEMPERATURE = 1e-30  # as far as float32 goes; the most probable token has all the probability long before
@@ -59,6 +60,8 @@ class SamplingParams:
         ):
             if not ok:
                 raise UserError(f"{key} = {getattr(self, key)!r}: {allowed}")
+        for stop in self.stop:
+            require_whole(stop, "stop")
 
     def random_numbers(self, place: int) -> random.Random:
         """The completion's own source of randomness: one number a token."""

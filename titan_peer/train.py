@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_peer import __version__, dry_run
+from titan_peer.characters import write_every_character
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.config import JobConfig, load_config
@@ -502,6 +503,7 @@ def _memory_line(config: JobConfig, world_size: int) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; the return value is the exit status."""
     _die_with_launcher()
+    write_every_character()
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logger.setLevel(logging.INFO if is_first else logging.ERROR)

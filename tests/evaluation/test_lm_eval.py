@@ -77,6 +77,23 @@ def test_generate_until_is_greedy_and_ends_before_the_stop_string(language_model
     assert cut == free[: free.index(stop)]
 
 
+def test_half_a_surrogate_pair_in_a_request_is_scored_as_a_replacement_character(language_model):
+    found, wanted = (
+        TitanPeerLM(language_model).loglikelihood(
+            instances("loglikelihood", (f"one {x}", f" two{x}")), disable_tqdm=True
+        )
+        for x in ("\ud83d", "\ufffd")
+    )
+    assert found == wanted
+    found, wanted = (
+        TitanPeerLM(language_model).generate_until(
+            instances("generate_until", (f"one {x}", {"max_gen_toks": 5, "until": ["\udc00"]}))
+        )
+        for x in ("\ud83d", "\ufffd")
+    )
+    assert found == wanted
+
+
 def test_the_lm_eval_command_knows_the_model_through_a_task_file(checkpoint, tmp_path: Path):
     words = [
         "--model",

@@ -62,6 +62,31 @@ def test_an_evals_verdicts_are_recomputed_from_its_records(language_model, tmp_p
     assert {m["sampled"] for m in matches} <= {"yes", "no"}
 
 
+def test_half_a_surrogate_pair_or_a_line_separator_in_a_sample_does_not_end_the_eval(
+    language_model, tmp_path: Path, monkeypatch, caplog
+):
+    samples = [{"input": "In the \ud83d beginning", "ideal": "a\ud83d"}, {"input": "x\u2028y\x85z", "ideal": "b\u2028"}]
+    data = tmp_path / "samples.jsonl"
+    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals/odd.yaml").write_text(
+        f"odd: {{id: odd.dev.v0, metrics: [accuracy]}}\n"
+        f"odd.dev.v0: {{class: 'evals.elsuite.basic.match:Match', args: {{samples_jsonl: '{data}'}}}}\n",
+        encoding="utf-8",
+    )
+    prompts = []
+    encode = language_model.generator.encode
+    monkeypatch.setattr(language_model.generator, "encode", lambda text, *a: prompts.append(text) or encode(text, *a))
+    monkeypatch.setattr(language_model, "_said_broken", False)
+    result = OpenAIEval("odd", registry_path=str(tmp_path)).run(language_model, tmp_path / "records")
+    assert result.samples == 2 and 0 <= result.metrics["accuracy_by_log_likelihood"] <= 1
+    assert {"In the \ufffd beginning", "x\u2028y\x85z"} <= set(filter(lambda p: isinstance(p, str), prompts))
+    assert caplog.text.count("half of a surrogate pair") == 1
+    records = (tmp_path / "records/odd.jsonl").read_text(encoding="utf-8").split("\n")
+    matches = [event["data"] for event in map(json.loads, filter(None, records)) if event.get("type") == "match"]
+    assert {match["expected"] for match in matches} == {"a\ufffd", "b\u2028"}
+
+
 def test_completions_are_made_in_batches(language_model, monkeypatch):
     sizes = []
     complete = type(language_model).complete

@@ -190,5 +190,7 @@ def _write(folder: Path, checkpoint: Path, results: Sequence[Result], table: str
         ],
     }
     (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(f"# Evaluation of {checkpoint}\n\n{table}\n", encoding="utf-8")
+    (folder / "results.md").write_text(
+        f"# Evaluation of {checkpoint}\n\n{table}\n", encoding="utf-8", errors="backslashreplace"
+    )
     logger.info("results and records are in %s", folder)

@@ -106,9 +106,8 @@ class PeriodicEvaluation:
                 for line in metrics_file.read_text(encoding="utf-8").splitlines()
                 if '"evaluation/' in line
             ]
-            (self.folder / "evaluation.md").write_text(
-                f"# Evaluation: {self.title}\n\n{history_table(records)}\n", encoding="utf-8"
-            )
+            report = f"# Evaluation: {self.title}\n\n{history_table(records)}\n"
+            (self.folder / "evaluation.md").write_text(report, encoding="utf-8")
             plot_history(records, self.folder / "evaluation.png")
         except (OSError, ValueError) as error:
             logger.error("the evaluation report in %s was not written: %s", self.folder, error)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from titan_peer.characters import with_whole_characters
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.generate import Generator, SamplingParams
 
@@ -39,6 +40,7 @@ class LanguageModel:
     should_stop: Callable[[], bool] = lambda: False
     """Asked between batches; True ends the evaluation with EvaluationStoppedError."""
     _said_truncated: bool = field(default=False, init=False)
+    _said_broken: bool = field(default=False, init=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -64,19 +66,28 @@ class LanguageModel:
     ) -> SamplingParams:
         """How an evaluation wants its completions; what it leaves open (None) is greedy and of the usual length."""
         stop = [stop] if isinstance(stop, str) else stop or []
+        stop = [text for text in stop if text and text == with_whole_characters(text)]  # others can never be written
         return SamplingParams(
             max_new_tokens=min(max_new_tokens or self.max_new_tokens, self.max_seq_len // 2),
             temperature=temperature or 0.0,
             top_p=1.0 if top_p is None else top_p,
-            stop=tuple(filter(None, stop)),
+            stop=tuple(stop),
             seed=0,
         )
+
+    def whole(self, text: str) -> str:
+        """The text with U+FFFD where it has half of a surrogate pair, as JSON can spell; said once."""
+        whole = with_whole_characters(text)
+        if whole != text and not self._said_broken:
+            logger.warning("evaluation: a sample has half of a surrogate pair; the model is shown U+FFFD in its place")
+            self._said_broken = True
+        return whole
 
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[str]:
         """The text that the model writes after each prompt; prompts too long for it lose their beginning."""
         ids = []
         for prompt, sampling in zip(prompts, params, strict=True):
-            encoded = self.generator.encode(prompt) if prompt else [self.prefix_id]
+            encoded = self.generator.encode(self.whole(prompt)) if prompt else [self.prefix_id]
             ids.append(self._last(encoded, self.max_seq_len - sampling.max_new_tokens))
         texts = [""] * len(ids)
         with self._progress(len(ids)) as progress, torch.inference_mode(), self.precision():
@@ -95,7 +106,10 @@ class LanguageModel:
         Args:
             pairs: (context, continuation), both text or both ids; what is too long for the model loses its beginning.
         """
-        fitting = [(c, t if isinstance(t, str) else t[-self.max_seq_len :]) for c, t in pairs]
+        fitting = [
+            (self.whole(c), self.whole(t)) if isinstance(c, str) and isinstance(t, str) else (c, t[-self.max_seq_len :])
+            for c, t in pairs
+        ]
         size = _BATCHES_A_CHUNK * self.batch_size
         scores: list[tuple[float, bool]] = []
         with self._progress(len(fitting)) as progress, torch.inference_mode(), self.precision():

@@ -82,7 +82,7 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
         return f"titan_peer-{self.model.tokenizer.vocab_size}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.model.tokenizer.encode_batch([string])[0]
+        return self.model.tokenizer.encode_batch([self.model.whole(string)])[0]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -188,7 +188,9 @@ class LMEvalTask:
             records.mkdir(parents=True, exist_ok=True)
             for task, samples in report["samples"].items():
                 lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-                (records / f"{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                # which spells half of a surrogate pair as JSON does
+                written = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+                (records / f"{task}.jsonl").write_bytes(written)
         return Result(self.kind, self.name, dict(_metrics(report, self.name)), _num_samples(report))
 
 

@@ -7,6 +7,7 @@ The package builds an API client when it is imported, which asks for a key; none
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_peer.characters import with_whole_characters
 from titan_peer.errors import UserError
 from titan_peer.evaluation.batching import RequestBatcher
 from titan_peer.evaluation.environment import environment
@@ -107,7 +109,7 @@ class ModelCompletionFn:
         params = self.model.sampling(kwargs.get("max_tokens"), kwargs.get("temperature"), kwargs.get("top_p"), stop)
         request = _Request(text.rstrip(), params, self._choices_of(text))
         answer = self._batcher(request)
-        record_sampling(prompt=text, sampled=answer, choices=list(request.choices))
+        record_sampling(**_whole({"prompt": text, "sampled": answer, "choices": list(request.choices)}))
         return Completion(answer)
 
     def _choices_of(self, prompt: str) -> tuple[str, ...]:
@@ -233,13 +235,12 @@ class OpenAIEval:
         """The eval's final report, and its number of samples; what `oaieval` does, without leaving its recorder behind."""
         from evals.base import RunSpec
         from evals.eval import set_max_samples
-        from evals.record import LocalRecorder
 
         registry = _registry(self.registry_path)
         spec = registry.get_eval(self.name)
         base_eval, split = spec.key.split(".")[:2]
         config = {"eval_spec": spec, "seed": _SEED, "max_samples": self.limit}
-        recorder = LocalRecorder(str(record_file), RunSpec([PREFIX], spec.key, base_eval, split, config, created_by=""))
+        recorder = _recorder(record_file, RunSpec([PREFIX], spec.key, base_eval, split, config, created_by=""))
         evaluation = registry.get_class(spec)(
             completion_fns=[completion_fn],
             seed=_SEED,
@@ -256,7 +257,8 @@ class OpenAIEval:
         finally:
             set_max_samples(None)
             atexit.unregister(recorder.flush_events)
-        events = (json.loads(line) for line in record_file.read_text(encoding="utf-8").splitlines())
+        with record_file.open(encoding="utf-8", newline="\n") as lines:
+            events = [json.loads(line) for line in lines]
         return report, len({event["sample_id"] for event in events if event.get("sample_id")})
 
     def _closed_answers(self) -> Sequence[str] | str:
@@ -273,6 +275,26 @@ class OpenAIEval:
         ideals = (sample["ideal"] for sample in get_jsonl(str(path)))
         answers = list(dict.fromkeys(ideal[0] if isinstance(ideal, list) else ideal for ideal in ideals))
         return answers if 2 <= len(answers) <= _MAX_CHOICES and all(answers) else ()
+
+
+def _recorder(file: Path, run_spec: Any) -> Any:
+    """The package's recorder to a file, which ends the eval where a sample has half of a surrogate pair."""
+    from evals.record import Event, LocalRecorder
+
+    class Recorder(LocalRecorder):  # type: ignore[misc]
+        def _flush_events_internal(self, events_to_write: Sequence[Event]) -> None:
+            super()._flush_events_internal([dataclasses.replace(e, data=_whole(e.data)) for e in events_to_write])
+
+    return Recorder(str(file), run_spec)
+
+
+def _whole(data: Any) -> Any:
+    """Data of a record with `with_whole_characters` on every text in it."""
+    if isinstance(data, str):
+        return with_whole_characters(data)
+    if isinstance(data, dict):
+        return {_whole(key): _whole(value) for key, value in data.items()}
+    return [_whole(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
