@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, device_name, markdown_table, versions, write_results
+from report import RESULTS, device_name, markdown_table, square_number, versions, write_results
 
+from titan_peer.command_line import FlagParser
 from titan_peer.config import load_config
 from titan_peer.parallelize import init_world
 from titan_peer.train import Trainer
@@ -102,8 +103,10 @@ def summary(found: dict[str, Any], interval: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=65536, help="experts a layer, a square number; three layers")
+    parser = FlagParser(__doc__)
+    parser.add_argument(
+        "--experts", type=square_number, default=65536, help="experts a layer, a square number; three layers"
+    )
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--interval", type=int, default=8, help="steps from save to save")
     parser.add_argument("--saves", type=int, default=4, help="saves of each kind; the first of them is not counted")
@@ -113,8 +116,6 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
-    if round(options.experts**0.5) ** 2 != options.experts:
-        raise SystemExit(f"--experts {options.experts}: must be a square number")
 
     options.output = options.output.resolve()  # a job runs in the repository's root
     device = "cuda" if torch.cuda.is_available() else "cpu"

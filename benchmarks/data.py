@@ -9,7 +9,6 @@ the `datasets` library. Medians of several rounds, which alternate. `python scri
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import shutil
@@ -25,6 +24,7 @@ import datasets
 import numpy as np
 from report import markdown_table, write_results
 
+from titan_peer.command_line import FlagParser
 from titan_peer.config import Data, load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
@@ -199,7 +199,7 @@ def datasets_resume_times(path: Path, documents: list[int]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--corpora", type=Path, default=ROOT / "outputs/corpora")
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="a round of each")

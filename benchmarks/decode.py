@@ -7,7 +7,6 @@ experts. Random weights: speed does not depend on them.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from report import markdown_table, median_ms, synchronize, write_results
 from torch import Tensor, nn
 
+from titan_peer.command_line import FlagParser
 from titan_peer.decoder import Decoder
 from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.latent_cache import CacheBatch, cache_bytes_per_token
@@ -244,13 +244,13 @@ def by_experts(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = FlagParser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
-    parser.add_argument("--no-recompute", action="store_true", help="leave out the slow way: the whole prefix again")
+    parser.add_argument("--no_recompute", action="store_true", help="leave out the slow way: the whole prefix again")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 16], help="of the comparison of expert counts"
+        "--batch_sizes", type=int, nargs="+", default=[1, 16], help="of the comparison of expert counts"
     )
     parser.add_argument("--only", choices=["contexts", "experts"], help="one of the two parts")
     parser.add_argument("--output", type=Path, help="folder for the results instead of benchmarks/results")

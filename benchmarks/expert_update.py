@@ -7,7 +7,7 @@ used rarely), under the row-wise one it moves once. No timing: the runs may shar
 
 Examples:
     python benchmarks/expert_update.py
-    python benchmarks/expert_update.py --batch-size 2 --lr-factors 1 3 6   # far fewer uses an expert
+    python benchmarks/expert_update.py --batch_size 2 --lr_factors 1 3 6   # far fewer uses an expert
     python benchmarks/expert_update.py --steps 20 --output /tmp/trial
 """
 
@@ -22,7 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, device_name, markdown_table, versions, write_results
+from report import RESULTS, device_name, markdown_table, square_number, versions, write_results
+
+from titan_peer.command_line import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -96,14 +98,16 @@ def _plot(found: dict[str, dict[str, dict[int, float]]], path: Path, title: str)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--experts", type=int, default=16384, help="a square number; a step should reach only a part")
+    parser.add_argument(
+        "--experts", type=square_number, default=16384, help="a square number; a step should reach only a part"
+    )
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lr-factors", type=float, nargs="+", default=[1.0, 3.0], help="rates of the tables, x --lr")
+    parser.add_argument("--lr_factors", type=float, nargs="+", default=[1.0, 3.0], help="rates of the tables, x --lr")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table, JSON and plot")
     options = parser.parse_args()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from report import RESULTS, markdown_table, median_ms, synchronize, write_results
 
+from titan_peer.command_line import FlagParser
 from titan_peer.config import load_config
 from titan_peer.expert_plots import draw
 from titan_peer.expert_usage import count_experts, peer_layers
@@ -39,7 +40,7 @@ def _percent(ratio: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--config", default="train_configs/debug_model.toml")
     parser.add_argument("--steps", type=int, default=60, help="of each trainer, after the warmup")
     parser.add_argument("--warmup", type=int, default=5)

@@ -18,8 +18,18 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, copy_bandwidth, device_name, markdown_table, median_ms, versions, write_results
+from report import (
+    RESULTS,
+    copy_bandwidth,
+    device_name,
+    markdown_table,
+    median_ms,
+    square_number,
+    versions,
+    write_results,
+)
 
+from titan_peer.command_line import FlagParser
 from titan_peer.ops import cpu, reference
 
 NUM_BATCHES = 4  # inputs in rotation
@@ -205,14 +215,14 @@ def _plot(results: list[dict[str, Any]], bandwidth: float, path: Path, title: st
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=65536)
+    parser = FlagParser(__doc__)
+    parser.add_argument("--experts", type=square_number, default=65536)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--hidden-size", type=int, default=1, help="of an expert")
+    parser.add_argument("--hidden_size", type=int, default=1, help="of an expert")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--k", type=int, default=16, help="experts a head")
-    parser.add_argument("--query-dim", type=int, default=256, help="of a head, over both axes")
+    parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)

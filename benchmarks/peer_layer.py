@@ -28,9 +28,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, copy_bandwidth, device_name, markdown_table, synchronize, versions, write_results
+from report import (
+    RESULTS,
+    copy_bandwidth,
+    device_name,
+    markdown_table,
+    square_number,
+    synchronize,
+    versions,
+    write_results,
+)
 from torch import Tensor, nn
 
+from titan_peer.command_line import FlagParser
 from titan_peer.host_memory import keep_freed_memory, peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.optimizer import RowwiseAdamW
@@ -272,15 +282,15 @@ def _plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, nargs="+", default=[16384, 65536, 262144, 1048576])
+    parser = FlagParser(__doc__)
+    parser.add_argument("--experts", type=square_number, nargs="+", default=[16384, 65536, 262144, 1048576])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--k", type=int, default=16, help="experts a head")
-    parser.add_argument("--query-dim", type=int, default=256, help="of a head, over both axes")
-    parser.add_argument("--query-norm", choices=["batch", "rms", "none"], default="batch", help="PEER-pytorch has none")
+    parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
+    parser.add_argument("--query_norm", choices=["batch", "rms", "none"], default="batch", help="PEER-pytorch has none")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)

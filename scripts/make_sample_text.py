@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from titan_peer.command_line import FlagParser
+
 OUTPUT = Path(__file__).resolve().parent.parent / "assets" / "sample_text"
 PACKAGES = ("dict-jargon", "bible-kjv", "bible-kjv-text")
 DICTD_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -88,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    FlagParser(__doc__).parse_args()
     main()

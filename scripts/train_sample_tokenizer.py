@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from titan_peer.command_line import FlagParser
 from titan_peer.data.train_tokenizer import main
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 if __name__ == "__main__":
+    FlagParser(__doc__).parse_args()
     source = ["--source.path", str(ASSETS / "sample_text" / "train.jsonl")]
     sys.exit(main([*source, "--vocab_size", "4096", "--output", str(ASSETS / "tokenizer")]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import platform
 import re
+import runpy
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,36 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+PROGRAMS = sorted(
+    [*(ROOT / "scripts").glob("*.py"), *(p for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "report")]
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
+def test_scripts_and_benchmarks_explain_themselves_and_do_nothing_else(
+    program: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(program.parent))
+    monkeypatch.setattr(sys, "argv", [str(program), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(program), run_name="__main__")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert not [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", shown) if "-" in flag[2:]]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", [str(program), "--no_such_flag"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(program), run_name="__main__")
+    assert stop.value.code == 2
+
+
+def test_a_number_of_experts_that_is_no_square_is_refused_by_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    square_number = importlib.import_module("report").square_number
+    assert square_number("65536") == 65536
+    with pytest.raises(ArgumentTypeError, match="1000 is no square number; near it: 961 or 1,024"):
+        square_number("1000")

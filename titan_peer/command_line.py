@@ -109,23 +109,25 @@ class _HelpFormatter(argparse.HelpFormatter):
         return wrapped(text, width)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """The parser of a command: flags spelled by the rule above, no abbreviations, help as wide as the terminal.
+class FlagParser(argparse.ArgumentParser):
+    """A parser of flags spelled by the rule above, without abbreviations, with help as wide as the terminal.
 
     Args:
-        command: its name after `titan-peer`.
-        description: what it does; prose.
-        epilog: what else there is to say, examples last; see `wrapped`.
+        description: what the program does; prose, see `wrapped`.
+        epilog: what else there is to say, examples last.
     """
 
-    def __init__(self, command: str, description: str, epilog: str) -> None:
+    def __init__(self, description: str | None, epilog: str = "", prog: str | None = None) -> None:
         super().__init__(
-            prog=f"titan-peer {command}",
-            description=description,
-            epilog=epilog,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
+            prog=prog, description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False
         )
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         return super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
+
+
+class CommandParser(FlagParser):
+    """The parser of `titan-peer COMMAND`."""
+
+    def __init__(self, command: str, description: str, epilog: str) -> None:
+        super().__init__(description, epilog, prog=f"titan-peer {command}")
