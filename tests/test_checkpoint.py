@@ -15,8 +15,8 @@ import torch
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from titan_peer.checkpoint import load_model_for_inference
 from titan_peer.checkpoint_files import verify
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import load_config
 from titan_peer.errors import UserError
 from titan_peer.parallelize import init_world
@@ -138,13 +138,14 @@ def test_a_flipped_bit_is_named_when_a_model_is_opened(copy):
         load_model_for_inference(copy)
 
 
-def test_a_foreign_folder_is_an_error_that_says_what_is_wanted(trained, tmp_path):
-    with pytest.raises(UserError, match=r"has no train_state\.json; give a folder <job.dump_folder>/checkpoint/step-N"):
+def test_a_foreign_folder_is_an_error_that_says_what_is_wanted(tmp_path):
+    with pytest.raises(UserError, match=r"has no complete checkpoint in it; give a job's folder .*checkpoint/step-N"):
         load_model_for_inference(tmp_path)
     with pytest.raises(UserError, match="is not there"):
         load_model_for_inference(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"the newest in it is .*step-6"):
-        load_model_for_inference(trained.dump_folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        load_model_for_inference(tmp_path / "file")
 
 
 def test_an_index_that_asks_for_code_is_refused(copy):
@@ -211,6 +212,18 @@ def test_the_newest_k_and_every_nth_checkpoint_stay(tmp_path):
     settings = ["--checkpoint.interval", 1, "--training.steps", 7]
     trainer(tmp_path, *settings, "--checkpoint.keep_latest_k", 2, "--checkpoint.keep_every_n_steps", 3).train()
     assert steps(tmp_path) == ["step-3", "step-6", "step-7"]
+
+
+def test_old_checkpoints_that_were_moved_to_other_storage_do_not_end_the_saving(straight, tmp_path):
+    """Somebody has put links in their place."""
+    storage = tmp_path / "storage"
+    shutil.copytree(straight, tmp_path / "job")
+    shutil.move(tmp_path / "job/checkpoint/step-2", storage)
+    (tmp_path / "job/checkpoint/step-2").symlink_to(storage)
+    arguments = ["--training.steps", "9", "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "1"]
+    assert main([*SMALL, "--job.dump_folder", str(tmp_path / "job"), *arguments]) == 0
+    assert steps(tmp_path / "job") == ["step-9"]
+    verify(storage)
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no manifest"])

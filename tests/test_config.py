@@ -96,7 +96,7 @@ def test_all_problems_are_reported_together() -> None:
 
 
 def test_defaults_are_documented() -> None:
-    assert JobConfig().to_toml().startswith("[job]")
+    assert JobConfig().to_toml().startswith("config_version = 1\n\n[job]")
 
 
 # ---- ranges of numbers

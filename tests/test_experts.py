@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from titan_peer import experts
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.expert_usage import peer_layers

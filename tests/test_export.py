@@ -17,7 +17,7 @@ from test_checkpoint import flip_a_bit
 from transformers import AutoModelForCausalLM
 
 from titan_peer import cli
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import load_config
 from titan_peer.export import export_checkpoint
 from titan_peer.generate import Generator, SamplingParams
@@ -154,7 +154,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, capsys) -> Non
     (tmp_path / "foreign/pytorch_model.bin").write_bytes(b"x")
     for command in (["export", "--output", tmp_path / "out"], ["generate", "--prompt", "x"]):
         message = failure(capsys, *command, "--checkpoint", tmp_path / "foreign")
-        assert "foreign: has no train_state.json" in message
+        assert "foreign: has no complete checkpoint in it; give a job's folder" in message
         assert "is not there" in failure(capsys, *command, "--checkpoint", tmp_path / "nowhere")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.export import export_checkpoint
 from titan_peer.generate import Generator, SamplingParams
 from titan_peer.model import QueryBatchNorm, Transformer

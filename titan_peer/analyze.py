@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_choice import WHAT_TO_GIVE, find_checkpoint
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.command_line import CommandParser
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.tokenizer import load_tokenizer
@@ -131,7 +132,7 @@ def checkpoint_usage(config: JobConfig, checkpoint: str, num_tokens: int) -> lis
     Raises:
         UserError: the checkpoint cannot be read, or is not of this job's model.
     """
-    model, job, tokenizer = load_model_for_inference(checkpoint)
+    model, job, tokenizer = load_model_for_inference(find_checkpoint(checkpoint, "--checkpoint"))
     ours, theirs = asdict(config.model), asdict(job.model)
     for key in ours:
         if key not in ("vocab_size", "tokenizer_path") and ours[key] != theirs[key]:
@@ -324,12 +325,14 @@ def main(args: Sequence[str] | None = None) -> int:
         "Any key of the job may be given besides, as for run_train.sh.\n\nexamples:\n"
         "  titan-peer analyze --job.config_file train_configs/peer_1m.toml --output model_analysis.png\n"
         "  titan-peer analyze --job.config_file train_configs/peer_1m_multinode.toml --world_size 16 --json analysis.json\n"
-        "  titan-peer analyze --job.config_file train_configs/debug_model.toml --checkpoint outputs/debug_model/checkpoint/step-100 "
+        "  titan-peer analyze --job.config_file train_configs/debug_model.toml --checkpoint outputs/debug_model "
         "--output model_analysis.png",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="write a plot")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
-    parser.add_argument("--checkpoint", metavar="DIR", help="also run this checkpoint of the job and count its experts")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help=f"also run a checkpoint of the job and count its experts: {WHAT_TO_GIVE}"
+    )
     parser.add_argument(
         "--tokens", type=int, default=20_000, metavar="N", help="of held-out text for that (default: %(default)s)"
     )

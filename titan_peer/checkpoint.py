@@ -1,4 +1,4 @@
-"""The checkpoints of a job: save, verify, load, retain; and open one for inference.
+"""The checkpoints of a job: save, verify, load, retain.
 
 `step-N` is complete or not there (checkpoint_saving.py), a load verifies it first, and reading one runs no code of its own
 (checkpoint_files.py).
@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +24,21 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from titan_peer.checkpoint_choice import find_checkpoint
+from titan_peer.checkpoint_compare import (
+    changed_settings,
+    described,
+    require_known_entries,
+    require_same_function,
+    require_same_tokenizer,
+)
 from titan_peer.checkpoint_files import (
     CONFIG,
     TOKENIZER,
     TRAIN_STATE,
     DamagedCheckpointError,
     SafeReader,
-    map_tensor,
+    misfits,
     read_tensors,
     read_tokenizer_files,
     saved_steps,
@@ -38,14 +46,14 @@ from titan_peer.checkpoint_files import (
     stored_tokenizer_path,
     verify,
 )
-from titan_peer.checkpoint_saving import BackgroundSave, CheckpointSaveError, Ranks, drop_old, write_checkpoint
-from titan_peer.config import JobConfig, load_config
-from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.checkpoint_removal import Retention, restore_replaced
+from titan_peer.checkpoint_saving import BackgroundSave, CheckpointSaveError, Ranks, write_checkpoint
+from titan_peer.collectives import ProcessesFailedError
+from titan_peer.config import JobConfig
 from titan_peer.errors import UserError
 from titan_peer.float8 import master_weight
-from titan_peer.host_memory import prefer_huge_pages
-from titan_peer.model import Transformer, rope_table
 from titan_peer.optimizer import Optimizers
+from titan_peer.saved_job import read_saved_job
 
 logger = logging.getLogger("titan_peer")
 
@@ -65,19 +73,25 @@ class Checkpointer:
         self.folder = Path(job.job.dump_folder) / self.settings.folder
         self.model, self.optimizers = model, optimizers
         self._background = BackgroundSave() if self.settings.async_mode == "async" else None
-        self._documents = {CONFIG: job.to_toml().encode()}
-        # read now: the checkpoint must hold the tokenizer the job began with
-        for name, content in read_tokenizer_files(job.model.tokenizer_path).items():
-            self._documents[f"{TOKENIZER}/{name}"] = content
+        self._retention = Retention(self.folder, self.settings.keep_latest_k, self.settings.keep_every_n_steps)
+        self._documents: dict[str, bytes] = {}
         self.saved_step = 0
         """Of the newest checkpoint of this run that is complete, or of the one it resumed from; 0: none."""
         self._newly_saved: list[tuple[int, Path]] = []
+        self._ranks.all_do(self._read_documents)
         if self.settings.enable:
             self._require_writable_folder()
 
     @cached_property
     def _ranks(self) -> Ranks:
         return Ranks()
+
+    def _read_documents(self) -> None:
+        """The files that lie in every checkpoint; read now, since it must hold the tokenizer the job began with."""
+        require_known_entries(self.settings.allow_changed)
+        self._documents[CONFIG] = self.job.to_toml().encode()
+        for name, content in read_tokenizer_files(self.job.model.tokenizer_path).items():
+            self._documents[f"{TOKENIZER}/{name}"] = content
 
     def _require_writable_folder(self) -> None:
         def create_a_file() -> None:
@@ -86,7 +100,7 @@ class Checkpointer:
 
         try:
             self._ranks.all_do(create_a_file)
-        except CheckpointSaveError as error:
+        except ProcessesFailedError as error:
             raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
 
     # ---- save
@@ -107,13 +121,13 @@ class Checkpointer:
         self.finish()
         documents = dict(self._documents)
         if model_only:
-            tensors = self._exported_model()
             train_state = {**train_state, "model_only": True}
-        else:
-            tensors = self._tensors()
+        tensors = self._exported_model if model_only else self._tensors
         documents[TRAIN_STATE] = json.dumps(train_state, indent=1).encode()
 
-        def write(tensors: dict[str, Tensor]) -> None:
+        def write(tensors: Callable[[], dict[str, Tensor]]) -> None:
+            if self._ranks.is_first:
+                self._retention.clear_leftovers()
             try:
                 folder = write_checkpoint(self.folder, step, tensors, documents, self._ranks)
             except CheckpointSaveError as error:
@@ -123,7 +137,7 @@ class Checkpointer:
             self.saved_step = step
             self._newly_saved.append((step, folder))
             if self._ranks.is_first:
-                self._drop_old(step)
+                self._retention.drop_old(step)
                 beside = "" if wait or self._background is None else " beside the training"
                 logger.info("saved %s in %.1f s%s", folder, time.perf_counter() - start, beside)
 
@@ -156,12 +170,6 @@ class Checkpointer:
         saved, self._newly_saved = self._newly_saved, []
         return saved
 
-    def _drop_old(self, step: int) -> None:
-        try:
-            drop_old(self.folder, step, self.settings.keep_latest_k, self.settings.keep_every_n_steps)
-        except OSError as error:
-            logger.error("old checkpoints could not be removed: %s", error)
-
     def _buffers(self) -> set[str]:
         return {f"model.{name.replace(_CHECKPOINT_PREFIX, '')}" for name, _ in self.model.named_buffers()}
 
@@ -190,7 +198,7 @@ class Checkpointer:
         Raises:
             UserError: the step is not there, no checkpoint is sound, or the checkpoint does not fit the job.
         """
-        steps = self._ranks.first_does(lambda: saved_steps(self.folder))
+        steps = self._ranks.first_does(self._own_steps)
         load_step = self._load_step(steps)
         if load_step > 0 and load_step not in steps:
             raise UserError(f"checkpoint.load_step = {load_step}: {self.folder} has the steps {steps}")
@@ -199,6 +207,10 @@ class Checkpointer:
         state = self._load_initial() if self.settings.initial_load_path else None
         self._set_aside([step for step in steps if step > (state or {}).get("step", 0)], "superseded")
         return state
+
+    def _own_steps(self) -> list[int]:
+        restore_replaced(self.folder)
+        return saved_steps(self.folder)
 
     def _load_step(self, steps: list[int]) -> int:
         """The step to load; where torchrun has restarted the job, a step that it began with is not gone back to."""
@@ -238,9 +250,9 @@ class Checkpointer:
         return state
 
     def _load_initial(self) -> dict[str, Any] | None:
-        folder = Path(self.settings.initial_load_path)
+        given = self.settings.initial_load_path
+        folder = self._ranks.first_does(lambda: find_checkpoint(given, "checkpoint.initial_load_path ="))
         key = f"checkpoint.initial_load_path = {folder}"
-        require_checkpoint(folder, key)
         if damage := self._damage(folder):
             raise UserError(f"{key}: the checkpoint is damaged: {damage}")
         model_only = self.settings.initial_load_model_only
@@ -253,30 +265,61 @@ class Checkpointer:
 
     def _damage(self, folder: Path) -> str:
         """What is wrong with a checkpoint's files, as all processes together find it; empty: nothing."""
-        try:
-            share = slice(self._ranks.rank, None, self._ranks.size)
-            verify(folder, share=share)
-            stored_shapes(SafeReader(folder))
-            damage = ""
-        except DamagedCheckpointError as error:
-            damage = str(error)
-        return next(filter(None, self._ranks.all_do(lambda: damage)), "")
+
+        def look() -> str:
+            try:
+                verify(folder, share=slice(self._ranks.rank, None, self._ranks.size))
+                stored_shapes(SafeReader(folder))
+            except DamagedCheckpointError as error:
+                return str(error)
+            return ""
+
+        return next(filter(None, self._ranks.all_do(look)), "")
 
     def _load(self, folder: Path, *, excluded: list[str], model_only: bool = False) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
-        stored = stored_shapes(SafeReader(folder))
-        tensors = self._tensors()
-        if model_only or state.get("model_only"):
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        # Random states belong to a process; with other processes than at the save, those without one keep their seed.
-        tensors = {name: t for name, t in tensors.items() if name in stored or not name.startswith("rng.")}
-        for pattern in excluded:
-            tensors = _without(pattern, tensors, state)
-        read_tensors(folder, tensors, f"the settings it was saved with are in {folder / CONFIG}")
-        for name, tensor in tensors.items():
-            if name.startswith("rng."):
-                _set_random_state(name, tensor)
+        """Compare a sound checkpoint with the job, then take what is not excluded; its train_state, less what is."""
+        compared: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._ranks.all_do(lambda: compared.append(self._compare(folder, excluded, model_only)))
+        ((state, tensors),) = compared
+        read_tensors(folder, tensors)
+        self._ranks.all_do(lambda: _set_random_states(tensors))
         return state
+
+    def _compare(self, folder: Path, excluded: list[str], model_only: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The checkpoint's train_state and the job's tensors that are to be filled from it.
+
+        Raises:
+            UserError: the checkpoint is of another model or tokenizer, or has other tensors.
+        """
+        saved, allowed = read_saved_job(folder / CONFIG), self.settings.allow_changed
+        changes = changed_settings(saved, self.job)
+        if model_only:
+            changes = {key: change for key, change in changes.items() if key.startswith("model.")}
+        if changes and self._ranks.is_first:
+            logger.info("other settings than %s was saved with: %s", folder, described(changes))
+        if "model" not in excluded:
+            require_same_function(folder, saved.model, self.job.model, allowed)
+            stored_tokenizer = stored_tokenizer_path(folder, saved.model.tokenizer_path)
+            require_same_tokenizer(folder, stored_tokenizer, self.job.model.tokenizer_path, allowed)
+        state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+        wanted, stored = self._tensors(), stored_shapes(SafeReader(folder))
+        # Random states belong to a process; with other processes than at the save, those without one keep their seed.
+        wanted = {name: t for name, t in wanted.items() if name in stored or not name.startswith("rng.")}
+        stored = {name: s for name, s in stored.items() if name in wanted or not name.startswith("rng.")}
+        if self.job.model.tie_embeddings and not saved.model.tie_embeddings:
+            del wanted["model.output.weight"]  # it is the embedding, which must not become the checkpoint's head
+        left_out = _excluded(excluded, {*wanted, *stored}, state)
+        if model_only or state.get("model_only"):
+            left_out |= {name for name in (*wanted, *stored) if not name.startswith("model.")}
+        wanted = {name: t for name, t in wanted.items() if name not in left_out}
+        stored = {name: s for name, s in stored.items() if name not in left_out}
+        if problem := misfits({name: t.shape for name, t in wanted.items()}, stored):
+            raise UserError(
+                f"{folder} does not fit the job: {problem}; the settings it was saved with are in {folder / CONFIG}. What is "
+                "not to be taken from it can be named in checkpoint.exclude_from_loading, together with "
+                "checkpoint.initial_load_path or a checkpoint.load_step"
+            )
+        return state, wanted
 
     def _set_aside(self, steps: list[int], why: str) -> None:
         """Rename checkpoints that are not this run's past, so that nothing takes them for it; nothing is removed."""
@@ -291,7 +334,7 @@ class Checkpointer:
 
         try:
             self._ranks.first_does(rename)
-        except CheckpointSaveError as error:
+        except ProcessesFailedError as error:
             raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
 
 
@@ -300,19 +343,22 @@ _GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
 _STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
 
 
-def _without(name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors but those that an entry of checkpoint.exclude_from_loading names; keys are taken out of `state`."""
-    if name in _STATE_KEYS:
-        for key in _STATE_KEYS[name]:
-            state.pop(key, None)
-        return tensors
-    kept = {key: t for key, t in tensors.items() if not fnmatch.fnmatchcase(key, _GROUPS.get(name, name))}
-    if len(kept) == len(tensors):
-        raise UserError(
-            f"checkpoint.exclude_from_loading: {name!r} matches nothing; allowed: {', '.join([*_GROUPS, *_STATE_KEYS])} "
-            f"or a pattern of tensor names such as {next(iter(tensors), 'model.*')}"
-        )
-    return kept
+def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set[str]:
+    """The tensors' names that entries of checkpoint.exclude_from_loading mean; keys they mean are taken out of `state`."""
+    found: set[str] = set()
+    for entry in entries:
+        if entry in _STATE_KEYS:
+            for key in _STATE_KEYS[entry]:
+                state.pop(key, None)
+            continue
+        matching = set(fnmatch.filter(names, _GROUPS.get(entry, entry)))
+        if not matching:
+            raise UserError(
+                f"checkpoint.exclude_from_loading: {entry!r} matches nothing; allowed: "
+                f"{', '.join([*_GROUPS, *_STATE_KEYS])} or a pattern of tensor names such as {min(names, default='model.*')}"
+            )
+        found |= matching
+    return found
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -325,92 +371,7 @@ def _named_random_states(rank: int) -> Iterator[tuple[str, Tensor]]:
         yield f"rng.{rank}.cuda", torch.cuda.get_rng_state()
 
 
-def _set_random_state(name: str, state: Tensor) -> None:
-    if name.endswith(".cuda"):
-        torch.cuda.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Inference
-
-
-def load_model_for_inference(
-    folder: Path | str,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    mmap_tables: bool = False,
-) -> tuple[Transformer, JobConfig, Tokenizer]:
-    """Open `<dump_folder>/checkpoint/step-N`: the model in eval mode, the job that trained it, its tokenizer.
-
-    Every process loads the whole model; nothing is compiled or sharded.
-
-    Args:
-        device: where the parameters are put.
-        dtype: of the parameters; None takes float32, the dtype they were trained in. Buffers stay float32.
-        mmap_tables: on a CPU, use the expert tables where they lie in the checkpoint's files, read when they are used and
-            shared by all processes that do so. Tables keep the dtype they are stored in; checksums, which would read
-            everything, are not compared, sizes are. Not for tables that several processes saved in parts.
-    Raises:
-        UserError: the folder is no checkpoint, or is damaged; the message names the file.
-    """
-    folder, device = Path(folder), torch.device(device)
-    if mmap_tables and device.type != "cpu":
-        raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
-    require_checkpoint(folder, str(folder))
-    try:
-        verify(folder, checksums=not mmap_tables)
-        stored_shapes(SafeReader(folder))
-    except DamagedCheckpointError as damage:
-        raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
-    job = load_config(["--job.config_file", str(folder / CONFIG)])
-    tokenizer = load_tokenizer(stored_tokenizer_path(folder, job.model.tokenizer_path))
-    with torch.device("meta"):
-        model = Transformer(job.model)
-    weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables)
-    model.load_state_dict(weights, strict=False, assign=True)
-    if job.model.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
-    model.requires_grad_(False).eval()
-    return model, job, tokenizer
-
-
-def require_checkpoint(folder: Path, key: str) -> None:
-    """Raise UserError, with `key` for what was given, unless a folder looks like a checkpoint."""
-    if (folder / TRAIN_STATE).is_file():
-        return
-    inside = next((f for f in (folder, folder / "checkpoint") if saved_steps(f)), None)
-    if inside is not None:
-        newest = inside / f"step-{saved_steps(inside)[-1]}"
-        raise UserError(f"{key}: is not a checkpoint itself; the newest in it is {newest}")
-    why = f"has no {TRAIN_STATE}" if folder.is_dir() else "is not there" if not folder.exists() else "is not a folder"
-    raise UserError(f"{key}: {why}; give a folder <job.dump_folder>/checkpoint/step-N")
-
-
-def _inference_weights(
-    folder: Path, model: Transformer, device: torch.device, dtype: torch.dtype, mmap_tables: bool
-) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a model on the meta device, with the checkpoint's values."""
-    reader = SafeReader(folder)
-    parameters = {name for name, _ in model.named_parameters()}
-    tied = {"output.weight"} if model.args.tie_embeddings else set()
-    weights: dict[str, Tensor] = {}
-    mapped: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        is_table = name.rpartition(".")[2] in ("expert_down", "expert_up")
-        if mmap_tables and is_table:
-            table = map_tensor(reader, f"model.{name}")
-            if table is not None:
-                mapped[name] = table
-                continue
-            logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
-        if name not in tied:
-            weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
-        if is_table:
-            prefer_huge_pages(weights[name])
-    advice = "it was saved by another version of the model"
-    read_tensors(folder, {f"model.{name}": t for name, t in weights.items()}, advice, no_dist=True)
-    return weights | mapped
+def _set_random_states(tensors: dict[str, Tensor]) -> None:
+    for name, state in tensors.items():
+        if name.startswith("rng."):
+            (torch.cuda if name.endswith(".cuda") else torch).set_rng_state(state)

@@ -7,8 +7,11 @@ data position), `config.toml` (the resolved job), the files of its tokenizer in 
 
 from __future__ import annotations
 
+import errno
+import functools
 import io
 import json
+import logging
 import math
 import mmap
 import os
@@ -18,7 +21,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +32,8 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from titan_peer.data.special_tokens import SETTINGS_FILES
-from titan_peer.errors import UserError
+
+logger = logging.getLogger("titan_peer")
 
 # A single process is meant; the library warns of it at every save and load. For good, because a filter that comes and goes
 # has Python forget which warnings it has shown, and saves run on a thread.
@@ -40,6 +44,9 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
 
 _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+# what file systems answer that have nothing to do for a folder
+_FOLDERS_NOT_SYNCED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 ManifestEntries = dict[str, dict[str, int]]
 """File, relative to the checkpoint's folder -> {"bytes": size, "crc32": checksum}."""
@@ -70,12 +77,24 @@ def _crc32(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have the file's or folder's content on disk before what follows."""
+    """Have the file's or folder's content on disk before what follows; folders as far as the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _FOLDERS_NOT_SYNCED or not path.is_dir():
+            raise
+        _say_once(
+            f"the file system of the checkpoints cannot sync folders ({error.strerror}): should the machine itself fail right "
+            "after a save, that save may be lost"
+        )
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    logger.warning(what)
 
 
 def manifest_entries(folder: Path, paths: Iterable[Path]) -> ManifestEntries:
@@ -205,28 +224,28 @@ def stored_shapes(reader: SafeReader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(item.size) for name, item in items if hasattr(item, "size")}
 
 
-def mismatch(wanted: dict[str, torch.Size], stored: dict[str, tuple[int, ...]]) -> str | None:
-    """The first tensor that a checkpoint lacks or has in another shape, as a phrase; None when all fit."""
+def misfits(wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], at_most: int = 5) -> str:
+    """In what the shapes of a checkpoint's tensors and those of a job differ, in either direction: a phrase for each of
+    the first ones; empty when all fit."""
+    found = []
     for name, shape in wanted.items():
-        if stored.get(name) != tuple(shape):
-            found = f"shape {list(stored[name])}" if name in stored else "nothing"
-            return f"{name}: the job wants shape {list(shape)}, the checkpoint has {found}"
-    return None
+        if name not in stored:
+            found.append(f"{name}: the job wants shape {list(shape)}, the checkpoint has nothing")
+        elif tuple(stored[name]) != tuple(shape):
+            found.append(f"{name}: the job wants shape {list(shape)}, the checkpoint has shape {list(stored[name])}")
+    for name in sorted(stored.keys() - wanted.keys()):
+        found.append(f"{name}: the checkpoint has shape {list(stored[name])}, the job has no such tensor")
+    more = f"; and {len(found) - at_most} more" if len(found) > at_most else ""
+    return "; ".join(found[:at_most]) + more
 
 
-def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], advice: str, *, no_dist: bool = False) -> None:
-    """Fill tensors, by name, from a checkpoint; they keep their dtype and sharding.
+def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: bool = False) -> None:
+    """Fill tensors, by name, from a checkpoint that has them in these shapes; they keep their dtype and sharding.
 
     Args:
         no_dist: this process reads on its own, although there may be others.
-    Raises:
-        UserError: the checkpoint lacks one of them or has it in another shape; the message ends with `advice`.
     """
-    reader = SafeReader(folder)
-    problem = mismatch({name: tensor.shape for name, tensor in tensors.items()}, stored_shapes(reader))
-    if problem is not None:
-        raise UserError(f"{folder}: {problem}; {advice}")
-    dcp.load(tensors, storage_reader=reader, no_dist=no_dist or not dist.is_initialized())
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=no_dist or not dist.is_initialized())
 
 
 def map_tensor(reader: SafeReader, name: str) -> torch.Tensor | None:

@@ -7,8 +7,9 @@ nobody waits for somebody who has given up.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
-import re
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -24,20 +25,15 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_peer.checkpoint_files import (
-    ManifestEntries,
-    manifest_entries,
-    saved_steps,
-    sync,
-    write_manifest,
-)
-from titan_peer.collectives import new_gloo_group
+from titan_peer.checkpoint_files import ManifestEntries, manifest_entries, sync, write_manifest
+from titan_peer.checkpoint_removal import hidden_name
+from titan_peer.collectives import ProcessesFailedError, new_gloo_group, on_all_processes
+from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
 
 T = TypeVar("T")
 
-_LEFTOVER = re.compile(r"\.step-\d+\.(partial|removed)")
 # A process may have much more to write than another; a process that has died is noticed at once all the same.
 _SLOWEST_WRITER = datetime.timedelta(minutes=30)
 
@@ -57,60 +53,58 @@ class Ranks:
         self.is_first = self.rank == 0
 
     def all_do(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every process; all get everyone's results.
+        """`on_all_processes` over this group.
 
         Raises:
-            CheckpointSaveError: on every process, when the action raised OSError on any; the message names ranks and causes.
+            UserError, ProcessesFailedError: on every process.
         """
-        result: tuple[T | None, str]
         try:
-            result = (action(), "")
-        except OSError as error:
-            result = (None, str(error))
-        everyone: list[Any] = [result]
-        if not self.is_alone:
-            everyone = [None] * self.size
-            dist.all_gather_object(everyone, result, group=self.group)
-        failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
-        if failures:
-            raise CheckpointSaveError("; ".join(failures))
-        return [value for value, _ in everyone]
+            return on_all_processes(action, self.group)
+        except ProcessesFailedError as error:
+            if error.__cause__ is not None and not isinstance(error.__cause__, OSError):
+                # not a disk or a network: a fault of the program, which only this process can tell more of
+                logger.error("rank %d:", self.rank, exc_info=error.__cause__)
+            raise
 
     def first_does(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process; all get its result, or CheckpointSaveError."""
+        """Run `action` on the first process; all get its result, or what `all_do` raises."""
         results = self.all_do(lambda: action() if self.is_first else None)
         return results[0]  # type: ignore[return-value]
 
 
 def write_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], documents: dict[str, bytes], ranks: Ranks
+    folder: Path, step: int, tensors: Callable[[], dict[str, Tensor]], documents: dict[str, bytes], ranks: Ranks
 ) -> Path:
-    """Write `folder/step-N`: this process' parts of `tensors` and, by the first process, `documents` by file name.
+    """Write `folder/step-N`: this process' parts of the tensors and, by the first process, `documents` by file name.
 
+    Args:
+        tensors: makes them; called once and first of all, and may fail on any process.
     Returns:
         The complete checkpoint's folder, on every process.
     Raises:
         CheckpointSaveError: on every process; nothing of the attempt is left, and nothing saved before is touched.
     """
-    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    final, partial = folder / f"step-{step}", None
+    mine: dict[str, Tensor] = {}
     try:
-        ranks.first_does(lambda: _prepare(partial))
-        _write_tensors(partial, tensors, ranks)
-        shares = ranks.all_do(lambda: _finish_own_files(partial, documents, ranks))
+        ranks.all_do(lambda: mine.update(tensors()))
+        partial = folder / ranks.first_does(lambda: _make_partial(folder, step))
+        _write_tensors(partial, mine, ranks)
+        written = partial
+        shares = ranks.all_do(lambda: _finish_own_files(written, documents, ranks))
         entries = {name: entry for share in shares for name, entry in share.items()}
-        ranks.first_does(lambda: _publish(partial, final, entries))
-    except CheckpointSaveError:
-        if ranks.is_first:
+        ranks.first_does(lambda: _publish(written, final, step, entries))
+    except (ProcessesFailedError, UserError, CheckpointSaveError) as error:
+        if ranks.is_first and partial is not None:
             shutil.rmtree(partial, ignore_errors=True)  # its space may be what is missing
-        raise
+        raise CheckpointSaveError(str(error)) from error
     return final
 
 
-def _prepare(partial: Path) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (p for p in partial.parent.glob(".step-*") if _LEFTOVER.fullmatch(p.name)):
-        shutil.rmtree(leftover)
-    partial.mkdir()
+def _make_partial(folder: Path, step: int) -> str:
+    partial = folder / hidden_name(step, "partial")
+    partial.mkdir(parents=True)
+    return partial.name
 
 
 def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -157,29 +151,19 @@ def _finish_own_files(partial: Path, documents: dict[str, bytes], ranks: Ranks) 
     return manifest_entries(partial, mine)
 
 
-def _publish(partial: Path, final: Path, entries: ManifestEntries) -> None:
+def _publish(partial: Path, final: Path, step: int, entries: ManifestEntries) -> None:
+    """Give a written checkpoint its name; an older one of that name is moved aside and gone only after that."""
     write_manifest(partial, entries)
-    if final.exists():
-        remove_checkpoint(final)
-    partial.rename(final)
+    replaced = final.with_name(hidden_name(step, "replaced"))
+    if os.path.lexists(final):
+        final.rename(replaced)
+    try:
+        partial.rename(final)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(final)
+        raise
     sync(final.parent)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove `step-N`. Hidden first, so that a kill on the way leaves no half checkpoint under a visible name."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def drop_old(folder: Path, step: int, keep_latest_k: int, keep_every_n_steps: int) -> None:
-    """Remove the checkpoints up to `step` beyond the newest k; multiples of n stay (0: all that are not among the k go)."""
-    steps = [s for s in saved_steps(folder) if s <= step]
-    for old in steps[:-keep_latest_k] if keep_latest_k else []:
-        if not (keep_every_n_steps and old % keep_every_n_steps == 0):
-            remove_checkpoint(folder / f"step-{old}")
 
 
 class BackgroundSave:
@@ -201,39 +185,55 @@ class BackgroundSave:
         return self._saved is not None and not self._saved.done()
 
     def start(
-        self, tensors: dict[str, Tensor], changed_by_forward: set[str], write: Callable[[dict[str, Tensor]], Any]
+        self,
+        tensors: Callable[[], dict[str, Tensor]],
+        changed_by_forward: set[str],
+        write: Callable[[Callable[[], dict[str, Tensor]]], Any],
     ) -> None:
-        """Copy `tensors` and call `write` with the copies, both on another thread. None may be running.
+        """Call `write` on another thread with what makes copies of the tensors there. None may be running.
+
+        Whatever fails on the way fails inside of `write`, where the other processes hear of it.
 
         Args:
             changed_by_forward: names of tensors that the next forward pass writes to; they are copied now. The others
                 must not change before `wait_until_copied` returns.
         """
         assert not self.is_running
-        tensors = {name: t.detach().clone() if name in changed_by_forward else t for name, t in tensors.items()}
         self._staged, self._saved = Future(), Future()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+        staged = self._staged
+        try:
+            originals = {name: t.detach().clone() if name in changed_by_forward else t for name, t in tensors().items()}
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            copy = functools.partial(self._copy, originals, staged)
+        except Exception as error:
+            copy = functools.partial(_raise, error)
         # a daemon: where a lost process keeps it waiting, the interpreter must be able to end
-        arguments = (tensors, write, self._staged, self._saved)
+        arguments = (copy, write, staged, self._saved)
         threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True).start()
 
+    def _copy(self, originals: dict[str, Tensor], staged: Future[None]) -> dict[str, Tensor]:
+        try:
+            with torch.cuda.stream(self._stream):  # None: nothing
+                copies: dict[str, Tensor] = self._stager.stage(originals)
+        finally:
+            staged.set_result(None)
+        return copies
+
+    @staticmethod
     def _run(
-        self,
-        tensors: dict[str, Tensor],
-        write: Callable[[dict[str, Tensor]], Any],
+        copy: Callable[[], dict[str, Tensor]],
+        write: Callable[[Callable[[], dict[str, Tensor]]], Any],
         staged: Future[None],
         saved: Future[Any],
     ) -> None:
         try:
-            try:
-                with torch.cuda.stream(self._stream):  # None: nothing
-                    copies: Any = self._stager.stage(tensors)
-            finally:
-                staged.set_result(None)
-            saved.set_result(write(copies))
+            saved.set_result(write(copy))
         except BaseException as error:
             saved.set_exception(error)
+        finally:
+            if not staged.done():
+                staged.set_result(None)
 
     def wait_until_copied(self) -> None:
         """Return when the tensors may change again. Call before the optimizer's step."""
@@ -254,3 +254,7 @@ class BackgroundSave:
         result = self._saved.result(timeout)
         self._saved = None
         return result
+
+
+def _raise(error: Exception) -> Any:
+    raise error

@@ -1,20 +1,26 @@
 """The collectives used here under one name each: PyTorch 2.13 renamed them, and the old names warn there.
 
 `all_gather` and `reduce_scatter` work inside a compiled graph and have gradients; `all_gather_into` fills a tensor outside
-of graphs. Process groups are made inside `one_gloo_thread`.
+of graphs. Process groups are made inside `one_gloo_thread`. What can fail on one process goes through `on_all_processes`, so that
+nobody waits in the next collective for a process that has given up.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
+
+from titan_peer.errors import UserError
+
+T = TypeVar("T")
 
 _all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 _all_gather_autograd = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
@@ -40,6 +46,47 @@ def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
     _all_gather_into(whole, part.contiguous(), group=group)
     return whole
+
+
+class ProcessesFailedError(Exception):
+    """Something failed on some processes; raised on all of them. Where it failed here, the cause is chained."""
+
+
+def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run `action`, which may fail and must hold no collective, on every process; all get everyone's results.
+
+    Call it on all processes. Results are pickled from process to process: keep them small.
+
+    Args:
+        group: of all processes, with tensors on the CPU; None takes the default one.
+    Returns:
+        The results in the order of ranks; of this process alone where there are no others.
+    Raises:
+        UserError: on every process, when nothing but UserError was raised on any; their messages.
+        ProcessesFailedError: on every process, when another exception was raised on any; the message names ranks and causes.
+    """
+    mine: tuple[T | None, str, bool]
+    cause: Exception | None = None
+    try:
+        mine = (action(), "", False)
+    except Exception as error:
+        cause = error
+        words = str(error).strip() or type(error).__name__
+        if not isinstance(error, UserError | OSError | ProcessesFailedError):
+            words = f"{type(error).__name__}: {words}" if str(error).strip() else words
+        mine = (None, words, isinstance(error, UserError))
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    failures = {rank: (words, by_user) for rank, (_, words, by_user) in enumerate(everyone) if words}
+    if failures and all(by_user for _, by_user in failures.values()):
+        raise UserError("\n".join(dict.fromkeys(words for words, _ in failures.values()))) from cause
+    if failures:
+        raise ProcessesFailedError(
+            "; ".join(f"rank {rank}: {words}" for rank, (words, _) in failures.items())
+        ) from cause
+    return [result for result, _, _ in everyone]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 import tyro
 
+from titan_peer import config_version
 from titan_peer.bounds import Range, declared_range, out_of_range
 from titan_peer.characters import require_whole
 from titan_peer.command_line import wrapped_for_tyro
@@ -225,12 +226,16 @@ class Checkpoint:
     load_step: Annotated[int, Range(0, also=(-1,))] = -1
     """Step to resume from; -1: the newest complete one, 0: start anew. Newer checkpoints than that step are renamed."""
     initial_load_path: str = ""
-    """A checkpoint (a folder step-N) of another job to start from, where this job has no checkpoint yet."""
+    """Another job's folder, whose newest checkpoint is taken, or one of its checkpoints (a folder step-N), to start from
+    where this job has no checkpoint yet."""
     initial_load_model_only: bool = True
     """Of initial_load_path take the model only; false: optimizer, step and data position too."""
     exclude_from_loading: list[str] = field(default_factory=list)
     """What is not taken from initial_load_path or a load_step given by number: model, optimizer, rng, dataloader,
     train_state or patterns of tensor names such as model.output.*; no part in a resume by load_step = -1."""
+    allow_changed: list[str] = field(default_factory=list)
+    """What may be other than in the checkpoint that the job starts from, although the weights have learnt with it: keys of
+    the model such as model.peer.gates, patterns of them such as model.mla.*, and tokenizer."""
     last_save_model_only: bool = False
     """Save only the model at the last step, in export_dtype; such a checkpoint cannot be resumed."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -381,7 +386,7 @@ class JobConfig:
 
     def to_toml(self) -> str:
         """The resolved job as a TOML file that reproduces it."""
-        return tomli_w.dumps(dataclasses.asdict(self))
+        return tomli_w.dumps({config_version.KEY: config_version.CONFIG_VERSION, **dataclasses.asdict(self)})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -415,15 +420,15 @@ def type_name(expected: Any) -> str:
     )
 
 
-def _convert(value: Any, expected: Any, key: str, where: str) -> Any:
-    """`value` from TOML as the type a field expects, or UserError."""
+def _convert(value: Any, expected: Any, key: str, where: str, left_out: list[str] | None = None) -> Any:
+    """`value` from TOML as the type a field expects, or UserError; `left_out` as for `_build`."""
     if dataclasses.is_dataclass(expected):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {key} = {value!r}: must be a table")
-        return _build(typing.cast(type, expected), value, key, where)
+        return _build(typing.cast(type, expected), value, key, where, left_out)
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin is list and isinstance(value, list):
-        return [_convert(item, args[0], f"{key}[{i}]", where) for i, item in enumerate(value)]
+        return [_convert(item, args[0], f"{key}[{i}]", where, left_out) for i, item in enumerate(value)]
     if origin is Literal and value in args:
         return value
     if origin is types.UnionType:
@@ -439,15 +444,26 @@ def _convert(value: Any, expected: Any, key: str, where: str) -> Any:
     raise UserError(f"{where}: {key} = {value!r}: must be {type_name(expected)}")
 
 
-def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
+def _build(cls: type, table: dict[str, Any], prefix: str, where: str, left_out: list[str] | None = None) -> Any:
+    """A dataclass from its table.
+
+    Args:
+        left_out: if given, keys that are unknown or have impossible types are put in here instead of being errors, except
+            those of [model].
+    """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values = {}
     for name, value in table.items():
         key = f"{prefix}.{name}" if prefix else name
-        if name not in names:
-            raise UserError(f"{where}: unknown key {key} = {value!r}{_nearest(name, names)}")
-        values[name] = _convert(value, hints[name], key, where)
+        try:
+            if name not in names:
+                raise UserError(f"{where}: unknown key {key} = {value!r}{_nearest(name, names)}")
+            values[name] = _convert(value, hints[name], key, where, left_out)
+        except UserError:
+            if left_out is None or key.split(".")[0] == "model":
+                raise
+            left_out.append(key)
     try:
         return cls(**values)
     except TypeError as error:  # a field without a default is missing
@@ -471,7 +487,18 @@ def _read_toml(path: str) -> JobConfig:
         raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"job.config_file = {path}: is not valid TOML: {error}") from None
-    return typing.cast(JobConfig, _build(JobConfig, table, "", path))
+    return job_from_table(config_version.migrated(table, path), path)
+
+
+def job_from_table(table: dict[str, Any], where: str, left_out: list[str] | None = None) -> JobConfig:
+    """The job of a TOML file's table, which `where` names; values and combinations are not checked.
+
+    Args:
+        left_out: if given, keys outside of [model] that are unknown or of a wrong type are put in here and not taken.
+    Raises:
+        UserError: an unknown key, or a value of a wrong type.
+    """
+    return typing.cast(JobConfig, _build(JobConfig, table, "", where, left_out))
 
 
 # --------------------------------------------------------------------------------------------------------------------

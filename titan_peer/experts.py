@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.checkpoint_files import TRAIN_STATE
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.command_line import CommandParser
 from titan_peer.data.sources import Source
 from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
@@ -193,10 +194,10 @@ def _parser() -> argparse.ArgumentParser:
         "experts",
         (__doc__ or "").partition(": ")[2].capitalize(),
         "examples:\n"
-        "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data assets/sample_text/validation.jsonl\n"
-        "  titan-peer experts --checkpoint outputs/debug_model/checkpoint/step-80 --data a.txt b.jsonl --experts 17 4242",
+        "  titan-peer experts --checkpoint outputs/debug_model --data assets/sample_text/validation.jsonl\n"
+        "  titan-peer experts --checkpoint outputs/debug_model --data a.txt b.jsonl --experts 17 4242",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, .../checkpoint/step-N")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=WHAT_TO_GIVE)
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="FILE", help="text: .jsonl, .jsonl.gz, .txt, folders"
     )
@@ -225,13 +226,14 @@ def main(args: Sequence[str]) -> int:
     for name in ("tokens", "batch_size", "num_tokens", "num_experts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    model, job, tokenizer = load_model_for_inference(options.checkpoint, device=options.device)
+    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+    model, job, tokenizer = load_model_for_inference(checkpoint, device=options.device)
     num_experts = job.model.peer.num_experts
     seq_len = job.training.seq_len if options.seq_len is None else options.seq_len
     if not 1 <= seq_len <= job.model.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: must be from 1 to model.max_seq_len = {job.model.max_seq_len}")
     if not list(peer_layers(model)):
-        raise UserError(f"--checkpoint {options.checkpoint}: the model has no PEER layer")
+        raise UserError(f"--checkpoint {checkpoint}: the model has no PEER layer")
     unknown = [expert for expert in options.experts or [] if not 0 <= expert < num_experts]
     if unknown:
         raise UserError(f"--experts {unknown[0]}: the layers have experts 0 to {num_experts - 1:,}")
@@ -246,7 +248,7 @@ def main(args: Sequence[str]) -> int:
     chosen = {u.layer: options.experts or [hot.expert for hot in u.hot[: options.num_experts]] for u in usage}
     report = tokens_report(top_tokens(model, work, tokenizer, chosen, options.num_tokens), usage)
 
-    step = json.loads((Path(options.checkpoint) / TRAIN_STATE).read_text(encoding="utf-8"))["step"]
+    step = json.loads((checkpoint / TRAIN_STATE).read_text(encoding="utf-8"))["step"]
     records = JsonlSink(folder / "expert_usage.jsonl", resumed_step=0)
     for layer in usage:
         records.write({"step": step, **dataclasses.asdict(layer)})

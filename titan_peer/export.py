@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_choice import find_checkpoint
 from titan_peer.checkpoint_files import (
     CONFIG,
     TRAIN_STATE,
@@ -30,6 +30,7 @@ from titan_peer.checkpoint_files import (
     verify,
     write_manifest,
 )
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.command_line import parse_options
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
@@ -181,7 +182,7 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     license_name: str = "",
 ) -> None:
-    """Write `checkpoint` (`<dump_folder>/checkpoint/step-N`) to the new folder `output`, whole or not at all.
+    """Write `checkpoint` (as `find_checkpoint` takes it) to the new folder `output`, whole or not at all.
 
     Raises:
         UserError: the checkpoint is damaged or foreign, the output exists or cannot be written, a library is missing.
@@ -192,6 +193,7 @@ def export_checkpoint(
         raise UserError("export needs safetensors; install it with: pip install 'titan_peer[export]'") from None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; give a new folder")
+    checkpoint = find_checkpoint(checkpoint, "--checkpoint")
     model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
     try:
         verify(checkpoint)
@@ -230,8 +232,8 @@ def export_checkpoint(
 _DESCRIPTION = """Write a checkpoint as a folder that transformers loads (trust_remote_code=True) and that can be shared.
 
 Examples:
-  titan-peer export --checkpoint outputs/debug_model/checkpoint/step-80 --output debug_model_export
-  titan-peer export --checkpoint outputs/debug_model/checkpoint/step-80 --output small_export --dtype bfloat16 --table_dtype int8"""
+  titan-peer export --checkpoint outputs/debug_model --output debug_model_export
+  titan-peer export --checkpoint outputs/debug_model --output small_export --dtype bfloat16 --table_dtype int8"""
 
 
 @dataclass
@@ -239,7 +241,7 @@ class ExportArgs:
     """What the command is told."""
 
     checkpoint: Path
-    """A checkpoint: <job.dump_folder>/checkpoint/step-N."""
+    """A job's folder, whose newest checkpoint is taken, or a checkpoint, <job.dump_folder>/checkpoint/step-N."""
     output: Path
     """A new folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -18,7 +18,8 @@ import torch
 import tyro
 
 from titan_peer.characters import lacking_encoding, read_standard_input, require_whole
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_choice import find_checkpoint
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.command_line import parse_options
 from titan_peer.errors import UserError
 from titan_peer.generate import Completion, Generator, SamplingParams
@@ -32,9 +33,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DESCRIPTION = """Complete prompts with a trained model.
 
 Examples:
-  titan-peer generate --checkpoint outputs/debug_model/checkpoint/step-80 --prompt "In the beginning" --seed 1
-  titan-peer generate --checkpoint outputs/debug_model/checkpoint/step-80 --interactive --temperature 0.8
-  titan-peer generate --checkpoint outputs/debug_model/checkpoint/step-80 --tables mapped --json < prompt.txt"""
+  titan-peer generate --checkpoint outputs/debug_model --prompt "In the beginning" --seed 1
+  titan-peer generate --checkpoint outputs/debug_model --interactive --temperature 0.8
+  titan-peer generate --checkpoint outputs/debug_model --tables mapped --json < prompt.txt"""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class GenerateArgs:
     """What the command is told."""
 
     checkpoint: Path
-    """A checkpoint: <job.dump_folder>/checkpoint/step-N."""
+    """A job's folder, whose newest checkpoint is taken, or a checkpoint, <job.dump_folder>/checkpoint/step-N."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Text to go on from; may be given several times. Without any, standard input is the prompt."""
     interactive: bool = False
@@ -79,15 +80,16 @@ def load(args: GenerateArgs) -> Generator:
     if args.dtype != "auto":
         dtype = _DTYPES[args.dtype]
     start = time.perf_counter()
+    checkpoint = find_checkpoint(args.checkpoint, "--checkpoint")
     first = target if args.tables == "device" else torch.device("cpu")
     model, job, tokenizer = load_model_for_inference(
-        args.checkpoint, device=first, dtype=dtype, mmap_tables=args.tables == "mapped"
+        checkpoint, device=first, dtype=dtype, mmap_tables=args.tables == "mapped"
     )
     if first != target:
         move_all_but_tables(model, target)
     logger.info(
         "%s: %s parameters, %s; loaded in %.1f s",
-        args.checkpoint,
+        checkpoint,
         f"{sum(p.numel() for p in model.parameters()):,}",
         job.job.description or "no description",
         time.perf_counter() - start,

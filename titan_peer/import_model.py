@@ -19,7 +19,7 @@ from titan_peer.checkpoint_files import (
     MANIFEST,
     TRAIN_STATE,
     DamagedCheckpointError,
-    mismatch,
+    misfits,
     read_tokenizer_files,
     verify,
 )
@@ -131,9 +131,7 @@ def import_model(folder: Path, output: Path) -> Path:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    unknown = sorted(shapes.keys() - wanted.keys())
-    problem = f"{unknown[0]}: the model has no such tensor" if unknown else mismatch(wanted, shapes)
-    if problem is not None:
+    if problem := misfits(wanted, shapes):
         raise UserError(f"{folder}: {problem}; the weights are not those of {CONFIG_JSON}")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     if job.model.tie_embeddings:
@@ -165,7 +163,7 @@ _DESCRIPTION = """Make a checkpoint, in a run folder of its own, of a folder tha
 
 Examples:
   titan-peer import --input debug_model_export --output outputs/imported
-  titan-peer generate --checkpoint outputs/imported/checkpoint/step-80 --prompt "In the beginning"
+  titan-peer generate --checkpoint outputs/imported --prompt "In the beginning"
   ./run_train.sh --job.config_file outputs/imported/config.toml --training.steps 100"""
 
 

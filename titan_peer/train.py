@@ -25,6 +25,7 @@ from titan_peer import __version__, dry_run
 from titan_peer.characters import write_every_character
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_saving import CheckpointSaveError
+from titan_peer.collectives import on_all_processes
 from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import build_dataloader, build_validation_dataloader, gather
 from titan_peer.data.special_tokens import describe
@@ -194,7 +195,7 @@ class Trainer:
             return
         self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
         if "data" in state:
-            self.loader.load_state_dict(state["data"])
+            on_all_processes(lambda: self.loader.load_state_dict(state["data"]))
         logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
 
     def banner(self) -> str:

@@ -63,7 +63,7 @@ class Running:
 
     @property
     def is_saving(self) -> bool:
-        return any((self.folder / "checkpoint").glob(".step-*.partial"))
+        return any((self.folder / "checkpoint").glob(".step-*.partial-*"))
 
     def ends(self, seconds: float = 120) -> int:
         return self.process.wait(seconds)

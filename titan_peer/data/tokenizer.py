@@ -123,7 +123,7 @@ class TiktokenTokenizer:
         self.unused_ids: Sequence[int]
         first, self.unused_ids = _bound_and_gaps(ranks.values())
         self._tokenizer = tiktoken.Encoding(
-            name=file.stem, pat_str=_split_pattern(file.stem), mergeable_ranks=ranks, special_tokens={}
+            name=file.stem, pat_str=split_pattern(file.stem), mergeable_ranks=ranks, special_tokens={}
         )
         self.bos_id: int | None = first
         self.eos_id: int | None = first + 1
@@ -155,7 +155,7 @@ _SPLIT_GPT4O = (
 )
 
 
-def _split_pattern(name: str) -> str:
+def split_pattern(name: str) -> str:
     if any(part in name for part in ("r50k", "p50k", "gpt2")):
         return _SPLIT_GPT2
     return _SPLIT_GPT4O if "o200k" in name else _SPLIT_GPT4

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from titan_peer.checkpoint_choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.command_line import CommandParser
 from titan_peer.config import Evaluation
 from titan_peer.data_source import DataSource
@@ -25,10 +26,10 @@ from titan_peer.metrics import HeldOutLoss
 logger = logging.getLogger("titan_peer")
 
 EXAMPLES = """examples:
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --perplexity assets/sample_text/validation.jsonl
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --evals test-match,rectangles --limit 50
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --tasks sample_text_continuation,sample_text_last_word,sample_text_copy --output results
-  titan-peer eval --checkpoint outputs/debug_model/checkpoint/step-80 --register_with_oaieval
+  titan-peer eval --checkpoint outputs/debug_model --perplexity assets/sample_text/validation.jsonl
+  titan-peer eval --checkpoint outputs/debug_model --evals test-match,rectangles --limit 50
+  titan-peer eval --checkpoint outputs/debug_model --tasks sample_text_continuation,sample_text_last_word,sample_text_copy --output results
+  titan-peer eval --checkpoint outputs/debug_model --register_with_oaieval
 
 The table goes to standard output, everything else to standard error. The exit status is 1 if an evaluation failed.
 """
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Evaluation()
     parser = CommandParser("eval", "Evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks.", EXAMPLES)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="folder <dump_folder>/checkpoint/step-N")
+    add("--checkpoint", required=True, type=Path, help=WHAT_TO_GIVE)
     add(
         "--perplexity",
         action="append",
@@ -87,6 +88,7 @@ def main(args: Sequence[str]) -> int:
     options = _parser().parse_args(args)
     if options.register_with_oaieval is not None:
         return _register(options.register_with_oaieval, options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
     settings = Evaluation(
         perplexity=[_source(text) for text in options.perplexity],
         evals=options.evals,
@@ -100,7 +102,7 @@ def main(args: Sequence[str]) -> int:
     _check(settings)
     evaluations = generative_evaluations(settings)
     model, job = load_language_model(
-        options.checkpoint,
+        checkpoint,
         device=options.device,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
@@ -127,7 +129,7 @@ def main(args: Sequence[str]) -> int:
     table = result_table(results)
     print(table)
     if options.output is not None:
-        _write(options.output, options.checkpoint, results, table)
+        _write(options.output, checkpoint, results, table)
     return 1 if any(result.error for result in results) else 0
 
 
@@ -159,11 +161,11 @@ def loss_on(model: LanguageModel, batches: Batches) -> HeldOutLoss:
 
 
 def _register(folder: Path, checkpoint: Path) -> int:
-    from titan_peer.checkpoint import DamagedCheckpointError, verify
+    from titan_peer.checkpoint_files import DamagedCheckpointError, verify
     from titan_peer.evaluation.openai_evals import PREFIX, write_registry
 
     try:
-        verify(checkpoint)
+        verify(find_checkpoint(checkpoint, "--checkpoint"))
     except DamagedCheckpointError as error:
         raise UserError(f"--checkpoint {checkpoint}: is not a sound checkpoint: {error}") from None
     file = write_registry(folder, checkpoint)

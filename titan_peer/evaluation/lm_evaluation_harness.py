@@ -42,7 +42,7 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
     """lm_eval's view of a model.
 
     Args: (`lm_eval --model_args checkpoint=...,max_new_tokens=... --device ... --batch_size ...`)
-        checkpoint: folder `<dump_folder>/checkpoint/step-N`; or a LanguageModel that is already there.
+        checkpoint: a job's folder, or `<dump_folder>/checkpoint/step-N`; or a LanguageModel that is already there.
         device, batch_size, max_new_tokens: as for `titan-peer eval`.
     """
 

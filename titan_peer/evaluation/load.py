@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from titan_peer.checkpoint import load_model_for_inference
+from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import JobConfig
 from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import LanguageModel
@@ -39,7 +39,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractC
 def load_language_model(
     checkpoint: str | Path, *, device: str, batch_size: int, max_new_tokens: int, precision: str = "auto"
 ) -> tuple[LanguageModel, JobConfig]:
-    """Open `<dump_folder>/checkpoint/step-N`: the model, and the job that trained it.
+    """Open a checkpoint (as `find_checkpoint` takes it): the model, and the job that trained it.
 
     Args:
         precision: as training.mixed_precision_param: auto, bfloat16 or float32.

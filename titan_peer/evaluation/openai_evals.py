@@ -136,7 +136,7 @@ class CheckpointCompletionFn(ModelCompletionFn):
     """What `oaieval titan_peer/<checkpoint>` makes: a completion function on a checkpoint.
 
     Args: (those after `checkpoint` by `oaieval --completion_args name=value,...`)
-        checkpoint: folder `<dump_folder>/checkpoint/step-N`.
+        checkpoint: a job's folder, or `<dump_folder>/checkpoint/step-N`.
         choices: answers to choose from by log-likelihood, separated by "/"; or "letters".
         device, batch_size, max_new_tokens: as for `titan-peer eval`.
     """

@@ -1,0 +1,157 @@
+"""What fails on one process, in a save or a load, fails on all of them at once: nobody waits for who has given up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import pytest
+from processes import ROOT, run_in_processes
+
+GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
+JOB = ["--job.config_file", str(GOLDEN / "small.toml"), "--model.tokenizer_path", str(GOLDEN / "step-2/tokenizer")]
+PATIENCE = 90
+"""Seconds that a process may take for all it does; those who wait for a lost one wait 600 or more."""
+
+
+def _trainer(folder: str, *arguments: str) -> Any:
+    import torch.distributed as dist
+
+    from titan_peer.config import load_config
+    from titan_peer.parallelize import init_world
+    from titan_peer.train import Trainer
+
+    if not dist.is_initialized():
+        init_world(load_config(JOB).parallelism)
+    config = load_config([*JOB, "--job.dump_folder", folder, *arguments])
+    return Trainer(config, init_world(config.parallelism))
+
+
+def _save_what_one_process_cannot_copy(folder: str) -> list[str]:
+    """Saves of both kinds with a tensor on rank 1 that holds nothing, then one without it; what is said of each."""
+    import torch
+
+    from titan_peer.checkpoint_saving import CheckpointSaveError
+
+    said = []
+    for mode in ("async", "disabled"):
+        trainer = _trainer(f"{folder}/{mode}", "--checkpoint.async_mode", mode)
+        checkpointer, rank = trainer.checkpointer, trainer.world.rank
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        logging.getLogger("titan_peer").addHandler(handler)
+        state = next(iter(trainer.optimizers.rowwise.state.values()))
+        if rank == 1:
+            state["broken"] = torch.empty(3, device="meta")
+        checkpointer.save(1, {"step": 1, "tokens_seen": 0}, wait=False)
+        checkpointer.wait_until_copied()
+        checkpointer.finish()
+        said.append("; ".join(r.getMessage() for r in records if "could not be written" in r.getMessage()))
+        try:
+            checkpointer.save(2, {"step": 2, "tokens_seen": 0}, wait=True)
+        except CheckpointSaveError as error:
+            said.append(str(error))
+        state.pop("broken", None)
+        checkpointer.save(3, {"step": 3, "tokens_seen": 0}, wait=True)
+        logging.getLogger("titan_peer").removeHandler(handler)
+    return said
+
+
+def _load_with_settings_of_ones_own(folder: str) -> str:
+    """Rank 1 has another job file, in which an entry of checkpoint.exclude_from_loading is misspelt."""
+    import os
+
+    from titan_peer.errors import UserError
+
+    own = ["optimiser"] if os.environ["RANK"] == "1" else ["optimizer"]
+    settings = ["--checkpoint.load_step", "3", "--checkpoint.exclude_from_loading", *own]
+    try:
+        _trainer(f"{folder}/disabled", *settings)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _actions_that_fail_on_one() -> list[str]:
+    import os
+
+    from titan_peer.collectives import ProcessesFailedError, on_all_processes
+    from titan_peer.errors import UserError
+
+    rank = int(os.environ["RANK"])
+
+    def fail(error: Exception) -> int:
+        if rank == 1:
+            raise error
+        return rank
+
+    said = [str(on_all_processes(lambda: 10 * rank))]
+    for error in (
+        ValueError("five"),
+        OSError(28, "disk full"),
+        UserError("data.path = x: is not there"),
+        KeyError("k"),
+    ):
+        try:
+            on_all_processes(lambda error=error: fail(error))
+        except (ProcessesFailedError, UserError) as failure:
+            said.append(f"{type(failure).__name__}: {failure}")
+    return said
+
+
+def _everything(folder: str) -> dict[str, Any]:
+    start = time.monotonic()
+    _trainer(f"{folder}/first")  # joins the group
+    found: dict[str, Any] = {
+        "actions": _actions_that_fail_on_one(),
+        "saves": _save_what_one_process_cannot_copy(folder),
+    }
+    found["load"] = _load_with_settings_of_ones_own(folder)
+    found["seconds"] = time.monotonic() - start
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of both processes, which are started once for all tests."""
+    folder = tmp_path_factory.mktemp("agreement")
+    results = run_in_processes(2, _everything, str(folder))
+    for result in results:
+        result["folder"] = folder
+        assert result["seconds"] < PATIENCE
+    return results
+
+
+def test_a_failed_action_is_the_same_error_on_all_processes(found):
+    for rank in range(2):
+        assert found[rank]["actions"] == [
+            "[0, 10]",
+            "ProcessesFailedError: rank 1: ValueError: five",
+            "ProcessesFailedError: rank 1: [Errno 28] disk full",
+            "UserError: data.path = x: is not there",
+            "ProcessesFailedError: rank 1: KeyError: 'k'",
+        ]
+
+
+def test_a_save_that_fails_on_one_process_with_any_exception_fails_on_all(found):
+    for rank in range(2):
+        beside, waited_for, synchronous, synchronous_waited_for = found[rank]["saves"]
+        for said in (waited_for, synchronous_waited_for):
+            assert "rank 1" in said and "rank 0" not in said, said
+        for said in (beside, synchronous):
+            assert ("rank 1" in said) == (rank == 0), said  # in the log once
+
+
+def test_saves_go_on_after_one_that_failed_and_leave_nothing_of_it(found):
+    for mode in ("async", "disabled"):
+        folder = found[0]["folder"] / mode / "checkpoint"
+        assert [path.name for path in folder.iterdir()] == ["step-3"]
+        assert json.loads((folder / "step-3/train_state.json").read_text(encoding="utf-8"))["step"] == 3
+
+
+def test_a_load_that_fails_on_one_process_fails_on_all(found):
+    for rank in range(2):
+        assert "checkpoint.exclude_from_loading: 'optimiser' matches nothing" in found[rank]["load"]

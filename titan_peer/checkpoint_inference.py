@@ -1,0 +1,105 @@
+"""A checkpoint opened for inference: by one process, without an optimizer, a mesh or a compiler."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_peer.checkpoint_choice import find_checkpoint
+from titan_peer.checkpoint_files import (
+    CONFIG,
+    DamagedCheckpointError,
+    SafeReader,
+    map_tensor,
+    misfits,
+    read_tensors,
+    stored_shapes,
+    stored_tokenizer_path,
+    verify,
+)
+from titan_peer.config import JobConfig
+from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.errors import UserError
+from titan_peer.host_memory import prefer_huge_pages
+from titan_peer.model import Transformer, rope_table
+from titan_peer.saved_job import read_saved_job
+
+logger = logging.getLogger("titan_peer")
+
+
+def load_model_for_inference(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mmap_tables: bool = False,
+) -> tuple[Transformer, JobConfig, Tokenizer]:
+    """Open a checkpoint, as `find_checkpoint` takes it: the model in eval mode, the job that trained it, its tokenizer.
+
+    Every process loads the whole model; nothing is compiled or sharded.
+
+    Args:
+        device: where the parameters are put.
+        dtype: of the parameters; None takes float32, the dtype they were trained in. Buffers stay float32.
+        mmap_tables: on a CPU, use the expert tables where they lie in the checkpoint's files, read when they are used and
+            shared by all processes that do so. Tables keep the dtype they are stored in; checksums, which would read
+            everything, are not compared, sizes are. Not for tables that several processes saved in parts.
+    Raises:
+        UserError: the folder is no checkpoint, or is damaged; the message names the file.
+    """
+    device = torch.device(device)
+    if mmap_tables and device.type != "cpu":
+        raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
+    folder = find_checkpoint(folder, "checkpoint")
+    try:
+        verify(folder, checksums=not mmap_tables)
+        stored_shapes(SafeReader(folder))
+    except DamagedCheckpointError as damage:
+        raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
+    job = read_saved_job(folder / CONFIG)
+    tokenizer = load_tokenizer(stored_tokenizer_path(folder, job.model.tokenizer_path))
+    with torch.device("meta"):
+        model = Transformer(job.model)
+    weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if job.model.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
+    model.requires_grad_(False).eval()
+    return model, job, tokenizer
+
+
+def _inference_weights(
+    folder: Path, model: Transformer, device: torch.device, dtype: torch.dtype, mmap_tables: bool
+) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a model on the meta device, with the checkpoint's values."""
+    reader = SafeReader(folder)
+    parameters = {name for name, _ in model.named_parameters()}
+    tied = {"output.weight"} if model.args.tie_embeddings else set()
+    prefix = "model."
+    stored = {n.removeprefix(prefix): s for n, s in stored_shapes(reader).items() if n.startswith(prefix)}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # a tied head is the embedding, whether the checkpoint has it or not
+    if problem := misfits(
+        {n: s for n, s in wanted.items() if n not in tied}, {n: s for n, s in stored.items() if n not in tied}
+    ):
+        raise UserError(f"{folder}: {problem}; its weights and its {CONFIG} are not of the same model")
+    weights: dict[str, Tensor] = {}
+    mapped: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        is_table = name.rpartition(".")[2] in ("expert_down", "expert_up")
+        if mmap_tables and is_table:
+            table = map_tensor(reader, f"model.{name}")
+            if table is not None:
+                mapped[name] = table
+                continue
+            logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
+        if name not in tied:
+            weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
+        if is_table:
+            prefer_huge_pages(weights[name])
+    read_tensors(folder, {f"{prefix}{name}": t for name, t in weights.items()}, no_dist=True)
+    return weights | mapped
