@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from corpora import make_loader, sample_texts, take, write_jsonl
+from corpora import make_loader, sample_texts, take, write_jsonl, write_parquet
 
 from titan_peer.data.loader import TrainingLoader
 from titan_peer.data_source import DataSource
+from titan_peer.errors import UserError
 
 
 def resumed(state: dict[str, Any], sources: list[DataSource], **settings: Any) -> TrainingLoader:
@@ -21,7 +26,11 @@ def resumed(state: dict[str, Any], sources: list[DataSource], **settings: Any) -
 
 
 def as_saved_before(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as versions wrote it that took an ended source and one of weight 0 for the same."""
+    """A state as versions wrote it that knew less of the sources, and took an ended one and one of weight 0 for the same."""
+    del state["settings"]
+    for entry in state["sources"].values():
+        for key in ("content", "modified", "reading", "seed"):
+            del entry[key]
     for stream in state["streams"].values():
         mixture = stream["sequences"]
         del mixture["max_epochs"]
@@ -118,3 +127,184 @@ def test_a_resume_without_changes_keeps_an_ended_source_ended_and_the_order(two:
     take(straight, 60)
     again = resumed(straight.state_dict(), two, **BYTES)
     assert take(straight, 30) == take(again, 30)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files and readings
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("titan_peer"), "propagate", True)
+    caplog.set_level(logging.INFO, "titan_peer")
+    return caplog
+
+
+def two_columns(folder: Path, texts: list[str]) -> Path:
+    lines = (json.dumps({"text": text, "body": text[::-1]}) + "\n" for text in texts)
+    (folder / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"text_key": "body"}, ".text_key = 'body': the checkpoint was made with 'text'"),
+        ({}, {"template": "{{ body }}"}, ".template = '{{ body }}': the checkpoint was made with 'another key'"),
+        (
+            {"template": "{{ body }}"},
+            {"template": "{{ text }}"},
+            ".template = '{{ text }}': the checkpoint was made with",
+        ),
+        ({"template": "{{ body }}"}, {}, ".text_key = 'text': the checkpoint was made with 'another key'"),
+        ({}, {"max_document_bytes": 10**5}, ".max_document_bytes = 100000: the checkpoint was made with 33554432"),
+        (
+            {"on_bad_document": "skip", "max_document_bytes": 10**5},
+            {"on_bad_document": "skip"},
+            ".max_document_bytes = 33554432: the checkpoint was made with 100000",
+        ),
+    ],
+)
+def test_another_reading_of_the_same_files_is_refused(
+    first: dict[str, Any], second: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = str(two_columns(tmp_path, sample_texts(0, 50)))
+    loader = make_loader([DataSource(path, **first)], **BYTES)
+    take(loader, 1)
+    with pytest.raises(UserError) as caught:
+        resumed(loader.state_dict(), [DataSource(path, **second)], **BYTES)
+    assert "data.sources[0]" + message in str(caught.value)
+    assert "give that, or another data.sources[0].name" in str(caught.value)
+
+
+@pytest.mark.parametrize("cure", [{"on_bad_document": "skip"}, {"max_document_bytes": 10**6}])
+def test_a_job_that_stopped_at_a_bad_document_goes_on_with_what_its_message_advises(
+    cure: dict[str, Any], tmp_path: Path
+) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [*sample_texts(0, 50), "x" * 10**5]))
+    source = DataSource(path, max_epochs=1, max_document_bytes=90_000)
+    settings = {**BYTES, "shuffle": False, "num_streams": 1}
+    loader = make_loader([source], **settings, shuffle_buffer_size=10)
+    take(loader, 1)
+    state = loader.state_dict()
+    with pytest.raises(UserError, match="is a document of 100,"):
+        take(loader, 1000)
+    resumed(state, [dataclasses.replace(source, **cure)], **settings, shuffle_buffer_size=10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shuffle": False}, "data.shuffle = false: the checkpoint was made with true"),
+        ({"shuffle_buffer_size": 7}, "data.shuffle_buffer_size = 7: the checkpoint was made with 1000"),
+        ({"seed": 2}, "debug.seed = 2: the checkpoint was made with 1"),
+        ({"add_bos": False}, "data.add_bos = false: the checkpoint was made with true"),
+        ({"add_eos": False}, "data.add_eos = false: the checkpoint was made with true"),
+    ],
+)
+def test_another_order_or_other_borders_are_refused(
+    change: dict[str, Any], message: str, two: list[DataSource]
+) -> None:
+    state = make_loader(two, **BYTES).state_dict()
+    with pytest.raises(UserError, match=message):
+        resumed(state, two, **BYTES, **change)
+    resumed(as_saved_before(state), two, **BYTES, **change)  # it does not say what it was
+
+
+def write(kind: str, path: Path, texts: list[str]) -> Path:
+    if kind == "jsonl":
+        return write_jsonl(path / "a.jsonl", texts)
+    if kind == "gz":
+        return write_jsonl(path / "a.jsonl.gz", texts, lambda *a, **k: gzip.open(*a, compresslevel=0, **k))
+    if kind == "parquet":
+        return write_parquet(path / "a.parquet", texts)
+    (path / "a").mkdir(exist_ok=True)
+    for i, text in enumerate(texts):
+        (path / f"a/{i:03}.txt").write_text(text, encoding="utf-8")
+    return path / "a"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "parquet", "txt"])
+def test_an_edit_that_leaves_the_size_is_seen(kind: str, tmp_path: Path) -> None:
+    texts = sample_texts(0, 60)
+    source = DataSource(str(write(kind, tmp_path, texts)), name="a")
+    state = make_loader([source], **BYTES).state_dict()
+    write(kind, tmp_path, texts)
+    resumed(state, [source], **BYTES)  # the same bytes, written anew
+    changed = texts[30].translate(str.maketrans("e", "a"))
+    assert changed != texts[30]
+    write(kind, tmp_path, [*texts[:30], changed, *texts[31:]])
+    with pytest.raises(UserError, match=r"data.sources\[0\].path = .*: its files have changed since the checkpoint"):
+        resumed(state, [source], **BYTES)
+
+
+def test_of_a_large_file_a_later_edit_between_the_samples_is_said(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", sample_texts() * 3)
+    assert path.stat().st_size > 3 * 2**20
+    source = DataSource(str(path), name="a")
+    state = make_loader([source], **BYTES).state_dict()
+    for place, is_seen in ((12, True), (2**14 + 9, False), (path.stat().st_size - 5, True)):
+        before = path.read_bytes()
+        path.write_bytes(before[:place] + b"!" + before[place + 1 :])
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+        said.clear()
+        if is_seen:
+            with pytest.raises(UserError, match="its files have changed"):
+                make_loader([source], **BYTES, num_workers=0).load_state_dict(state)
+        else:
+            resumed(state, [source], **BYTES)
+            assert "a goes on in its pass 0, after 0 tokens; a file has been written since" in said.text
+        path.write_bytes(before)
+
+
+def test_moved_files_of_a_source_without_a_name_go_on_in_their_order(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    for mix_by in ("tokens", "documents"):
+        old, new = tmp_path / f"old {mix_by}", tmp_path / f"new {mix_by}"
+        old.mkdir()
+        for name, texts in (("0", sample_texts(0, 200)), ("1", sample_texts(200, 300))):
+            write_jsonl(old / f"{name}.jsonl", texts)
+        other = DataSource(str(write_jsonl(tmp_path / "other.jsonl", sample_texts(800, 1000))), weight=0.3)
+        straight = make_loader([DataSource(str(old)), other], mix_by=mix_by, **BYTES)
+        take(straight, 5)
+        state = straight.state_dict()
+        expected = take(straight, 60)
+        shutil.copytree(old, new)
+        said.clear()
+        moved = resumed(state, [DataSource(str(new)), other], mix_by=mix_by, **BYTES)
+        assert take(moved, 30) == expected[: 30 * 8]
+        assert f"data: {new} goes on in its pass 0, after " in said.text
+        assert f"; the checkpoint calls the same files {old}" in said.text
+        again = resumed(moved.state_dict(), [DataSource(str(new)), other], mix_by=mix_by, **BYTES)
+        assert take(again, 30) == expected[30 * 8 :]
+        assert again.statistics()[f"data/{new}_tokens"] == straight.statistics()[f"data/{old}_tokens"]
+
+
+def test_a_resume_says_of_every_source_whether_it_goes_on(
+    two: list[DataSource], tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    loader = make_loader(two, **BYTES)
+    take(loader, 2)
+    tokens = loader.statistics()["data/a_tokens"]
+    other = DataSource(str(write_jsonl(tmp_path / "c.jsonl", sample_texts(300, 400))))
+    renamed = dataclasses.replace(two[1], name="begin anew")  # a name is what the user says of a source
+    said.clear()
+    resumed(loader.state_dict(), [two[0], other, renamed], **BYTES)
+    lines = [record.getMessage() for record in said.records if record.getMessage().startswith("data: ")]
+    begins = "begins at its beginning: the checkpoint has no source of that name or content"
+    assert lines == [
+        f"data: a goes on in its pass 0, after {tokens:,} tokens",
+        f"data: {other.path} {begins}",
+        f"data: begin anew {begins}",
+        "data: b of the checkpoint is gone from the job",
+    ]
+
+
+def test_a_state_that_knows_less_of_the_sources_goes_on(two: list[DataSource]) -> None:
+    straight = make_loader(two, **BYTES)
+    take(straight, 5)
+    state = as_saved_before(json.loads(json.dumps(straight.state_dict())))
+    assert take(resumed(state, two, **BYTES), 20) == take(straight, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -71,6 +72,54 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
     for path in whole.iterdir():
         assert (killed / path.name).read_bytes() == path.read_bytes()
     assert {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")} == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source.text_key", "body"], "holds what was made with source.text_key = 'text', not 'body'"),
+        (["--source.template", "{{ body }}"], "holds what was made with source.template = 'another key', not"),
+        (
+            ["--source.max_document_bytes", "99"],
+            "holds what was made with source.max_document_bytes = 33554432, not 99",
+        ),
+        (
+            ["--source.on_bad_document", "error"],
+            "holds what was made with source.on_bad_document = 'skip', not 'error'",
+        ),
+    ],
+)
+def test_another_reading_into_a_finished_folder_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = tmp_path / "a.jsonl"
+    record = json.dumps({"text": "one text", "body": "another"}) + "\n"
+    source.write_text(record * 3 + "broken\n", encoding="utf-8")
+    skip = ["--source.on_bad_document", "skip"]
+    assert tokenize(tmp_path / "out", *skip, source=source) == 0
+    assert tokenize(tmp_path / "out", *skip, source=source) == 0
+    capsys.readouterr()
+    assert tokenize(tmp_path / "out", *skip, *arguments, source=source) == 2
+    assert message in capsys.readouterr().err
+    source.write_text(source.read_text(encoding="utf-8").replace("another", "changed"), encoding="utf-8")
+    assert tokenize(tmp_path / "out", *skip, source=source) == 2
+    assert "holds what was made with another source, or one that has changed" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_version_that_did_not_keep_the_reading_is_used_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("titan_peer"), "propagate", True)
+    source = write_jsonl(tmp_path / "a.jsonl", ["one text"])
+    tokenize(tmp_path / "out", source=source)
+    manifest = tmp_path / "out/tokenized.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["source"] = {key: content["source"][key] for key in ("path", "fingerprint")}
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert tokenize(tmp_path / "out", source=source) == 0
+    assert "by a version that did not keep how the files were read" in caplog.text
+    copy = write_jsonl(tmp_path / "b.jsonl", ["one text"])
+    assert tokenize(tmp_path / "out", source=copy) == 2
 
 
 def test_ids_beyond_the_number_of_entries_are_stored_as_they_are(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from titan_peer.data.records import BadDocument, Divisible, RecordReader
 from titan_peer.errors import UserError
@@ -46,10 +46,15 @@ def import_pyarrow(path: Path, key: str) -> Any:
 class TextFile:
     """A file of plain text: one document."""
 
+    kind: Literal["text", "records", "tokens"] = "text"
     num_chunks = 1
 
     def __init__(self, path: Path, reader: RecordReader) -> None:
         self.path, self.reader, self.size = path, reader, path.stat().st_size
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def approximate_documents(self) -> float:
         return 1
@@ -87,11 +92,17 @@ def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
 class JsonLines:
     """A plain JSONL file; a chunk is a stretch of bytes and owns the lines that begin in it, so nothing needs an index."""
 
+    kind: Literal["text", "records", "tokens"] = "records"
+
     def __init__(self, path: Path, reader: RecordReader) -> None:
         self.path, self.reader, self.size = path, reader, path.stat().st_size
         with path.open("rb") as file:
             self._sample = file.read(_SAMPLE_BYTES).count(b"\n")
         self.divide(1)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def approximate_documents(self) -> float:
         return max(self._sample, 1) * max(self.size / _SAMPLE_BYTES, 1)
@@ -152,6 +163,7 @@ class CompressedJsonLines:
 
     # Text of the web takes about a third of its bytes; only the number of streams depends on it.
     _RATIO = 3
+    kind: Literal["text", "records", "tokens"] = "records"
 
     def __init__(self, path: Path, reader: RecordReader, key: str) -> None:
         self.path, self.reader, self.size = path, reader, path.stat().st_size
@@ -167,6 +179,10 @@ class CompressedJsonLines:
         except (EOFError, OSError, zlib.error):
             pass  # whoever reads it says so
         self._documents = max(lines, 1) * max(self._RATIO * self.size / max(sampled, 1), 1)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def approximate_documents(self) -> float:
         return self._documents
@@ -208,6 +224,8 @@ class CompressedJsonLines:
 class ParquetFile:
     """A Parquet file; a chunk is a row group or a part of a large one."""
 
+    kind: Literal["text", "records", "tokens"] = "records"
+
     def __init__(self, path: Path, reader: RecordReader, key: str) -> None:
         self.path, self.reader = path, reader
         self._pyarrow = import_pyarrow(path, key)
@@ -225,6 +243,10 @@ class ParquetFile:
 
     def _open(self) -> Any:
         return self._pyarrow.parquet.ParquetFile(self.path)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def approximate_documents(self) -> float:
         return self.size

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader
 from titan_peer.errors import UserError
@@ -99,6 +100,9 @@ def open_dataset(
 class DownloadedDataset:
     """A split on disk, memory-mapped: any row at once."""
 
+    kind: Literal["text", "records", "tokens"] = "records"
+    files: Sequence[Path] = ()
+
     def __init__(self, dataset: Any, reader: RecordReader, name: str) -> None:
         self.dataset, self.reader, self.name, self.size = dataset, reader, name, len(dataset)
         self.divide(1)
@@ -121,6 +125,9 @@ class DownloadedDataset:
 
 class StreamedShard:
     """One shard of a streamed split. Its rows come in order only: a resume goes through the shard's earlier rows."""
+
+    kind: Literal["text", "records", "tokens"] = "records"
+    files: Sequence[Path] = ()
 
     def __init__(self, dataset: Any, index: int, reader: RecordReader, name: str, retries: int) -> None:
         self.dataset, self.index, self.reader, self.name, self.retries = dataset, index, reader, name, retries

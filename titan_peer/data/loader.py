@@ -31,6 +31,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_peer.config import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
 from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
+from titan_peer.data.resume import continue_sources, described, order_settings, require_same_order
 from titan_peer.data.sources import Source, open_sources
 from titan_peer.data.special_tokens import missing
 from titan_peer.data.streams import State
@@ -243,7 +244,8 @@ class TrainingLoader:
             "seq_len": self.pipeline.format.seq_len,
             "packing": self.data.packing,
             "mix_by": self.data.mix_by,
-            "sources": {s.name: {"fingerprint": s.fingerprint(), **totals[s.name]} for s in self.pipeline.sources},
+            "settings": order_settings(self.pipeline),
+            "sources": {s.name: {**described(s), **totals[s.name]} for s in self.pipeline.sources},
             "streams": streams,
         }
 
@@ -266,13 +268,8 @@ class TrainingLoader:
                 f'training.seq_len = {seq_len}: with data.packing = "best_fit" a job goes on only with the checkpoint\'s '
                 f"{state['seq_len']}"
             )
-        for source in self.pipeline.sources:
-            known = state["sources"].get(source.name)
-            if known is not None and known["fingerprint"] != source.fingerprint():
-                raise UserError(
-                    f"{source.key}.path = {source.config.path}: its files have changed since the checkpoint; give it another "
-                    f"{source.key}.name to read it from its beginning"
-                )
+        require_same_order(state.get("settings", {}), self.pipeline)
+        state = continue_sources(state, self.pipeline.sources)
         self._start(state["sequences_seen"], state["streams"], state["sources"])
         self._micro_step = 0
 
@@ -397,6 +394,8 @@ def build_dataloader(
         logger.warning("%s", warning)
     sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries)
     pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
+    for source in sources:
+        _ = source.identity  # as it is now: the files may change while the job runs
     readers = dp_world_size * max(data.num_workers, 1)
     if num_streams % readers:
         smallest = min(sources, key=Source.sensible_streams)

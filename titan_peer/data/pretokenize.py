@@ -15,8 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from titan_peer.command_line import parse_options
+from titan_peer.data.identity import another_reading
 from titan_peer.data.records import BadDocument, TokenizedText
-from titan_peer.data.sources import Source, open_sources
+from titan_peer.data.sources import Source, open_source
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenized import MANIFEST, dtype_for, is_tokenized, read_manifest, write_shard
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +68,7 @@ class Tokenization:
             "tokenizer": tokenizer.fingerprint,
             "tokenizer_path": options.tokenizer_path,
             "dtype": dtype_for(tokenizer.vocab_size),
-            "source": {"path": options.source.path, "fingerprint": source.fingerprint()},
+            "source": {"path": options.source.path, "fingerprint": source.fingerprint(), **source.identity},
             "shards": [],
             "next": {"chunk": 0, "record": 0},
             "skipped": 0,
@@ -80,14 +81,44 @@ class Tokenization:
         found = read_manifest(self.folder)
         for what, key in (
             ("another tokenizer", "tokenizer"),
-            ("another source, or one that has changed,", "source"),
             ("numbers too small for the tokenizer's ids", "dtype"),
         ):
             if found[key] != self.manifest[key]:
-                raise UserError(f"--output {self.folder}: holds what was made with {what}; give a new folder")
+                raise self._refusal(f"what was made with {what}")
+        self._require_same_source(found)
         self.manifest = found
         if not found["complete"]:
             logger.info("going on after %d whole shards", len(found["shards"]))
+
+    def _require_same_source(self, found: dict[str, Any]) -> None:
+        then, now = found["source"], self.manifest["source"]
+        # versions that did not keep the content knew a source by its path
+        same = [key for key in ("fingerprint", "content" if "content" in then else "path") if then[key] == now[key]]
+        if len(same) < 2:
+            raise self._refusal("what was made with another source, or one that has changed,")
+        if "reading" not in then:
+            logger.warning(
+                "%s was made by a version that did not keep how the files were read (text_key, template, "
+                "max_document_bytes): taken to be as it is now",
+                self.folder,
+            )
+            return
+        if then["modified"] < now["modified"]:
+            logger.warning(
+                "%s: a file of the source has been written since: its size and the parts of it that are compared are as "
+                "they were",
+                self.folder,
+            )
+        key = another_reading(then["reading"], now["reading"])
+        strict = (then["reading"].get("on_bad_document"), now["reading"].get("on_bad_document")) == ("skip", "error")
+        if key is None and strict and found["skipped"]:
+            key = "on_bad_document"
+        if key is not None:
+            said = f"{then['reading'].get(key, 'another key')!r}, not {now['reading'].get(key)!r}"
+            raise self._refusal(f"what was made with source.{key} = {said}")
+
+    def _refusal(self, what: str) -> UserError:
+        return UserError(f"--output {self.folder}: holds {what}; give a new folder")
 
     def run(self) -> None:
         """Make the shards that are missing."""
@@ -158,7 +189,7 @@ def main(args: Sequence[str]) -> int:
     if options.tokens_per_shard < 1:
         raise UserError(f"--tokens_per_shard {options.tokens_per_shard}: must be at least 1")
     tokenizer = load_tokenizer(options.tokenizer_path)
-    (source,), _ = open_sources([options.source], "source", num_streams=1)
+    source = open_source(options.source, "--source")
     tokenization = Tokenization(options, source, tokenizer)
     try:
         tokenization.run()

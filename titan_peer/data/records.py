@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jinja2
 import jinja2.meta
@@ -40,7 +41,14 @@ class Divisible(Protocol):
     """A file (or shard) that can be cut into chunks."""
 
     size: int
-    """Bytes or rows, whatever its kind counts; tells whether it has changed since a checkpoint."""
+    """Bytes or rows, whatever its kind counts."""
+    kind: Literal["text", "records", "tokens"]
+    """What the files hold: a document each, records with keys, or documents that were tokenised before."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The local files that it is read from."""
+        ...
 
     def approximate_documents(self) -> float: ...
 

@@ -11,12 +11,15 @@ import glob
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from titan_peer.data import formats, hub, tokenized
+from titan_peer.data.identity import identity_of
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader, TokenizedText
 from titan_peer.data_source import DataSource, source_name
 from titan_peer.errors import UserError
@@ -106,10 +109,20 @@ class Source:
     def num_chunks(self) -> int:
         return int(self._ends[-1])
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What it holds and how it is read (`identity_of`), when this was first asked for."""
+        return identity_of(self.config, self.parts, self.key)
+
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed or gets another size: positions in it then mean nothing any more."""
+        """Changes when it is cut into other chunks: places in it then mean nothing any more."""
         described = ",".join(f"{part.size}/{part.num_chunks}" for part in self.parts)
         return f"{zlib.crc32(described.encode()):08x}"
+
+    def reorder(self, seed: int) -> None:
+        """Have the chunks in the orders that go with `seed`, the name's by default."""
+        self.seed = seed
+        self._orders = {}
 
     def order(self, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
         """The chunks in the order of an epoch."""
@@ -165,3 +178,15 @@ def open_sources(
         source.divide(num_streams)
         source.require_documents()
     return sources, num_streams
+
+
+def open_source(config: DataSource, key: str) -> Source:
+    """One source, ready to be read by one stream.
+
+    Raises:
+        UserError: it cannot be opened or has no good document.
+    """
+    source = Source(config, key)
+    source.divide(1)
+    source.require_documents()
+    return source

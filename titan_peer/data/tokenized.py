@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,12 +94,14 @@ def open_shards(folder: Path, key: str) -> list[Divisible]:
 class TokenizedShard:
     """One shard, memory-mapped; any document at once."""
 
+    kind: Literal["text", "records", "tokens"] = "tokens"
+
     def __init__(self, folder: Path, entry: dict[str, Any], dtype: str, tokenizer_fingerprint: str, key: str) -> None:
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.path = folder / f"{entry['name']}.tokens"
+        self.files = [folder / f"{entry['name']}.{suffix}" for suffix in ("tokens", "ends.npy", "bytes.npy")]
+        self.path = self.files[0]
         try:
-            self.ends = np.load(folder / f"{entry['name']}.ends.npy", mmap_mode="r", allow_pickle=False)
-            self.bytes = np.load(folder / f"{entry['name']}.bytes.npy", mmap_mode="r", allow_pickle=False)
+            self.ends, self.bytes = (np.load(file, mmap_mode="r", allow_pickle=False) for file in self.files[1:])
             empty = self.path.stat().st_size == 0
             tokens = np.empty(0, _DTYPES[dtype]) if empty else np.memmap(self.path, dtype=_DTYPES[dtype], mode="r")
         except (OSError, ValueError) as error:

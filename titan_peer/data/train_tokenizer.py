@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from titan_peer.command_line import parse_options
 from titan_peer.data.records import BadDocument, TokenizedText
-from titan_peer.data.sources import Source, open_sources
+from titan_peer.data.sources import Source, open_source
 from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> int:
         raise UserError("--source.path: must be given: the text to train on")
     if options.vocab_size < _SMALLEST_VOCABULARY:
         raise UserError(f"--vocab_size {options.vocab_size}: must be at least {_SMALLEST_VOCABULARY}")
-    (source,), _ = open_sources([options.source], "source", num_streams=1)
+    source = open_source(options.source, "--source")
     tokenizer = train_tokenizer(itertools.islice(texts_of(source), options.max_documents or None), options.vocab_size)
     found = tokenizer.get_vocab_size()
     file = Path(options.output) / "tokenizer.json"

@@ -1,0 +1,78 @@
+"""What a source holds and how it is read: what must be the same for a place in it, or tokens made of it, to hold good."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from titan_peer.data.records import Divisible
+from titan_peer.data_source import DataSource
+from titan_peer.errors import UserError
+
+# A file of at most so many bytes is read whole; of a larger one as many, spread over it in blocks.
+_SAMPLED_BYTES, _BLOCK_BYTES = 2**20, 2**14
+# Of a source with very many files, so many are read; the sizes of all count.
+_SAMPLED_FILES = 4096
+
+
+def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dict[str, Any]:
+    """What JSON can hold of a source, wherever its files lie.
+
+    content   the same for the same bytes, as far as they are sampled
+    modified  nanoseconds, when the files were last written to: tells of changes that the samples miss; 0: no local files
+    reading   the keys that decide which documents come out of them
+
+    Raises:
+        UserError: a file cannot be read any more.
+    """
+    files = [file for part in parts for file in part.files]
+    digest = hashlib.blake2b(digest_size=8)
+    if not files:
+        digest.update("\n".join((config.path, config.subset, config.split)).encode())
+    modified = 0
+    step = -(-len(files) // _SAMPLED_FILES)
+    try:
+        for i, file in enumerate(files):
+            status = file.stat()
+            modified = max(modified, status.st_mtime_ns)
+            digest.update(f"{status.st_size},".encode())
+            if i % step == 0:
+                _add_content(digest, file, status.st_size)
+    except OSError as error:
+        raise UserError(f"{key}: {file}: cannot be read: {error.strerror or error}") from None
+    return {"content": digest.hexdigest(), "modified": modified, "reading": _reading(config, parts)}
+
+
+def _add_content(digest: hashlib.blake2b, file: Path, size: int) -> None:
+    with file.open("rb") as opened:
+        if size <= _SAMPLED_BYTES:
+            digest.update(opened.read())
+            return
+        blocks = _SAMPLED_BYTES // _BLOCK_BYTES
+        for i in range(blocks):  # the first block and the last among them
+            opened.seek((size - _BLOCK_BYTES) * i // (blocks - 1))
+            digest.update(opened.read(_BLOCK_BYTES))
+
+
+def _reading(config: DataSource, parts: Sequence[Divisible]) -> dict[str, Any]:
+    has_records = any(part.kind == "records" for part in parts)
+    keys = ["template" if config.template else "text_key"] if has_records else []
+    if any(part.kind != "tokens" for part in parts):
+        keys += ["max_document_bytes", "on_bad_document"]
+    return {key: getattr(config, key) for key in keys}
+
+
+def another_reading(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """A key that makes other documents of the same files than it did, or None.
+
+    What stops at a bad document may go on by leaving it out, or with a larger max_document_bytes: none was left out before.
+    """
+    for key in ("template", "text_key"):
+        if saved.get(key) != now.get(key):
+            return key if key in now else "text_key" if "text_key" in now else "template"
+    largest, then = now.get("max_document_bytes", 0), saved.get("max_document_bytes", 0)
+    if largest < then or (largest > then and saved["on_bad_document"] == "skip"):
+        return "max_document_bytes"
+    return None

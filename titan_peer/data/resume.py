@@ -1,0 +1,149 @@
+"""How a job goes on in its data from a checkpoint: what must be as it was, and which source goes on where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from titan_peer.data.identity import another_reading
+from titan_peer.data.pipeline import Pipeline
+from titan_peer.data.sources import Source
+from titan_peer.data.streams import State
+from titan_peer.errors import UserError
+
+logger = logging.getLogger("titan_peer")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings of the job
+
+
+def order_settings(pipeline: Pipeline) -> State:
+    """The settings, by key, that decide the documents' order and what is added to them."""
+    data, encoder = pipeline.data, pipeline.encoder
+    return {
+        "data.shuffle": data.shuffle,
+        "data.shuffle_buffer_size": data.shuffle_buffer_size if data.shuffle else None,
+        "debug.seed": pipeline.seed if data.shuffle else None,
+        # without such a token the keys have no effect
+        "data.add_bos": data.add_bos and encoder.tokenizer.bos_id is not None,
+        "data.add_eos": data.add_eos and encoder.tokenizer.eos_id is not None,
+    }
+
+
+def require_same_order(saved: State, pipeline: Pipeline) -> None:
+    """Raise UserError if a place in the data would mean another one with the settings of now.
+
+    Args:
+        saved: `order_settings` at the save; empty in states of versions that did not keep them.
+    """
+    now = order_settings(pipeline)
+    for key, value in saved.items():
+        if now[key] != value and None not in (now[key], value):
+            raise UserError(
+                f"{key} = {_word(now[key])}: the checkpoint was made with {_word(value)}, and its place in the data means "
+                "nothing otherwise"
+            )
+
+
+def _word(value: object) -> str:
+    return str(value).lower()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def described(source: Source) -> State:
+    """What a checkpoint says of a source, beside how much of it was read."""
+    return {"fingerprint": source.fingerprint(), "seed": source.seed, **source.identity}
+
+
+def continue_sources(state: State, sources: Sequence[Source]) -> State:
+    """Match a job's sources with those of a loader's state, and say of each whether it goes on.
+
+    Sources are known by their names. One without a name, which would be called by its path, is also known by its content:
+    files that were moved go on in the order they had.
+
+    Returns:
+        the state, with the names of now.
+    Raises:
+        UserError: a source's files, or the way they are read, are not those of the checkpoint.
+    """
+    saved, called = state["sources"], {}
+    free = [name for name in saved if name not in {source.name for source in sources}]
+    lines = []
+    for source in sources:
+        name = source.name if source.name in saved else None if source.config.name else _moved(source, saved, free)
+        if name is None:
+            lines.append(f"{source.name} begins at its beginning: the checkpoint has no source of that name or content")
+            continue
+        _require_same(source, saved[name])
+        if name != source.name:
+            free.remove(name)
+            called[name] = source.name
+        source.reorder(saved[name].get("seed", source.seed))
+        lines.append(_going_on(source, name, saved[name]))
+    lines += [f"{name} of the checkpoint is gone from the job" for name in free]
+    for line in lines:
+        logger.info("data: %s", line)
+    return _renamed(state, called)
+
+
+def _moved(source: Source, saved: Mapping[str, State], free: Sequence[str]) -> str | None:
+    """The name that a source without one had when its files lay elsewhere."""
+    now = described(source)
+
+    def is_same(entry: State) -> bool:
+        return (
+            all(entry.get(key) == now[key] for key in ("fingerprint", "content"))
+            and another_reading(entry["reading"], now["reading"]) is None
+        )
+
+    return next((name for name in free if is_same(saved[name])), None)
+
+
+def _require_same(source: Source, saved: State) -> None:
+    """Raise UserError unless a place in the source still means what it did; older states know less of it."""
+    now, key = described(source), source.key
+    if saved["fingerprint"] != now["fingerprint"] or saved.get("content", now["content"]) != now["content"]:
+        raise UserError(
+            f"{key}.path = {source.config.path}: its files have changed since the checkpoint; give it another {key}.name "
+            "to read it from its beginning"
+        )
+    reading = another_reading(saved["reading"], now["reading"]) if "reading" in saved else None
+    if reading is not None:
+        raise UserError(
+            f"{key}.{reading} = {now['reading'].get(reading)!r}: the checkpoint was made with "
+            f"{saved['reading'].get(reading, 'another key')!r}, which makes other documents of the same files; give that, or "
+            f"another {key}.name to read them from their beginning"
+        )
+
+
+def _going_on(source: Source, name: str, saved: State) -> str:
+    line = f"{source.name} goes on in its pass {saved['epoch']}, after {saved['tokens']:,} tokens"
+    if name != source.name:
+        line += f"; the checkpoint calls the same files {name}"
+    if saved.get("modified", source.identity["modified"]) < source.identity["modified"]:
+        line += "; a file has been written since: its size and the parts of it that are compared are as they were"
+    return line
+
+
+def _renamed(state: State, called: Mapping[str, str]) -> State:
+    """A loader's state with other names of sources."""
+
+    def renamed(by_name: Mapping[str, State]) -> State:
+        return {called.get(name, name): value for name, value in by_name.items()}
+
+    def renamed_mixture(mixture: State) -> State:
+        return {key: renamed(value) if isinstance(value, dict) else value for key, value in mixture.items()}
+
+    streams = {}
+    for number, stream in state["streams"].items():
+        sequences = stream["sequences"]
+        if state["mix_by"] == "tokens":
+            sequences = renamed_mixture(sequences)
+        else:
+            sequences = {**sequences, "documents": renamed_mixture(sequences["documents"])}
+        streams[number] = {**stream, "sequences": sequences}
+    return {**state, "sources": renamed(state["sources"]), "streams": streams}
