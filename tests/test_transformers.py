@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported_models import TEXTS, VARIANTS, exported_in_shards, trained, trained_with
+from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained, trained_with
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache, TrainingArguments
@@ -499,3 +503,37 @@ def test_a_model_made_anew_begins_as_ours(folder: Path, ours: Transformer) -> No
     for name, tensor in state.items():
         torch.testing.assert_close(tensor.std(), wanted[name].std(), rtol=0.2, atol=1e-3, msg=name)
         torch.testing.assert_close(tensor.mean(), wanted[name].mean(), rtol=0.1, atol=0.05, msg=name)
+
+
+@pytest.mark.slow
+def test_all_of_this_holds_with_the_oldest_transformers_that_is_allowed(tmp_path: Path) -> None:
+    allowed = next(
+        line for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines() if "transformers>=" in line
+    )
+    oldest = re.search(r"transformers>=(\d+\.\d+)", allowed)[1]
+    needs = [f"transformers=={oldest}.*", "tokenizers>=0.22,<=0.23.0", "huggingface-hub>=1.3,<2", "typer-slim"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "packages"),
+        *needs,
+    ]
+    subprocess.run(install, check=True)
+    paths = os.pathsep.join([str(tmp_path / "packages"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
+    shown = subprocess.run(version, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"{oldest}.")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(Path(__file__)), "--basetemp", str(tmp_path / "tests")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
