@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,10 @@ import torch
 from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained
 from safetensors.torch import load_file
 from test_checkpoint import flip_a_bit
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_peer import cli
+from titan_peer.checkpoint_files import verify
 from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import load_config
 from titan_peer.export import export_checkpoint
@@ -74,6 +77,42 @@ def test_import_gives_back_every_number_and_training_goes_on(checkpoint: Path, e
     job = Trainer(config, init_world(config.parallelism))
     assert job.step == 4
     assert job.train() == 0 and job.step == 6
+
+
+def test_what_transformers_saved_again_can_be_imported_and_trained(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys, caplog
+) -> None:
+    model = in_transformers(exported)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.5)  # as if it had been trained
+    model.save_pretrained(tmp_path / "again")
+    message = failure(capsys, "import", "--input", tmp_path / "again", "--output", tmp_path / "back")
+    assert "tokenizer.json: is not there; save the tokenizer there too" in message
+    AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path / "again")
+    with caplog.at_level("INFO", "titan_peer"):
+        back = import_model(tmp_path / "again", tmp_path / "back")
+    assert "has no config.toml" in caplog.text and "training begins at step 0" in caplog.text
+    theirs, job, tokenizer = load_model_for_inference(back)
+    ours, original, our_tokenizer = load_model_for_inference(checkpoint)
+    wanted = ours.state_dict()
+    wanted["norm.weight"] = wanted["norm.weight"] * 1.5
+    assert wanted.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in theirs.state_dict().items())
+    for key in ("mla", "peer", "max_seq_len", "norm_eps", "init_std", "tie_embeddings", "ffn_hidden_dim"):
+        assert getattr(job.model, key) == getattr(original.model, key)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (our_tokenizer.bos_id, our_tokenizer.eos_id)
+    assert tokenizer.encode_batch(TEXTS) == our_tokenizer.encode_batch(TEXTS)
+
+    words = [
+        "--job.config_file",
+        str(tmp_path / "back/config.toml"),
+        "--data.sources.0.path",
+        f"{ROOT}/assets/sample_text/train.jsonl",
+    ]
+    config = load_config([*words, "--training.steps", "1", "--training.seq_len", "32", "--compile.enable", "false"])
+    job_again = Trainer(config, init_world(config.parallelism))
+    torch.testing.assert_close(job_again.model.norm.weight, wanted["norm.weight"])
+    assert job_again.train() == 0 and job_again.step == 1
 
 
 @pytest.mark.parametrize("table_dtype", ["int8", "float8_e4m3"])
@@ -161,6 +200,80 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, capsys) -> Non
 def test_nothing_is_written_over(checkpoint: Path, exported: Path, capsys) -> None:
     message = failure(capsys, "export", "--checkpoint", checkpoint, "--output", exported)
     assert "exists already" in message
+
+
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
+def test_places_where_no_folder_can_be_put_are_refused_before_work(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    export, back = ("export", "--checkpoint", checkpoint), ("import", "--input", exported)
+    for words, source in ((export, checkpoint), (back, exported)):
+        for place, problem in (
+            (".", "is the folder you are in; give a new folder"),
+            ("", "is the folder you are in; give a new folder"),
+            ("..", "exists already; give a new folder"),
+            ("/", "exists already; give a new folder"),
+            ("file", "exists already; give a new folder"),
+            ("/dev/shm" if not any(Path("/dev/shm").iterdir()) else "/proc", "mount point|exists already"),
+            (source / "new", f"lies in {source}; give a folder elsewhere"),
+            ("file/new", "cannot be written"),
+        ):
+            assert re.search(problem, failure(capsys, *words, "--output", place)), place
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    for place in ("there", "empty", "new/of/many"):
+        assert cli.main(["export", "--checkpoint", str(checkpoint), "--output", place]) == 0
+        assert (tmp_path / place / "model.safetensors").is_file()
+    assert (tmp_path / "elsewhere/model.safetensors").is_file()
+
+
+KILLED_AT = """
+import os, signal, sys
+from titan_peer import cli, export, import_model
+folder, *words = sys.argv[1:]
+kills = 0
+for number in range(1, 10**6, 9):  # killed when the number-th file is opened for writing
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        def hook(event, args):
+            global seen
+            if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+") and folder in str(args[0]):
+                seen += 1
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        os._exit(cli.main(words))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        break
+    kills += 1
+print(kills)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
+def test_killed_at_any_file_and_started_again_export_and_import_are_whole(
+    checkpoint: Path, exported: Path, tmp_path: Path
+) -> None:
+    for words in (
+        ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "export")],
+        ["import", "--input", str(exported), "--output", str(tmp_path / "back")],
+    ):
+        code = [sys.executable, "-c", KILLED_AT, str(tmp_path), *words]
+        done = subprocess.run(code, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.splitlines()[-1]) >= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "export"]
+    verify(tmp_path / "export")
+    assert not list((tmp_path / "back").glob(".*"))
+    wanted, _, _ = load_model_for_inference(checkpoint)
+    again, _, _ = load_model_for_inference(tmp_path / "back/checkpoint/step-4")
+    assert all(torch.equal(a, b) for a, b in zip(wanted.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize("variant", ["two axes"], indirect=True)

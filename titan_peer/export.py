@@ -173,6 +173,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def new_folder(key: str, path: Path, source: Path) -> Path:
+    """The absolute path of a folder that is to be made of what `source` holds; it may be there, empty.
+
+    Raises:
+        UserError: there is something, or it is a place where no folder can be put.
+    """
+    folder = path.resolve()
+    problem = ""
+    if folder == Path.cwd():
+        problem = "is the folder you are in; give a new folder"
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problem = "exists already; give a new folder"
+    elif folder.is_mount():
+        problem = "is a mount point; give a new folder in it"
+    elif folder.is_relative_to(source.resolve()):
+        problem = f"lies in {source}; give a folder elsewhere"
+    if problem:
+        raise UserError(f"{key} {path}: {problem}")
+    return folder
+
+
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
@@ -191,40 +212,44 @@ def export_checkpoint(
         from safetensors import SafetensorError
     except ImportError:
         raise UserError("export needs safetensors; install it with: pip install 'titan_peer[export]'") from None
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists already; give a new folder")
     checkpoint = find_checkpoint(checkpoint, "--checkpoint")
-    model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
+    folder = new_folder("--output", output, checkpoint)
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def refusal(error: Exception) -> UserError:
+        return UserError(f"--output {output}: cannot be written ({error})")
+
     try:
-        verify(checkpoint)
-    except DamagedCheckpointError as damage:
-        raise UserError(f"{checkpoint}: the checkpoint is damaged: {damage}") from None
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
-        tokenizer_path = stored_tokenizer_path(checkpoint, job.model.tokenizer_path)
-        pad_id = write_tokenizer(tokenizer_path, partial, job.model.max_seq_len)
-        config = transformers_config(job.model, tokenizer, dtype, table_dtype) | {"pad_token_id": pad_id}
-        _write_json(partial / CONFIG_JSON, config)
-        _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).with_name("transformers_model") / name, partial / name)
-        for name in (CONFIG, TRAIN_STATE):
-            shutil.copyfile(checkpoint / name, partial / name)
-        (partial / "README.md").write_text(
-            model_card(checkpoint, model, job, table_dtype, license_name), encoding="utf-8"
-        )
-        for path in partial.glob("*.safetensors"):  # its writer makes files that only their owner can read
-            shutil.copymode(partial / CONFIG_JSON, path)
-        write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {output}: cannot be written ({error})") from None
+        try:
+            if partial.exists():  # of an export that was killed
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise refusal(error) from None
+        model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
+        try:
+            verify(checkpoint)
+        except DamagedCheckpointError as damage:
+            raise UserError(f"{checkpoint}: the checkpoint is damaged: {damage}") from None
+        try:
+            _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
+            tokenizer_path = stored_tokenizer_path(checkpoint, job.model.tokenizer_path)
+            pad_id = write_tokenizer(tokenizer_path, partial, job.model.max_seq_len)
+            config = transformers_config(job.model, tokenizer, dtype, table_dtype) | {"pad_token_id": pad_id}
+            _write_json(partial / CONFIG_JSON, config)
+            _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name("transformers_model") / name, partial / name)
+            for name in (CONFIG, TRAIN_STATE):
+                shutil.copyfile(checkpoint / name, partial / name)
+            card = model_card(checkpoint, model, job, table_dtype, license_name)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            for path in partial.glob("*.safetensors"):  # its writer makes files that only their owner can read
+                shutil.copymode(partial / CONFIG_JSON, path)
+            write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
+            partial.replace(folder)
+        except (OSError, SafetensorError) as error:
+            raise refusal(error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +27,18 @@ from titan_peer.checkpoint_files import (
 )
 from titan_peer.checkpoint_saving import CheckpointSaveError
 from titan_peer.command_line import parse_options
-from titan_peer.config import JobConfig, load_config
+from titan_peer.config import JobConfig, job_from_table
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.errors import UserError
-from titan_peer.export import CONFIG_JSON, INDEX, is_table, transformers_config
-from titan_peer.model import Transformer, rope_table
+from titan_peer.export import CONFIG_JSON, INDEX, is_table, new_folder, transformers_config
+from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer, rope_table
 from titan_peer.optimizer import Optimizers
+from titan_peer.resolve import resolve_vocabulary
+from titan_peer.saved_job import read_saved_job
+
+logger = logging.getLogger("titan_peer")
+
+_UNFINISHED = ".import-in-progress"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -79,8 +87,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_job(folder: Path) -> JobConfig:
-    """The job that trained an exported model.
+def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
+    """The job that trained an exported model, and its state: step, tokens, data.
+
+    A model that transformers saved again has neither beside it: its job is then of defaults around the architecture.
 
     Raises:
         UserError: the folder is no export of ours, or its config.toml and config.json describe different models.
@@ -91,17 +101,56 @@ def read_job(folder: Path) -> JobConfig:
             f"{folder / CONFIG_JSON}: model_type = {config.get('model_type')!r}: must be 'titan_peer'; models of other "
             "architectures cannot be imported"
         )
-    if not (folder / CONFIG).is_file():
+    is_saved_again = not (folder / CONFIG).exists() and not (folder / TRAIN_STATE).exists()
+    if is_saved_again:
+        job, state = _job_around(config, folder / CONFIG_JSON), {"step": 0, "tokens_seen": 0}
+        logger.info(
+            "%s: has no %s, as when transformers has saved it again: the job's keys outside [model] are defaults, "
+            "training begins at step 0 and needs data.sources",
+            folder,
+            CONFIG,
+        )
+    elif not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: is not there; give a folder that titan-peer export wrote")
-    job = load_config(["--job.config_file", str(folder / CONFIG)])
-    job.model.tokenizer_path = str(folder / "tokenizer.json")
+    else:
+        job, state = read_saved_job(folder / CONFIG), _read_json(folder / TRAIN_STATE)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: is not there; save the tokenizer there too: AutoTokenizer.from_pretrained(EXPORT, "
+            f"trust_remote_code=True).save_pretrained({str(folder)!r})"
+        )
+    job.model.tokenizer_path = str(file)
     tokenizer = load_tokenizer(job.model.tokenizer_path)
+    resolve_vocabulary(job.model, tokenizer.vocab_size)
     wanted = transformers_config(job.model, tokenizer, config.get("dtype", ""), config.get("table_dtype", "float"))  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {"mla": dataclasses.asdict(MLAArgs()), "peer": dataclasses.asdict(PEERArgs())}
     for key in ("vocab_size", "dim", "n_layers", "mla", "peer", "peer_layers"):
-        if config.get(key) != wanted[key]:
+        found = config.get(key)
+        if isinstance(found, dict):  # of a version that had fewer keys
+            found = defaults[key] | found
+        if found != wanted[key]:
             raise UserError(
                 f"{folder / CONFIG_JSON}: {key} = {config.get(key)!r}, but {folder / CONFIG} says {wanted[key]!r}"
             )
+    return job, state
+
+
+def _job_around(config: dict[str, Any], file: Path) -> JobConfig:
+    """A job for the architecture that config.json describes.
+
+    Raises:
+        UserError: the architecture is incomplete or impossible.
+    """
+    model = {key.name: config[key.name] for key in dataclasses.fields(ModelArgs) if key.name in config}
+    model["init_std"] = config.get("initializer_range", ModelArgs.init_std)
+    if not config.get("peer_layers"):
+        model["peer_every_n_layers"] = 0
+    sources = [{"path": "PATH_OF_YOUR_DATA"}]
+    job = job_from_table({"model": model, "data": {"sources": sources}}, str(file))
+    if problems := job.model.problems():
+        raise UserError("\n".join(f"{file}: {problem}" for problem in problems))
+    job.training.seq_len = min(job.training.seq_len, job.model.max_seq_len)
     return job
 
 
@@ -115,15 +164,17 @@ def import_model(folder: Path, output: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"--input {folder}: is no folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists already; give a new folder")
-    job = read_job(folder)
+    _remove_remains(output)
+    new_folder("--output", output, folder)
+    job, state = read_job(folder)
     if (folder / MANIFEST).is_file():
         try:
             verify(folder)
         except DamagedCheckpointError as damage:
-            raise UserError(f"{folder}: the export is damaged: {damage}") from None
-    weights, state = read_weights(folder), _read_json(folder / TRAIN_STATE)
+            raise UserError(
+                f"{folder}: the export is damaged: {damage}; if its files were changed on purpose, remove its {MANIFEST}"
+            ) from None
+    weights = read_weights(folder)
 
     with torch.device("meta"):
         model = Transformer(job.model)
@@ -145,10 +196,18 @@ def import_model(folder: Path, output: Path) -> Path:
         raise UserError(f"--output {output}: cannot be written ({error})") from None
 
 
+def _remove_remains(output: Path) -> None:
+    """Of an import that was killed, so that it can be started again."""
+    if (output / _UNFINISHED).is_file():
+        shutil.rmtree(output)
+
+
 def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, state: dict[str, Any]) -> Path:
     """The run's folder: tokenizer, config.toml and the checkpoint, which is returned."""
     tokenizer = output / "tokenizer"
-    tokenizer.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _UNFINISHED).touch()
+    tokenizer.mkdir()
     for name, content in read_tokenizer_files(str(folder / "tokenizer.json")).items():
         (tokenizer / name).write_bytes(content)
     job.model.tokenizer_path, job.job.dump_folder, job.job.config_file = str(tokenizer), str(output), ""
@@ -156,6 +215,7 @@ def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, s
     checkpointer = Checkpointer(job, model, Optimizers(model, job.optimizer))
     checkpointer.save(state["step"], state, wait=True)
     ((_, saved),) = checkpointer.newly_saved()
+    (output / _UNFINISHED).unlink()
     return saved
 
 
