@@ -173,7 +173,10 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda f: bad_jsonl(f, b'{"content": "x", "id": 1}\n'),
         "a.jsonl:4: has no text under text_key = 'text'; its keys: 'content', 'id'",
     ),
-    "no text": (lambda f: bad_jsonl(f, b'{"text": 3}\n'), "a.jsonl:4: has no text under text_key = 'text'"),
+    "no text": (
+        lambda f: bad_jsonl(f, b'{"text": 3}\n'),
+        "a.jsonl:4: has a number under text_key = 'text', and must have text there",
+    ),
     "empty": (lambda f: bad_jsonl(f, b'{"text": " "}\n'), "a.jsonl:4: is an empty document"),
     "encoding": (lambda f: bad_jsonl(f, b'{"text": "caf\xe9"}\n'), "a.jsonl:4: is not UTF-8"),
     "half a character": (lambda f: bad_jsonl(f, b'{"text": "\\ud800"}\n'), "a.jsonl:4: is not valid Unicode"),

@@ -9,29 +9,48 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from titan_peer.data.records import BadDocument, Divisible, RecordReader
+from titan_peer.data.local_files import suffix_of
+from titan_peer.data.records import BYTE_ORDER_MARK, BadDocument, Divisible, RecordReader
 from titan_peer.errors import UserError
 
 _MAX_CHUNK_BYTES = 2**20
-_SAMPLE_BYTES = 2**20
+_SAMPLE_BYTES, _HEAD_BYTES = 2**20, 2**12
 
 
 def open_file(path: Path, reader: RecordReader, key: str) -> Divisible:
     """The reader of a file by its suffix.
 
     Raises:
-        UserError: it cannot be opened, or a library for its format is missing.
+        UserError: it cannot be opened, a library for its format is missing, or it is JSON that is not in lines.
     """
     try:
-        if path.name.endswith(".txt"):
+        suffix = suffix_of(path)
+        if suffix == ".txt":
             return TextFile(path, reader)
-        if path.name.endswith(".parquet"):
+        if suffix == ".parquet":
             return ParquetFile(path, reader, key)
-        if path.name.endswith((".gz", ".zst")):
-            return CompressedJsonLines(path, reader, key)
-        return JsonLines(path, reader)
+        compressed = suffix.endswith((".gz", ".zst"))
+        lines = CompressedJsonLines(path, reader, key) if compressed else JsonLines(path, reader)
+        _require_lines(lines.head, path, key)
+        return lines
     except OSError as error:
         raise UserError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
+
+
+def _require_lines(head: bytes, path: Path, key: str) -> None:
+    """Raise UserError if a file that begins with `head` is one JSON array, or one object over several lines."""
+    head = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if head[:1] == b"[" and head[1:].lstrip()[:1] == b"{":
+        what, each = "one JSON array", "for r in json.load(sys.stdin)"
+    elif head.split(b"\n", 1)[0].strip() == b"{":
+        what, each = "one JSON object over several lines", "for r in [json.load(sys.stdin)]"
+    else:
+        return
+    command = f'python -c "import json, sys; [print(json.dumps(r)) {each}]"'
+    raise UserError(
+        f"{key}: {path}: is {what}, and must have an object in each line; this makes such a file of it: "
+        f"{command} < {path.name} > {path.name.split('.')[0]}.jsonl"
+    )
 
 
 def import_pyarrow(path: Path, key: str) -> Any:
@@ -70,7 +89,7 @@ class TextFile:
             yield self.reader.too_large(self.size, where)
             return
         try:
-            yield self.reader.from_text(self.path.read_text(encoding="utf-8"), where)
+            yield self.reader.from_text(self.path.read_text(encoding="utf-8-sig"), where)
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
         except OSError as error:
@@ -89,6 +108,10 @@ def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
     return line, length
 
 
+def _is_blank(line: bytes) -> bool:
+    return line.isspace() or (line.startswith(BYTE_ORDER_MARK) and not line[len(BYTE_ORDER_MARK) :].strip())
+
+
 class JsonLines:
     """A plain JSONL file; a chunk is a stretch of bytes and owns the lines that begin in it, so nothing needs an index."""
 
@@ -97,7 +120,8 @@ class JsonLines:
     def __init__(self, path: Path, reader: RecordReader) -> None:
         self.path, self.reader, self.size = path, reader, path.stat().st_size
         with path.open("rb") as file:
-            self._sample = file.read(_SAMPLE_BYTES).count(b"\n")
+            sample = file.read(_SAMPLE_BYTES)
+        self.head, self._sample = sample[:_HEAD_BYTES], sample.count(b"\n")
         self.divide(1)
 
     @property
@@ -134,7 +158,7 @@ class JsonLines:
                 line, length = _read_line(file, self.reader.max_bytes)
                 if not length:  # the file has become shorter
                     return
-                if not line.isspace():
+                if not _is_blank(line):
                     if number >= start:
                         yield self._record(line, length, position)
                     number += 1
@@ -170,12 +194,13 @@ class CompressedJsonLines:
         self.num_chunks = 1
         if path.name.endswith(".zst"):
             self._pyarrow = import_pyarrow(path, key)
+        self.head = b""
         self._documents = 0.0
         sampled, lines = 0, 0
         try:
             with self._open() as file:
                 sample = file.read(_SAMPLE_BYTES)
-            sampled, lines = len(sample), sample.count(b"\n")
+            self.head, sampled, lines = sample[:_HEAD_BYTES], len(sample), sample.count(b"\n")
         except (EOFError, OSError, zlib.error):
             pass  # whoever reads it says so
         self._documents = max(lines, 1) * max(self._RATIO * self.size / max(sampled, 1), 1)
@@ -206,7 +231,7 @@ class CompressedJsonLines:
                     if not length:
                         return
                     line_number += 1
-                    if line.isspace():
+                    if _is_blank(line):
                         continue
                     number += 1
                     if number % self.num_chunks != chunk or number // self.num_chunks < start:

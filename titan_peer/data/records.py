@@ -18,6 +18,8 @@ from titan_peer.errors import UserError
 # A stream of its own for less than this would see too few documents to be like the others.
 DOCUMENTS_PER_STREAM = 64
 
+BYTE_ORDER_MARK = "\ufeff".encode()
+
 
 class BadDocument(NamedTuple):
     """A record that is no document."""
@@ -64,6 +66,14 @@ class Divisible(Protocol):
         ...
 
 
+def _word(value: object) -> str:
+    """What JSON calls a value that is no text."""
+    names: dict[type, str] = {bool: f"the value {str(value).lower()}", dict: "an object", list: "a list"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
 class RecordReader:
     """Makes texts of records.
 
@@ -94,7 +104,8 @@ class RecordReader:
         if len(line) > self.max_bytes:
             return self.too_large(len(line), where)
         try:
-            record = json.loads(line.decode())
+            # some editors begin a file with the mark; files that were joined have it at any line
+            record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
         except UnicodeDecodeError as error:
             return BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
         except RecursionError:
@@ -109,15 +120,19 @@ class RecordReader:
         if self._template is None:
             text = record.get(self.text_key)
             if not isinstance(text, str):
-                found = ", ".join(map(repr, list(record)[:8])) or "none"
-                reason = f"has no text under text_key = {self.text_key!r}; its keys: {found}"
-                return BadDocument(where, reason)
+                return BadDocument(where, self._no_text(record))
         else:
             try:
                 text = self._template.render(record)
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 return BadDocument(where, f"does not fit the template: {error}")
         return self.from_text(text, where)
+
+    def _no_text(self, record: Mapping[str, Any]) -> str:
+        if self.text_key in record:
+            return f"has {_word(record[self.text_key])} under text_key = {self.text_key!r}, and must have text there"
+        found = ", ".join(map(repr, list(record)[:8])) or "none"
+        return f"has no text under text_key = {self.text_key!r}; its keys: {found}"
 
     def from_text(self, text: str, where: str) -> str | BadDocument:
         if not text or text.isspace():

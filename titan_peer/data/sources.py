@@ -7,7 +7,6 @@ through what came before.
 
 from __future__ import annotations
 
-import glob
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,39 +19,14 @@ from numpy.typing import NDArray
 
 from titan_peer.data import formats, hub, tokenized
 from titan_peer.data.identity import identity_of
+from titan_peer.data.local_files import SUFFIXES, local_files
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader, TokenizedText
 from titan_peer.data_source import DataSource, source_name
 from titan_peer.errors import UserError
 
-JSON_SUFFIXES = (".jsonl", ".json")
-SUFFIXES = (
-    *(s + c for s in JSON_SUFFIXES for c in ("", ".gz", ".zst")),
-    ".parquet",
-    ".txt",
-)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 MAX_STREAMS = 8
-
-
-def local_files(source: DataSource, key: str) -> list[Path]:
-    """The files a local source consists of, in order.
-
-    Raises:
-        UserError: none is found, or one has an unknown suffix.
-    """
-    path = Path(source.path)
-    if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES)]
-    else:
-        found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source.path, recursive=True))]
-        found = [p for p in found if p.is_file()]
-    if not found:
-        raise UserError(f"{key}.path = {source.path}: no such file, folder with {', '.join(SUFFIXES)}, or match")
-    unknown = [p for p in found if not p.name.endswith(SUFFIXES)]
-    if unknown:
-        raise UserError(f"{key}.path = {source.path}: {unknown[0]} is not one of {', '.join(SUFFIXES)}")
-    return found
 
 
 def _is_hub_id(path: str) -> bool:
