@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from titan_peer.checkpoint_files import verify
+from titan_peer.checkpoint_files import NotMappableError, SafeReader, map_tensor, stored_shapes, verify
 from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import load_config
 from titan_peer.errors import UserError
@@ -44,7 +44,7 @@ def flip_a_bit(path: Path, at: float = 0.5) -> None:
 
 
 def tensor_file(checkpoint: Path) -> Path:
-    return next(checkpoint.glob("*.distcp"))
+    return next(checkpoint.glob("*_model_*.distcp"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +146,45 @@ def test_a_foreign_folder_is_an_error_that_says_what_is_wanted(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
         load_model_for_inference(tmp_path / "file")
+
+
+def test_inference_reads_nothing_of_the_optimizers_files_and_a_resume_does(trained, copy, tmp_path):
+    (state,) = copy.glob("*_state_*.distcp")
+    names = {index.fqn: info.relative_path for index, info in SafeReader(copy).read_metadata().storage_data.items()}
+    assert {name.partition(".")[0] for name, file in names.items() if file == state.name} == {"optimizer", "rng"}
+    state.write_bytes(b"")
+    for mmap_tables in (False, True):
+        model = load_model_for_inference(copy, mmap_tables=mmap_tables)[0]
+        with torch.no_grad():
+            assert torch.equal(model(torch.arange(48).view(2, 24)), trained_logits(trained))
+    (tmp_path / "job/checkpoint").mkdir(parents=True)
+    copy.rename(tmp_path / "job/checkpoint/step-6")
+    with pytest.raises(UserError, match=rf"no sound checkpoint .*{state.name} has 0 bytes"):
+        trainer(tmp_path / "job")
+
+
+def test_saved_tensors_are_aligned_so_that_tables_can_be_used_where_they_lie(checkpoint, caplog):
+    reader = SafeReader(checkpoint)
+    infos = reader.read_metadata().storage_data.values()
+    assert all(info.offset % 64 == 0 for info in infos)
+    for name in stored_shapes(reader):
+        tensor = map_tensor(reader, name)
+        assert tensor.data_ptr() % 64 == 0 and torch.equal(tensor, tensors_of(checkpoint)[name]), name
+    load_model_for_inference(checkpoint, mmap_tables=True)
+    assert not [r for r in caplog.records if "not mapped" in r.message]
+
+
+def test_a_table_that_an_earlier_version_left_unaligned_is_loaded_instead_of_mapped_and_said(caplog):
+    old = ROOT / "tests/golden/checkpoint_version_0/step-2"
+    reader, down = SafeReader(old), "layers.1.peer.experts.expert_down"
+    places = {index.fqn: info.offset for index, info in reader.read_metadata().storage_data.items()}
+    assert places[f"model.{down}"] % 4  # as nearly all of them were
+    with pytest.raises(NotMappableError, match=r"not aligned in __0_0\.distcp"):
+        map_tensor(reader, f"model.{down}")
+    model = load_model_for_inference(old, mmap_tables=True)[0]
+    assert torch.equal(model.state_dict()[down], tensors_of(old)[f"model.{down}"])
+    said = [r.message for r in caplog.records if "loaded, not mapped" in r.message]
+    assert any(down in message for message in said)
 
 
 def test_an_index_that_asks_for_code_is_refused(copy):

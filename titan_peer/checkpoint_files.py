@@ -21,7 +21,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,16 +116,19 @@ def write_manifest(folder: Path, entries: ManifestEntries) -> None:
     sync(folder)
 
 
-def verify(folder: Path, *, checksums: bool = True, share: slice = slice(None)) -> None:
+def verify(
+    folder: Path, *, checksums: bool = True, share: slice = slice(None), without: Collection[str] = frozenset()
+) -> None:
     """Raise DamagedCheckpointError unless every file is there with the size and CRC-32 of the manifest.
 
     Args:
         checksums: False compares sizes only, which reads nothing but the manifest.
         share: the files to look at, of the manifest's sorted list; processes divide the work by it.
+        without: files that are not looked at.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        entries = sorted((name, entry["bytes"], entry["crc32"]) for name, entry in files.items())
+        entries = sorted((name, entry["bytes"], entry["crc32"]) for name, entry in files.items() if name not in without)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from None
     for name, size, checksum in entries[share]:
@@ -224,6 +227,14 @@ def stored_shapes(reader: SafeReader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(item.size) for name, item in items if hasattr(item, "size")}
 
 
+def files_without(reader: SafeReader, prefix: str) -> set[str]:
+    """The files of a checkpoint in which no tensor's name begins with `prefix`."""
+    places = reader.read_metadata().storage_data.items()
+    return {info.relative_path for _, info in places} - {
+        info.relative_path for index, info in places if index.fqn.startswith(prefix)
+    }
+
+
 def misfits(wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], at_most: int = 5) -> str:
     """In what the shapes of a checkpoint's tensors and those of a job differ, in either direction: a phrase for each of
     the first ones; empty when all fit."""
@@ -248,15 +259,22 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: boo
     dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=no_dist or not dist.is_initialized())
 
 
-def map_tensor(reader: SafeReader, name: str) -> torch.Tensor | None:
+class NotMappableError(Exception):
+    """A tensor cannot be used where it lies in a checkpoint; the message says why."""
+
+
+def map_tensor(reader: SafeReader, name: str) -> torch.Tensor:
     """A stored tensor as a copy-on-write view of its file: pages are read when they are used.
 
-    None where the tensor is stored in several parts, as several processes save a sharded one.
+    Raises:
+        NotMappableError: it is stored in several parts, as several processes save a sharded one; or at a place that is no
+            multiple of its numbers' size (as versions before the one that writes `__0_model_0.distcp` did), from which
+            compiled code may not read them.
     """
     metadata = reader.read_metadata()
     item = metadata.state_dict_metadata[name]
     if not isinstance(item, TensorStorageMetadata) or len(item.chunks) != 1:
-        return None
+        raise NotMappableError("is stored in parts")
     info = metadata.storage_data[MetadataIndex(name, item.chunks[0].offsets, 0)]
     nbytes = math.prod(item.size) * item.properties.dtype.itemsize
     with (Path(reader.path) / info.relative_path).open("rb") as file:
@@ -270,6 +288,8 @@ def map_tensor(reader: SafeReader, name: str) -> torch.Tensor | None:
         header = file.read(_ZIP_LOCAL_HEADER.size)
     name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(header)[-2:]
     start = info.offset + record.header_offset + _ZIP_LOCAL_HEADER.size + name_length + extra_length
+    if start % item.properties.dtype.itemsize:
+        raise NotMappableError(f"is not aligned in {info.relative_path}, which an earlier version wrote,")
     flat = torch.frombuffer(view, dtype=item.properties.dtype, count=math.prod(item.size), offset=start)
     return flat.view(item.size)
 

@@ -12,7 +12,9 @@ from titan_peer.checkpoint_choice import find_checkpoint
 from titan_peer.checkpoint_files import (
     CONFIG,
     DamagedCheckpointError,
+    NotMappableError,
     SafeReader,
+    files_without,
     map_tensor,
     misfits,
     read_tensors,
@@ -54,11 +56,7 @@ def load_model_for_inference(
     if mmap_tables and device.type != "cpu":
         raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
     folder = find_checkpoint(folder, "checkpoint")
-    try:
-        verify(folder, checksums=not mmap_tables)
-        stored_shapes(SafeReader(folder))
-    except DamagedCheckpointError as damage:
-        raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
+    require_sound_model(folder, checksums=not mmap_tables)
     job = read_saved_job(folder / CONFIG)
     tokenizer = load_tokenizer(stored_tokenizer_path(folder, job.model.tokenizer_path))
     with torch.device("meta"):
@@ -70,6 +68,20 @@ def load_model_for_inference(
     model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
     model.requires_grad_(False).eval()
     return model, job, tokenizer
+
+
+def require_sound_model(folder: Path, *, checksums: bool = True) -> None:
+    """Raise UserError unless the files of a checkpoint that inference needs are whole; those of the optimizer are not read.
+
+    Args:
+        checksums: False compares sizes only.
+    """
+    try:
+        reader = SafeReader(folder)
+        stored_shapes(reader)
+        verify(folder, checksums=checksums, without=files_without(reader, "model."))
+    except DamagedCheckpointError as damage:
+        raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
 
 
 def _inference_weights(
@@ -92,11 +104,11 @@ def _inference_weights(
     for name, tensor in model.state_dict().items():
         is_table = name.rpartition(".")[2] in ("expert_down", "expert_up")
         if mmap_tables and is_table:
-            table = map_tensor(reader, f"model.{name}")
-            if table is not None:
-                mapped[name] = table
+            try:
+                mapped[name] = map_tensor(reader, f"model.{name}")
                 continue
-            logger.warning("%s: %s is stored in parts and is loaded, not mapped", folder, name)
+            except NotMappableError as reason:
+                logger.warning("%s: %s %s and is loaded, not mapped", folder, name, reason)
         if name not in tied:
             weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
         if is_table:

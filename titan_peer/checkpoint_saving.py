@@ -6,13 +6,16 @@ nobody waits for somebody who has given up.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import functools
+import io
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +27,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from titan_peer.checkpoint_files import ManifestEntries, manifest_entries, sync, write_manifest
 from titan_peer.checkpoint_removal import hidden_name
@@ -36,6 +42,9 @@ T = TypeVar("T")
 
 # A process may have much more to write than another; a process that has died is noticed at once all the same.
 _SLOWEST_WRITER = datetime.timedelta(minutes=30)
+
+
+_ALIGNMENT = 64  # bytes; also what torch.save aligns numbers to within its archive
 
 
 class CheckpointSaveError(Exception):
@@ -109,7 +118,7 @@ def _make_partial(folder: Path, step: int) -> str:
 
 def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     try:
-        writer = _Writer(partial, sync_files=False)
+        writer = _Writer(partial)
         dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.is_alone)
     except CheckpointException as error:
         causes = (f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
@@ -117,12 +126,61 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> N
 
 
 class _Writer(FileSystemWriter):
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+    """Files `__RANK_model_0.distcp`, which is all that inference reads, and `__RANK_state_0.distcp`; tensors begin at multiples
+    of 64 bytes, so that they can be used where they lie."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=False)
+        self.fs = _AligningFileSystem()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        parts: dict[str, list[WriteItem]] = {"model": [], "state": []}
+        for item in plan.items:
+            parts["model" if item.index.fqn.startswith("model.") else "state"].append(item)
+        results: list[WriteResult] = []
         try:
-            return super().write_data(*args, **kwargs)
+            for part, items in parts.items():
+                prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{part}_")
+                if items:
+                    written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
+                    results += written.wait()
         except Exception as error:
             # The serializer reports a full disk as a failed write of its own, and what it came from is lost between processes.
             raise OSError(_with_causes(error)) from None
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(results)
+        return done
+
+
+class _AligningFileSystem(FileSystem):
+    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within what torch.save writes of it."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            yield _AligningStream(stream) if mode == "wb" else stream  # type: ignore[misc]
+
+
+class _AligningStream:
+    """A file that is written to. The library asks for the place before a tensor and after it: who asks twice without having
+    written begins a tensor, and is given an aligned place."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._is_between = file, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: Any) -> int:
+        self._is_between = False
+        return int(self._file.write(data))
+
+    def tell(self) -> int:
+        place = int(self._file.tell())
+        if self._is_between and place % _ALIGNMENT:
+            place += self._file.write(bytes(-place % _ALIGNMENT))
+        self._is_between = True
+        return place
 
 
 def _with_causes(error: BaseException) -> str:

@@ -24,13 +24,11 @@ from titan_peer.checkpoint_choice import find_checkpoint
 from titan_peer.checkpoint_files import (
     CONFIG,
     TRAIN_STATE,
-    DamagedCheckpointError,
     manifest_entries,
     stored_tokenizer_path,
-    verify,
     write_manifest,
 )
-from titan_peer.checkpoint_inference import load_model_for_inference
+from titan_peer.checkpoint_inference import load_model_for_inference, require_sound_model
 from titan_peer.command_line import parse_options
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
@@ -227,10 +225,7 @@ def export_checkpoint(
         except OSError as error:
             raise refusal(error) from None
         model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
-        try:
-            verify(checkpoint)
-        except DamagedCheckpointError as damage:
-            raise UserError(f"{checkpoint}: the checkpoint is damaged: {damage}") from None
+        require_sound_model(checkpoint)
         try:
             _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
             tokenizer_path = stored_tokenizer_path(checkpoint, job.model.tokenizer_path)

@@ -161,13 +161,10 @@ def loss_on(model: LanguageModel, batches: Batches) -> HeldOutLoss:
 
 
 def _register(folder: Path, checkpoint: Path) -> int:
-    from titan_peer.checkpoint_files import DamagedCheckpointError, verify
+    from titan_peer.checkpoint_inference import require_sound_model
     from titan_peer.evaluation.openai_evals import PREFIX, write_registry
 
-    try:
-        verify(find_checkpoint(checkpoint, "--checkpoint"))
-    except DamagedCheckpointError as error:
-        raise UserError(f"--checkpoint {checkpoint}: is not a sound checkpoint: {error}") from None
+    require_sound_model(find_checkpoint(checkpoint, "--checkpoint"))
     file = write_registry(folder, checkpoint)
     logger.info("wrote %s", file)
     name = PREFIX + checkpoint.as_posix().strip("/")
