@@ -1,55 +1,206 @@
-"""Every command shown in the README and docs/ is one that the programs accept."""
+"""Every command shown in the README and docs/ runs as it is written, in the order of its page.
+
+By default some quick ones run, and all are read by the programs that they name; `pytest -m slow tests/test_docs.py` runs all.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from docs_commands import PAGES, PROGRAM, ROOT, Outcome, Reader, Step, blocks, job_arguments, steps
 
 from titan_peer import cli
 from titan_peer.config import leaf_keys, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL = [step for page in PAGES for step in steps(page)]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands that cannot run here, why, and what is checked instead
+
+Check = Callable[[Reader, Step], Outcome]
 
 
-def commands() -> list[tuple[str, str]]:
-    """(page, command line) of every line of the fenced blocks that starts one of our programs."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|\|", line):
-                    part = re.sub(r"^\$ ", "", part.strip())
-                    if re.match(r"([A-Z_]+=\S+ )*(\./run_train\.sh|titan-peer) ", part):
-                        found.append((page.name, part))
-    return found
+def instead(old: str, new: str) -> Check:
+    """Run the command with a part of it replaced."""
+    return lambda reader, step: reader.run(Step(step.page, re.sub(old, new, step.text)))
+
+
+def extras_exist(reader: Reader, step: Step) -> Outcome:
+    """What pip is to install of this package is there to be installed."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        known = tomllib.load(file)["project"]["optional-dependencies"].keys()
+    asked = [name for group in re.findall(r"\[([\w,-]+)\]", step.text) for name in group.split(",")]
+    return Outcome(set(asked) <= known, f"asked for {asked}, there are {list(known)}")
+
+
+def named_tests_are_there(reader: Reader, step: Step) -> Outcome:
+    missing = [word for word in step.text.split() if "/" in word and not (ROOT / word).exists()]
+    return Outcome(not missing, f"not there: {missing}")
+
+
+def job_is_accepted(reader: Reader, step: Step) -> Outcome:
+    load_config(shlex.split(" ".join(job_arguments(step.text))))
+    return Outcome(True, "")
+
+
+def says_that_it_needs_a_gpu(reader: Reader, step: Step) -> Outcome:
+    found = reader.run(step)
+    return Outcome("needs a CUDA device" in found.output, found.output)
+
+
+def its_help(reader: Reader, step: Step) -> Outcome:
+    return reader.run(Step(step.page, re.sub(r"(\.py).*", r"\1 --help", step.text)))
+
+
+class Reason(NamedTuple):
+    commands: str
+    """A pattern that is searched for."""
+    why: str
+    check: Check
+
+
+def whole_dry_run(reader: Reader, step: Step) -> Outcome:
+    """The page's own way to check such a job: all its processes are played by one."""
+    text = re.sub(r"NODE_RANK=\d+ |RDZV_ENDPOINT=\S+ ", "", step.text)
+    return reader.run(Step(step.page, f"{text} --comm.mode fake_backend"))
+
+
+CANNOT_RUN = [
+    Reason(r"-m venv|uv venv|^\. \.venv", "makes an environment for the packages below", lambda *_: Outcome(True, "")),
+    Reason(r"pip install wheels", "needs wheels that take hours to build", lambda *_: Outcome(True, "")),
+    Reason(r"pip install", "downloads packages, several GB where there is no GPU", extras_exist),
+    Reason(r"^pytest", "runs these tests", named_tests_are_there),
+    Reason(r"^PYTHON_VERSION.*build_from_source", "builds PyTorch for hours, with CUDA", instead("$", " --dry-run")),
+    Reason(r"^NNODES=2 NODE_RANK", "needs two machines of eight GPUs", whole_dry_run),
+    Reason(r"TORCH_FR_BUFFER_SIZE", "needs eight GPUs", whole_dry_run),
+    Reason(r"^sbatch", "needs SLURM", job_is_accepted),
+    Reason(r"titan-peer tune", "needs a GPU", says_that_it_needs_a_gpu),
+    Reason(r"^WANDB_PROJECT.*enable_wandb$", "needs an account", job_is_accepted),
+    Reason(r"^wandb ", "needs an account", lambda *_: Outcome(True, "")),
+    Reason(
+        r"outputs/peer_1m\b",
+        "needs a trained model of a million experts: 9 GB of memory, days of a CPU",
+        instead(r"outputs/peer_1m\b(/checkpoint/step-\d+)?", "outputs/debug_model"),
+    ),
+    Reason(r"hellaswag", "downloads its data", instead("hellaswag", "sample_text_copy")),
+    Reason(r"python scripts/fetch_corpora", "downloads packages of a Linux distribution", its_help),
+    Reason(r"python benchmarks/", "measures for minutes to hours", its_help),
+]
+
+
+def reason_not_to_run(step: Step) -> Reason | None:
+    if step.text.startswith("titan-peer tune") and torch.cuda.is_available():
+        return None
+    return next((reason for reason in CANNOT_RUN if re.search(reason.commands, step.text)), None)
+
+
+def follow(reader: Reader, step: Step) -> Outcome:
+    """Run a step, or what is checked instead."""
+    reason = reason_not_to_run(step)
+    return reader.run(step) if reason is None else reason.check(reader, step)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A reader's session
+
+FIRST_JOB = "./run_train.sh --job.config_file train_configs/debug_model.toml"
+"""The README's first job, whose model the pages use."""
+QUICK_JOB = next(
+    (step.text for step in ALL if step.page == "README.md" and step.trains and "--compile.enable false" in step.text),
+    "",
+)
+QUICK = ["titan-peer generate --checkpoint", "titan-peer data inspect", "titan-peer ablate"]
+
+
+@pytest.fixture(scope="module")
+def quick_reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """Has run the README's quick job; its model stands for that of the first job."""
+    reader = Reader(tmp_path_factory.mktemp("quick"))
+    done = reader.run(Step("README.md", QUICK_JOB))
+    assert done.ok, done.output
+    made = re.search(r"--job\.dump_folder (\S+)", QUICK_JOB)
+    assert made, "the quick job has a folder of its own"
+    (reader.folder / "outputs/debug_model").symlink_to(reader.folder / made[1])
+    return reader
+
+
+@pytest.mark.parametrize("start", QUICK)
+def test_a_quick_command_runs_as_written(start: str, quick_reader: Reader) -> None:
+    step = next(s for s in ALL if s.text.startswith(start) and ("--dry_run" in s.text or "ablate" not in start))
+    found = quick_reader.run(step)
+    assert found.ok, f"{step.text}\n{found.output}"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """Has run the README's first job."""
+    reader = Reader(tmp_path_factory.mktemp("reader"))
+    done = reader.run(Step("README.md", FIRST_JOB))
+    assert done.ok, done.output
+    return reader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if steps(page)], ids=lambda page: page.name)
+def test_all_commands_of_a_page_run_as_written(page: Path, reader: Reader) -> None:
+    failed = []
+    for step in steps(page):
+        found = follow(reader, step)
+        if not found.ok:
+            failed.append(f"$ {step.text}\n{found.output[-3000:]}")
+    assert not failed, f"{len(failed)} of {len(steps(page))}:\n" + "\n\n".join(failed)
+
+
+def test_the_first_job_of_the_readme_is_the_one_whose_model_the_pages_use() -> None:
+    assert FIRST_JOB in [step.text for step in steps(ROOT / "README.md")]
+
+
+def test_every_reason_not_to_run_a_command_still_has_one() -> None:
+    texts = [step.text for step in ALL]
+    unused = [reason.commands for reason in CANNOT_RUN if not any(re.search(reason.commands, text) for text in texts)]
+    assert not unused
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Without running
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_line_of_a_block_without_a_language_is_a_command(page: Path) -> None:
+    known = {"bash", "sh", "console", "python", "text", "toml", "json"}
+    assert {language for language, _ in blocks(page)} <= known
+    unknown = [step.text for step in steps(page) if step.language == "bash" and not PROGRAM.match(step.text)]
+    assert not unknown, "say of which language the block is, or let PROGRAM know the command"
 
 
 @cache
 def help_of(command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "titan_peer.cli", *command.split(), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
-    return done.stdout
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    return shown.getvalue()
 
 
-@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
-def test_a_command_in_the_docs_is_accepted(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "step", dict.fromkeys(s for s in ALL if PROGRAM.match(s.text)), ids=lambda s: f"{s.page}: {s.text}"
+)
+def test_a_command_in_the_docs_is_accepted(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    words = [w for w in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", w)]
-    program, *arguments = words
-    if arguments == ["--help"] or "..." in arguments:
+    program, *arguments = [w for w in shlex.split(step.text, comments=True) if not re.match(r"[A-Z_]+=", w)]
+    if program not in ("./run_train.sh", "titan-peer") or arguments[-1:] in (["--help"], ["--version"]):
         return
     if program == "./run_train.sh" or arguments[:1] == ["train"]:
         load_config(arguments if program == "./run_train.sh" else arguments[1:])
@@ -57,21 +208,23 @@ def test_a_command_in_the_docs_is_accepted(page: str, command: str, monkeypatch:
     name = max((n for n in cli.COMMANDS if " ".join(arguments).startswith(n)), key=len)
     keys = {f"--{key}" for key, _, _ in leaf_keys()}  # of the job, which some commands take besides their own flags
     flags = [w.partition("=")[0] for w in arguments if w.startswith("--")]
-    flags = [flag for flag in flags if not (flag in keys and "--job.config_file" in help_of(name))]
+    flags = [flag for flag in flags if not (flag in keys and "run_train.sh" in help_of(name))]
     missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", help_of(name))]
-    assert not missing, f"{page}: {command}: titan-peer {name} has no {', '.join(missing)}"
+    missing = [flag for flag in missing if not re.fullmatch(r"--data\.sources\.\d+\.\w+", flag)]
+    assert not missing, f"titan-peer {name} has no {', '.join(missing)}"
+
+
+NEEDS_EARLIER_COMMANDS = ("from_pretrained",)
+"""Python of the pages that runs with the page's commands only."""
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda page: page.name
+    "page", [p for p in PAGES if any(s.language == "python" for s in steps(p))], ids=lambda p: p.name
 )
 def test_python_in_the_docs_runs(page: Path, tmp_path: Path) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
-        subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path)
-
-
-def test_the_docs_show_commands() -> None:
-    assert len(commands()) >= 2
+    for step in steps(page):
+        if step.language == "python" and not any(word in step.text for word in NEEDS_EARLIER_COMMANDS):
+            subprocess.run([sys.executable, "-c", step.text], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
