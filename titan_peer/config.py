@@ -155,7 +155,8 @@ class Data:
     """The last token of a document has nothing to predict; false: it is to predict the first one of the next document."""
     num_streams: Annotated[int, Range(0)] = 0
     """Parallel readers' shares of the data; processes x workers should divide it. It decides the order of the data and
-    stays what it is over a job. 0: as many, up to 8, as have enough documents each."""
+    stays what it is over a job. 0: as many as have enough documents each, up to 8 or, with more than 8 processes x workers, as
+    many as those."""
     num_workers: Annotated[int, Range(0)] = 0
     """Worker processes, of each training process, that read and tokenise; 0: the training process does it itself."""
     prefetch_factor: Annotated[int, Range(1)] = 2

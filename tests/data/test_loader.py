@@ -15,7 +15,7 @@ import torch
 from corpora import SAMPLE, TOKENIZER, make_loader, sample_texts, take, three_sources, write_jsonl
 from reader_processes import continue_loader, in_new_processes, run_rank
 
-from titan_peer.data.loader import build_validation_dataloader, merge_streams
+from titan_peer.data.loader import _reader_states, build_validation_dataloader, merge_streams
 from titan_peer.data.records import RecordReader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.data_source import DataSource
@@ -84,6 +84,20 @@ def test_streams_that_are_read_several_times_are_said(caplog: pytest.LogCaptureF
     caplog.clear()
     make_loader([DataSource(str(SAMPLE))], world=4)
     assert not caplog.text
+
+
+def test_each_of_16_processes_reads_streams_of_its_own(tmp_path: Path) -> None:
+    settings = {"global_batch_size": 32, "tokenizer": "byte"}
+    alone = make_loader([DataSource(str(SAMPLE))], num_streams=16, **settings)
+    expected = take(alone, 2)
+    for rank in (0, 5, 15):
+        loader = make_loader([DataSource(str(SAMPLE))], rank=rank, world=16, **settings)
+        assert loader.pipeline.num_streams == 16
+        assert take(loader, 2) == expected[rank::16]
+        (read,) = _reader_states(loader._loader)
+        assert list(read) == [str(rank)]
+    few = DataSource(str(write_jsonl(tmp_path / "few.jsonl", sample_texts(0, 600))))
+    assert make_loader([few], world=16, **settings).pipeline.num_streams == 8
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (1, 3), (2, 2), (3, 0), (8, 0), (12, 0)])

@@ -32,7 +32,7 @@ from titan_peer.config import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
 from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
 from titan_peer.data.resume import continue_sources, described, order_settings, require_same_order
-from titan_peer.data.sources import Source, open_sources
+from titan_peer.data.sources import open_sources
 from titan_peer.data.special_tokens import missing
 from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
@@ -392,13 +392,13 @@ def build_dataloader(
     """
     for warning in missing(tokenizer.specials, data):
         logger.warning("%s", warning)
-    sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries)
+    readers = dp_world_size * max(data.num_workers, 1)
+    sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries, readers)
     pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
     for source in sources:
         _ = source.identity  # as it is now: the files may change while the job runs
-    readers = dp_world_size * max(data.num_workers, 1)
     if num_streams % readers:
-        smallest = min(sources, key=Source.sensible_streams)
+        smallest = min(sources, key=lambda source: source.sensible_streams(readers))
         why = f" (the most that {smallest.name} has documents for)" if not data.num_streams else ""
         logger.info(
             "data.num_streams = %d%s is no multiple of processes x data.num_workers = %d: some documents are tokenised by "

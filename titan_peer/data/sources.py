@@ -63,9 +63,14 @@ class Source:
         """Of the tokenizer that made its documents' tokens; None for text."""
         return getattr(self.parts[0], "tokenizer_fingerprint", None)
 
-    def sensible_streams(self) -> int:
-        """How many streams it can be read by with enough documents for each: a power of two up to MAX_STREAMS."""
+    def sensible_streams(self, readers: int = 1) -> int:
+        """How many streams it can be read by with enough documents for each.
+
+        A power of two up to MAX_STREAMS, so that up to so many readers read the same order; with more, one for each.
+        """
         streams, documents = 1, sum(part.approximate_documents() for part in self.parts)
+        if readers > MAX_STREAMS and documents >= readers * DOCUMENTS_PER_STREAM:
+            return readers
         while streams < MAX_STREAMS and documents >= 2 * streams * DOCUMENTS_PER_STREAM:
             streams *= 2
         return streams
@@ -132,10 +137,12 @@ class Source:
 
 
 def open_sources(
-    configs: Sequence[DataSource], section: str, num_streams: int = 0, retries: int = 5
+    configs: Sequence[DataSource], section: str, num_streams: int = 0, retries: int = 5, readers: int = 1
 ) -> tuple[list[Source], int]:
     """All sources of a section, ready to be read, and the number of streams they are read by (0 lets them choose).
 
+    Args:
+        readers: processes x workers that share the streams.
     Raises:
         UserError: one cannot be opened, has no good document, or two have the same name.
     """
@@ -147,7 +154,7 @@ def open_sources(
                 "give each source a name of its own"
             )
     sources = [Source(config, f"{section}.sources[{i}]", retries) for i, config in enumerate(configs)]
-    num_streams = num_streams or min(source.sensible_streams() for source in sources)
+    num_streams = num_streams or min(source.sensible_streams(readers) for source in sources)
     for source in sources:
         source.divide(num_streams)
         source.require_documents()
