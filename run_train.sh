@@ -10,10 +10,28 @@
 #   PYTHON         the interpreter                      (default: python)
 set -euo pipefail
 
+if [[ -n ${CONFIG_FILE:-} ]]; then set -- --job.config_file "${CONFIG_FILE}" "$@"; fi
+if (($# == 0)); then
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
+    echo "  ./run_train.sh --help lists all keys" >&2
+    exit 2
+fi
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# whole_number NAME VALUE LEAST
+whole_number() {
+    if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then
+        fail "$1 = $2: must be a whole number, at least $3"
+    fi
+}
+
 PYTHON=${PYTHON:-python}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
-RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}
 LOG_RANK=${LOG_RANK:-0}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 if [[ -z ${NGPU:-} ]]; then
@@ -23,7 +41,12 @@ if [[ -z ${NGPU:-} ]]; then
     fi
     if ((NGPU == 0)); then NGPU=1; fi
 fi
-if [[ -n ${CONFIG_FILE:-} ]]; then set -- --job.config_file "${CONFIG_FILE}" "$@"; fi
+whole_number NGPU "${NGPU}" 1
+whole_number NNODES "${NNODES}" 1
+whole_number NODE_RANK "${NODE_RANK}" 0
+whole_number MAX_RESTARTS "${MAX_RESTARTS}" 0
+[[ ${LOG_RANK} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = ${LOG_RANK}: must be ranks of this machine, such as 0 or 0,1"
+((NODE_RANK < NNODES)) || fail "NODE_RANK = ${NODE_RANK}: must be less than NNODES = ${NNODES}"
 
 if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
     # A dry run: one process plays rank 0 of all.
@@ -33,6 +56,8 @@ if ((NGPU == 1 && NNODES == 1 && MAX_RESTARTS == 0)); then
     # One process needs no rendezvous: signals and exit status are its own.
     exec "${PYTHON}" -m titan_peer.train "$@"
 fi
+((NNODES == 1)) || [[ -n ${RDZV_ENDPOINT:-} ]] || fail "NNODES = ${NNODES}: needs RDZV_ENDPOINT, host:port of one of the machines"
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}
 exec "${PYTHON}" -m titan_peer.launch \
     --nnodes "${NNODES}" --node-rank "${NODE_RANK}" --nproc-per-node "${NGPU}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT}" --max-restarts "${MAX_RESTARTS}" \

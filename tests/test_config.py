@@ -161,8 +161,8 @@ def test_numbers_outside_their_range_are_refused_by_name(key: str, hint: Any, ki
     config = copy.deepcopy(debug_job)
     step = 1 if kind is int else 1e-3
     outside = [allowed.low if allowed.above else allowed.low - step, -(2**70)]
-    outside += [allowed.high if allowed.below else allowed.high + step] if allowed.high < 2**63 - 1 else []
-    outside += [2**70] if kind is int else [math.nan, math.inf, -math.inf]
+    outside += [allowed.high if allowed.below else allowed.high + step] if allowed.high < math.inf else []
+    outside += [2**70] if kind is int else [math.nan, math.inf, -math.inf, 1e39]
     shown = key.replace(".0.", "[0].")
     for value in (kind(v) for v in outside if v not in allowed.also):
         set_key(config, key, value)

@@ -9,7 +9,8 @@ import torch
 from test_model import built, small_model
 
 from titan_peer.config import LRScheduler, Optimizer
-from titan_peer.optimizer import Optimizers, learning_rate_factor
+from titan_peer.optimizer import Optimizers
+from titan_peer.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 
 
 def test_warmup_stable_decay() -> None:
@@ -25,6 +26,33 @@ def test_decay_shapes_at_half_way_and_at_the_end(decay_type: str, half: float) -
     config = LRScheduler(warmup_steps=0, decay_ratio=1.0, decay_type=decay_type)  # type: ignore[arg-type]
     assert learning_rate_factor(50, 100, config) == pytest.approx(half)
     assert learning_rate_factor(100, 100, config) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("decay_ratio", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "sqrt"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 100])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_the_first_step_learns_however_short_the_job(steps, warmup_steps, decay_type, decay_ratio) -> None:
+    config = LRScheduler(warmup_steps=warmup_steps, decay_ratio=decay_ratio, decay_type=decay_type)
+    assert learning_rate_factor(1, steps, config) > 0
+    assert sum(schedule_phases(steps, config)) == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_steps", "decay_ratio", "phases", "said"),
+    [
+        (100, 20, 0.5, (20, 30, 50), ""),
+        (100, 50, 0.5, (50, 0, 50), ""),
+        (20, 100, 0.5, (20, 0, 0), "lr_scheduler.warmup_steps = 100 is more than training.steps = 20"),
+        (100, 80, 0.5, (80, 0, 20), "leaves 20 of training.steps = 100 to the decay"),
+        (100, 100, 0.5, (100, 0, 0), "leaves 0 of training.steps = 100 to the decay"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_cut_and_said(steps, warmup_steps, decay_ratio, phases, said) -> None:
+    config = LRScheduler(warmup_steps=warmup_steps, decay_ratio=decay_ratio)
+    assert schedule_phases(steps, config) == phases
+    cuts = schedule_cuts(steps, config)
+    assert said in "".join(cuts) and bool(cuts) == bool(said)
 
 
 def test_weight_decay_spares_norms_gains_and_expert_tables() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-_LARGEST = 2**63 - 1  # that a tensor's sizes and C++ integers can hold
+_LARGEST = {int: 2**63 - 1, float: 3.4028234663852886e38}  # in C++ and in float32
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Range:
     """
 
     low: float
-    high: float = _LARGEST
+    high: float = math.inf
     above: bool = False
     below: bool = False
     also: tuple[int, ...] = ()
@@ -32,12 +32,12 @@ class Range:
         if value in self.also:
             return True
         high_enough = value > self.low if self.above else value >= self.low
-        low_enough = value < self.high if self.below else value <= self.high
+        low_enough = value < self.high if self.below else value <= min(self.high, _LARGEST[type(value)])
         return math.isfinite(value) and high_enough and low_enough
 
     def __str__(self) -> str:
         """What is allowed, as in "at least 1 or -1"."""
-        if self.high == _LARGEST:
+        if self.high == math.inf:
             words = f"more than {self.low}" if self.above else f"at least {self.low}" if self.low else "not negative"
         elif not self.above and not self.below:
             words = f"from {self.low} to {self.high}"
@@ -50,8 +50,8 @@ class Range:
         """Why a value outside is refused."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a number, finite and {self}"
-        if value > self.high == _LARGEST:
-            return f"must be at most {_LARGEST:,}"
+        if value > _LARGEST[type(value)]:
+            return f"must be at most {_LARGEST[type(value)]:,}"
         return "must not be negative" if str(self) == "not negative" else f"must be {self}"
 
 

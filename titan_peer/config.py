@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import locale
 import re
 import tomllib
 import types
@@ -42,8 +43,11 @@ class Job:
     """Free text, shown in the banner."""
     dump_folder: str = "outputs"
     """Folder for everything the job writes: config.toml, metrics.jsonl, plots, checkpoints."""
+    lock_wait_seconds: Annotated[int, Range(0, YEAR)] = 60
+    """How long to wait for another job that is writing to dump_folder, such as one that is about to end; at most half of
+    parallelism.timeout_seconds."""
     print_config: bool = False
-    """Print the resolved job as TOML on standard output and stop."""
+    """Print the resolved job as TOML on standard output and stop; on the command line only."""
 
 
 @dataclass
@@ -488,7 +492,12 @@ def _read_toml(path: str) -> JobConfig:
         raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"job.config_file = {path}: is not valid TOML: {error}") from None
-    return job_from_table(config_version.migrated(table, path), path)
+    config = job_from_table(config_version.migrated(table, path), path)
+    if config.job.print_config:
+        raise UserError(
+            f"{path}: job.print_config = true: is for the command line only, since such a job trains nothing"
+        )
+    return config
 
 
 def job_from_table(table: dict[str, Any], where: str, left_out: list[str] | None = None) -> JobConfig:
@@ -621,6 +630,7 @@ def check(config: JobConfig) -> None:
         f"must be at least profiling.profiler_warmup + profiling.profiler_active = "
         f"{profiling.profiler_warmup} + {profiling.profiler_active}",
     )
+    found += _undecodable(dataclasses.asdict(config))
     found += source_problems("data", config.data.sources) + source_problems("validation", config.validation.sources)
     require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
     if config.validation.enable:
@@ -680,3 +690,15 @@ def check(config: JobConfig) -> None:
     )
     if found:
         raise UserError("\n".join(found))
+
+
+def _undecodable(values: Any, key: str = "") -> Iterator[str]:
+    """A message for every text that is not Unicode, as a command line in another encoding than the locale's gives."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _undecodable(value, f"{key}.{name}" if key else name)
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from _undecodable(value, f"{key}[{i}]")
+    elif isinstance(values, str) and not values.isprintable() and any("\ud800" <= c <= "\udfff" for c in values):
+        yield f"{key} = {values!a}: is not text in the locale's encoding, {locale.getencoding()}"

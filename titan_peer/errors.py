@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": printed as a single message, without a traceback."""
+"""The one exception that means "the user can mend this", printed as a message without a traceback; and exit statuses."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
     The message names the key or file, the value found, what is allowed and, where it helps, what to do.
     Entry points print it on standard error and exit with status 2.
     """
+
+
+USER_ERROR_STATUS = 2
+NOT_FINITE_STATUS = 3
+"""The loss or the gradient is NaN or infinite."""
+FINAL_STATUSES = (USER_ERROR_STATUS, NOT_FINITE_STATUS)
+"""Exit statuses of a job that would end in the same way if it were started again."""

@@ -52,12 +52,6 @@ class MemoryEstimate:
         rows = {**self.by_kind, "process": self.process}
         return {name: size for name, size in rows.items() if size}
 
-    def line(self) -> str:
-        """One line for the banner."""
-        return f"about {bytes_text(self.total)} per process: " + ", ".join(
-            f"{name} {bytes_text(size)}" for name, size in self.rows().items()
-        )
-
 
 def estimate_memory(config: JobConfig, world_size: int) -> MemoryEstimate:
     """The memory of rank 0 of `world_size` processes, on a device as this machine's.

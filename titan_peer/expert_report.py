@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from titan_peer.expert_usage import ExpertUsage, LayerUsage, layer_usage
 from titan_peer.metrics import MetricsLogger
 from titan_peer.model import Transformer
 from titan_peer.sinks import JsonlSink, Record
+
+logger = logging.getLogger("titan_peer")
 
 HOT_LOAD, HOT_COUNT = 100.0, 100
 """Warn of an expert with this many times the uniform share of gates and this many uses in the window."""
@@ -91,9 +94,12 @@ class UsageReporter:
                 self._draw(step)
         self.metrics.exclude(time.perf_counter() - start)
 
-    def close(self, step: int) -> None:
-        """End with `step`, where the job may have stopped early; its last window is reported. Called by every process."""
-        if step > self._reported:
+    def close(self, step: int | None) -> None:
+        """End with `step`, where the job may have stopped early; its last window is reported. Called by every process.
+
+        None: this process, or another, has failed; nothing more is reported, since that takes all of them.
+        """
+        if step is not None and step > self._reported:
             self.report(step)
         if self._file is not None:
             self._file.close()
@@ -139,7 +145,10 @@ class UsageReporter:
         from titan_peer.expert_plots import draw  # matplotlib takes a second to import
 
         start = time.perf_counter()
-        for name, png in draw(self.folder / "expert_usage.jsonl", self.folder).items():
-            self.metrics.log_image(step, f"expert_usage/{name}", png)
+        try:
+            for name, png in draw(self.folder / "expert_usage.jsonl", self.folder).items():
+                self.metrics.log_image(step, f"expert_usage/{name}", png)
+        except OSError as error:  # a full disk must not end the training
+            logger.error("the plots of expert usage could not be written: %s", error)
         self._drawn_at = time.perf_counter()
         self._drawing_seconds = self._drawn_at - start

@@ -46,3 +46,8 @@ def report_failure(error: Exception) -> None:
         named = ", ".join(map(str, missing))
         words = f"no sign of life from rank{'s' if len(missing) > 1 else ''} {named}; {words}"
     get_error_handler().record_exception(LostContactError(words) if missing else error)
+
+
+def leave_word(error: Exception) -> None:
+    """Record for the launcher how this process fails; it names the first one's failure only, and prints that."""
+    get_error_handler().record_exception(error)

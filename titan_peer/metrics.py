@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +158,7 @@ class MetricsLogger:
         self.start_step, self.start_time = resumed_step, time.perf_counter()
         self._window_start, self._window_tokens, self._window_first_step = self.start_time, 0, resumed_step
         self._waited_seconds = 0.0
+        self._sink_errors: set[str] = set()
 
     def count(self, tokens: int) -> None:
         """Count a finished step's tokens (all processes together)."""
@@ -252,26 +253,21 @@ class MetricsLogger:
 
     def log_record(self, record: Record) -> None:
         """Numbers of a step that have no console line of their own."""
-        for sink in self.sinks:
-            sink.write(record)
+        self._tell(lambda sink: sink.write(record))
 
     def log_histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        for sink in self.sinks:
-            sink.histogram(step, name, histogram)
+        self._tell(lambda sink: sink.histogram(step, name, histogram))
 
     def log_image(self, step: int, name: str, png: Path) -> None:
-        for sink in self.sinks:
-            sink.image(step, name, png)
+        self._tell(lambda sink: sink.image(step, name, png))
 
     def log_checkpoint(self, step: int, folder: Path) -> None:
         """A checkpoint is complete in `folder`."""
-        for sink in self.sinks:
-            sink.checkpoint(step, folder)
+        self._tell(lambda sink: sink.checkpoint(step, folder))
 
     def alert(self, step: int, title: str, text: str) -> None:
         """Tell every sink of something a person should look at now."""
-        for sink in self.sinks:
-            sink.alert(step, title, text)
+        self._tell(lambda sink: sink.alert(step, title, text))
 
     def print(self, line: str) -> None:
         """A line on the console of the first process, above the progress bar."""
@@ -282,9 +278,20 @@ class MetricsLogger:
         self.log_record(record)
         self.print(line)
 
-    def close(self) -> None:
+    def _tell(self, report: Callable[[Sink], None]) -> None:
+        """Report to every sink. One that fails, such as a service that is away, must not end the training: it is on the first
+        process only, and the others would wait for it."""
         for sink in self.sinks:
-            sink.close()
+            try:
+                report(sink)
+            except Exception as error:
+                words = f"{type(sink).__name__}: {type(error).__name__}: {error}"
+                if words not in self._sink_errors:
+                    logger.error("a report was lost by %s", words)
+                self._sink_errors.add(words)
+
+    def close(self) -> None:
+        self._tell(lambda sink: sink.close())
         if self.progress is not None:
             self.progress.close()
 

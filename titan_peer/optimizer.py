@@ -6,7 +6,6 @@ expert tables whose gradients are kept as factors of the rows a step used (`opti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,35 +16,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_peer.config import LRScheduler
 from titan_peer.config import Optimizer as OptimizerConfig
 from titan_peer.model import PEER, Experts
 from titan_peer.ops import RowGradients, rowwise_adamw_
 from titan_peer.ops.sorted_pairs import SortedPairs
 from titan_peer.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
-
-
-def learning_rate_factor(step: int, total_steps: int, config: LRScheduler) -> float:
-    """Warmup-stable-decay: the factor on the peak rate for `step` (the first step is 1).
-
-    Linear warmup over `warmup_steps`, then 1, then a decay over the last `decay_ratio * total_steps` steps that reaches
-    `min_lr_factor` at the last one: linear, cosine, or sqrt (1 - sqrt of the share done).
-    """
-    warmup_steps = min(config.warmup_steps, total_steps)
-    decay_steps = min(round(config.decay_ratio * total_steps), total_steps - warmup_steps)
-    if step <= warmup_steps:
-        return step / warmup_steps
-    done = (step - (total_steps - decay_steps)) / decay_steps if decay_steps else 0.0
-    if done <= 0:
-        return 1.0
-    done = min(done, 1.0)
-    if config.decay_type == "linear":
-        left = 1 - done
-    elif config.decay_type == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        left = 1 - math.sqrt(done)
-    return config.min_lr_factor + (1 - config.min_lr_factor) * left
 
 
 def local(tensor: Tensor) -> Tensor:

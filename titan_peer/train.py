@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import logging
 import math
@@ -25,20 +26,21 @@ from titan_peer import __version__, dry_run
 from titan_peer.characters import write_every_character
 from titan_peer.checkpoint import Checkpointer
 from titan_peer.checkpoint_saving import CheckpointSaveError
-from titan_peer.collectives import on_all_processes
+from titan_peer.collectives import ProcessesFailedError, on_all_processes
 from titan_peer.config import JobConfig, load_config
-from titan_peer.data.loader import build_dataloader, build_validation_dataloader, gather
+from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
 from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.errors import UserError
-from titan_peer.estimate import estimate_memory
+from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, begin_reports, cannot_be_written, lock_folder
+from titan_peer.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
 from titan_peer.expert_balance import add_balance_loss
 from titan_peer.expert_report import UsageReporter, remedies
 from titan_peer.expert_revival import ExpertRevival
-from titan_peer.faults import report_failure
+from titan_peer.faults import leave_word, report_failure
 from titan_peer.float8 import precompute_scales_after_step
+from titan_peer.folder_lock import FolderLock
 from titan_peer.heartbeat import Heartbeat
 from titan_peer.host_memory import keep_freed_memory
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
@@ -47,11 +49,13 @@ from titan_peer.model_size import model_size
 from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
-from titan_peer.optimizer import Optimizers, learning_rate_factor
+from titan_peer.optimizer import Optimizers, local
 from titan_peer.parallelize import World, compute_dtype, init_world, materialize, parallelize
 from titan_peer.profiling import Profiler
 from titan_peer.resolve import resolve_batch, resolve_vocabulary
+from titan_peer.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 from titan_peer.sharded_init import sharded_init
+from titan_peer.units import bytes_text
 
 logger = logging.getLogger("titan_peer")
 
@@ -70,29 +74,25 @@ class Trainer:
     """One training job on this process.
 
     Args:
-        memory_estimate: for the banner.
-    Raises (from the constructor, before any step):
+        lock: of job.dump_folder, on the first process; None: the caller keeps other jobs out of it.
+    Raises (from the constructor, before any step, on every process):
         UserError: something in the job cannot be, or cannot be read.
+        ProcessesFailedError: something else went wrong, on this process or another.
     """
 
-    def __init__(self, config: JobConfig, world: World, memory_estimate: str = "") -> None:
-        self.config, self.world, self.device = config, world, world.device
-        self.memory_estimate = memory_estimate
+    def __init__(self, config: JobConfig, world: World, lock: FolderLock | None = None) -> None:
+        self.config, self.world, self.device, self.lock = config, world, world.device, lock
         training = config.training
         self.dump_folder = Path(config.job.dump_folder)
         self._make_reproducible()
 
-        self.tokenizer = load_tokenizer(config.model.tokenizer_path)
-        resolve_vocabulary(config.model, self.tokenizer.vocab_size)
         self.accumulation_steps = resolve_batch(training, world.world_size)
-        self.loader = self._training_loader()
-        self.validation_loader = self._validation_loader() if config.validation.enable else None
+        on_all_processes(self._open_data)
         self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
 
         with torch.device("meta"):
             model = Transformer(config.model)
         self.size = model_size(model, training.seq_len)
-        self._prepare_dump_folder()
         model.loss_chunk_size = training.loss_chunk_size
         parallelize(model, config, world)
         materialize(model, self.device, offload=training.enable_cpu_offload)
@@ -108,16 +108,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config, model, self.optimizers)
         if config.checkpoint.enable:
             self._resume()
-        self.metrics = MetricsLogger(
-            config,
-            self.dump_folder,
-            device=self.device,
-            num_devices=world.world_size,
-            training_flops_per_token=self.size.training_flops,
-            total_steps=training.steps,
-            resumed_step=self.step,
-            enabled=world.is_first,
-        )
+        on_all_processes(self._begin_reports)
         self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
         if training.expert_balance_coeff:
             add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps)
@@ -126,9 +117,13 @@ class Trainer:
             self.revival = ExpertRevival(
                 model, self.optimizers, freq=training.reinit_dead_experts_freq, seed=config.debug.seed
             )
-        self.expert_usage = self._expert_usage() if config.metrics.log_expert_usage else None
+        self.expert_usage: UsageReporter | None = None
+        if config.metrics.log_expert_usage:
+            on_all_processes(self._begin_expert_usage)
         self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
         self.stop_signal, self.stop_time = 0, 0.0
+        self._unreported: dict[str, Any] = {}
+        """What the last step gave, as long as it is not logged."""
 
     # ---- set-up
 
@@ -140,6 +135,12 @@ class Trainer:
         if self.config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+
+    def _open_data(self) -> None:
+        self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        resolve_vocabulary(self.config.model, self.tokenizer.vocab_size)
+        self.loader = self._training_loader()
+        self.validation_loader = self._validation_loader() if self.config.validation.enable else None
 
     def _training_loader(self) -> Any:
         training = self.config.training
@@ -167,11 +168,11 @@ class Trainer:
             data=self.config.data,
         )
 
-    def _expert_usage(self) -> UsageReporter:
-        return UsageReporter(
+    def _begin_expert_usage(self) -> None:
+        self.expert_usage = UsageReporter(
             self.model,
             self.metrics,
-            self.dump_folder / "expert_usage",
+            self.dump_folder / EXPERT_USAGE,
             freq=self.config.metrics.expert_usage_freq,
             total_steps=self.config.training.steps,
             resumed_step=self.step,
@@ -179,14 +180,22 @@ class Trainer:
             remedies=remedies(self.config),
         )
 
-    def _prepare_dump_folder(self) -> None:
-        if not self.world.is_first:
-            return
-        try:
-            self.dump_folder.mkdir(parents=True, exist_ok=True)
-            (self.dump_folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"job.dump_folder = {self.dump_folder}: cannot be written ({error.strerror})") from None
+    def _begin_reports(self) -> None:
+        if self.world.is_first:
+            try:
+                begin_reports(self.config, self.checkpointer.saved_step)
+            except OSError as error:
+                raise cannot_be_written(self.config, error) from None
+        self.metrics = MetricsLogger(
+            self.config,
+            self.dump_folder,
+            device=self.device,
+            num_devices=self.world.world_size,
+            training_flops_per_token=self.size.training_flops,
+            total_steps=self.config.training.steps,
+            resumed_step=self.step,
+            enabled=self.world.is_first,
+        )
 
     def _resume(self) -> None:
         state = self.checkpointer.load()
@@ -216,11 +225,30 @@ class Trainer:
             f"compile {'on' if config.compile.enable else 'off'}",
             f"attention  {attention_backend(self.device)}",
             f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
-            f"batch      {batch}, steps {self.step + 1} to {training.steps}",
-            *([f"memory     {self.memory_estimate}"] if self.memory_estimate else []),
+            f"batch      {batch}, {self._steps_line()}",
+            f"rate       {self._rate_line()}",
+            f"memory     {self._memory_line()}",
             f"output     {self.dump_folder}",
         ]
         return "\n".join(lines)
+
+    def _steps_line(self) -> str:
+        steps = self.config.training.steps
+        return f"steps {self.step + 1} to {steps}" if self.step < steps else f"all {steps} steps done"
+
+    def _rate_line(self) -> str:
+        config = self.config
+        warmup, constant, decay = schedule_phases(config.training.steps, config.lr_scheduler)
+        shape = config.lr_scheduler.decay_type
+        return f"{config.optimizer.lr:g}; steps: {warmup} warm-up, {constant} constant, {decay} {shape} decay"
+
+    def _memory_line(self) -> str:
+        parameters = sum(local(p).nbytes for p in self.model.parameters())
+        moments = sum(local(t).nbytes for _, t in self.optimizers.named_state())
+        return (
+            f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)} per process; "
+            "titan-peer estimate says what a step takes"
+        )
 
     # ---- the loop
 
@@ -233,14 +261,20 @@ class Trainer:
             gc.disable()
         if self.world.is_first:
             logger.info(self.banner())
+            for cut in schedule_cuts(config.training.steps, config.lr_scheduler):
+                logger.warning("warning: %s", cut)
+        if self.step >= config.training.steps:
+            self._say_nothing_to_do()
+            self._close(together=True)
+            return 0
         try:
             with self.profiler:
                 self._loop()
         except BaseException as error:
             self._let_running_save_end(error)
+            self._close(together=isinstance(error, NonFiniteLossError))
             raise
-        finally:
-            self._close()
+        self._close(together=True)
         self._finish()
         return 0
 
@@ -251,21 +285,17 @@ class Trainer:
         while self.step < config.training.steps:
             self.step += 1
             self.heartbeat.beat(f"step {self.step}")
+            if self.lock is not None:
+                self.lock.require_mine()
             try:
                 loss, grad_norm, lr, stop = self.train_step(batches)
             except EndOfDataError:
                 self._end_early()
                 break
             self._require_finite(loss, grad_norm, lr)
-            if self.metrics.due(self.step):
-                self.metrics.log_step(
-                    self.step,
-                    loss=loss,
-                    grad_norm=grad_norm,
-                    lr=lr,
-                    tokens_seen=self.tokens_seen,
-                    data=self.loader.statistics(),
-                )
+            self._unreported = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+            if self.metrics.due(self.step) or stop:
+                self._log_step()
             if self.expert_usage is not None and self.expert_usage.due(self.step):
                 self.expert_usage.report(self.step)
             if self.revival is not None and self.revival.due(self.step):
@@ -296,11 +326,11 @@ class Trainer:
         """
         config, n_processes = self.config, self.world.world_size
         micro_batches, failure = self._read(batches)
-        learnt = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches) if not failure else -math.inf
+        learnt = -math.inf if failure else sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
         with self.metrics.waiting():
             learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
         if learnt_tokens < 0:
-            raise UserError(next(filter(None, gather(failure))))
+            on_all_processes(lambda: _raise(failure))
         if learnt_tokens == 0:
             raise EndOfDataError
 
@@ -327,11 +357,19 @@ class Trainer:
         self.metrics.count(tokens)
         return (sums[0] / learnt_tokens).item(), grad_norm.item(), lr, bool(sums[1] > 0)
 
+    def _log_step(self) -> None:
+        """Report the last step, unless that has been done. Called by every process."""
+        numbers, self._unreported = self._unreported, {}
+        if numbers:
+            statistics = self.loader.statistics()
+            self.metrics.log_step(self.step, **numbers, tokens_seen=self.tokens_seen, data=statistics)
+
     def validate(self) -> None:
         """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
         assert self.validation_loader is not None
         self.heartbeat.beat(f"validation after step {self.step}")
         start = time.perf_counter()
+        self._read_held_out(self.validation_loader)
         found = {
             name: self._held_out_loss(batches, self.config.validation.steps)
             for name, batches in self.validation_loader.sets.items()
@@ -345,6 +383,17 @@ class Trainer:
         )
         self.metrics.exclude(seconds)
 
+    def _read_held_out(self, loader: ValidationLoader) -> None:
+        """Read what a validation takes, before the first collective in it."""
+        steps = self.config.validation.steps
+        found = on_all_processes(lambda: {name: batches.read_ahead(steps) for name, batches in loader.sets.items()})
+        for rank, numbers in enumerate(found):
+            if numbers != found[0]:
+                raise UserError(
+                    f"validation.sources: rank 0 reads {found[0]} batches and rank {rank} {numbers}; "
+                    "all processes must see the same files"
+                )
+
     def evaluate(self, evaluation: PeriodicEvaluation) -> None:
         """Run the job's evaluations on the current weights, and report them."""
         self.heartbeat.beat(f"evaluation after step {self.step}")
@@ -353,7 +402,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.metrics.log_evaluation(self.step, metrics_record(results), seconds)
         if self.world.is_first:
-            evaluation.write_report(self.dump_folder / "metrics.jsonl")
+            evaluation.write_report(self.dump_folder / METRICS)
         self.metrics.exclude(seconds)
 
     def _held_out_loss(self, batches: Iterable[dict[str, Tensor]], max_batches: int = -1) -> HeldOutLoss:
@@ -387,12 +436,12 @@ class Trainer:
 
     # ---- one call down
 
-    def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], str]:
+    def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], Exception | None]:
         """The step's micro-batches; or why there are none, which all processes are to hear, not only this one."""
         try:
-            return [next(batches) for _ in range(self.accumulation_steps)], ""
-        except UserError as error:
-            return [], str(error)
+            return [next(batches) for _ in range(self.accumulation_steps)], None
+        except Exception as failure:
+            return [], failure
 
     def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
         return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
@@ -435,6 +484,7 @@ class Trainer:
     def _end_early(self) -> None:
         """The step that found no data is none; what the steps before it made is validated and saved."""
         self.step -= 1
+        self._log_step()
         if self.world.is_first:
             logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
         if self.validation_loader is not None and self.step % self.config.validation.freq:
@@ -442,6 +492,16 @@ class Trainer:
         self.checkpointer.finish()
         if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
             self.save_checkpoint(last=True, wait=True)
+
+    def _say_nothing_to_do(self) -> None:
+        if self.world.is_first:
+            steps = self.config.training.steps
+            logger.info(
+                "nothing to do: the checkpoint is of step %d, and training.steps = %d; more steps go on from there, "
+                "--checkpoint.load_step 0 starts anew",
+                self.step,
+                steps,
+            )
 
     def _say_how_to_resume(self) -> None:
         if self.world.is_first:
@@ -459,26 +519,25 @@ class Trainer:
             self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
         except TimeoutError:
             # A thread inside a collective cannot be interrupted, and leaving with it alive can abort the interpreter.
-            traceback.print_exception(failure)
-            if isinstance(failure, Exception):
-                report_failure(failure)
+            status = exit_status(failure)
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(status)
         except Exception as error:  # the same lost process, most likely; the failure that led here is raised on
             logger.error("the checkpoint that was being written is lost: %s", error)
 
-    def _close(self) -> None:
+    def _close(self, *, together: bool) -> None:
+        """End what has been begun; not `together`: this process, or another, has failed, and there are no collectives."""
         self.heartbeat.close()
         if self.expert_usage is not None:
-            self.expert_usage.close(self.step)
+            self.expert_usage.close(self.step if together else None)
         self.metrics.close()
 
     def _finish(self) -> None:
         if not self.world.is_first:
             return
-        plot = self.dump_folder / "loss.png"
+        plot = self.dump_folder / LOSS_PLOT
         try:
-            plot_loss(self.dump_folder / "metrics.jsonl", plot, self.config.job.description or "loss")
+            plot_loss(self.dump_folder / METRICS, plot, self.config.job.description or "loss")
         except OSError as error:
             logger.error("the loss plot could not be written: %s", error)
         logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
@@ -491,14 +550,70 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _memory_line(config: JobConfig, world_size: int) -> str:
-    """The estimate for the banner; only a job that cannot be is stopped by it."""
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def exit_status(failure: BaseException) -> int:
+    """Say why the job ends, on standard error and to the launcher; the exit status for it."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    match failure:
+        case UserError():
+            if is_first:
+                for line in str(failure).splitlines():
+                    print(f"error: {line}", file=sys.stderr)
+            else:
+                leave_word(failure)
+            return USER_ERROR_STATUS
+        case NonFiniteLossError():
+            if is_first:
+                print(f"error: {failure}", file=sys.stderr)
+            return NOT_FINITE_STATUS
+        case CheckpointSaveError():
+            if is_first:
+                print(f"error: the job ends without its last checkpoint: {failure}", file=sys.stderr)
+            return 1
+        case ProcessesFailedError():
+            if failure.__cause__ is not None:  # it went wrong here
+                traceback.print_exception(failure.__cause__)
+            leave_word(failure)
+            if is_first:
+                print(f"error: {failure}", file=sys.stderr)
+            return 1
+    traceback.print_exception(failure)
+    if isinstance(failure, Exception):
+        report_failure(failure)
+    return 1
+
+
+def _with_folder(config: JobConfig, world: World) -> FolderLock | None:
+    """Have job.dump_folder for this job alone; the first process holds it for all."""
+
+    def lock() -> FolderLock | None:
+        try:
+            return lock_folder(config) if world.is_first else None
+        except OSError as error:
+            raise cannot_be_written(config, error) from None
+
+    taken: list[FolderLock | None] = []
+    on_all_processes(lambda: taken.append(lock()))
+    return taken[0]
+
+
+def _run(config: JobConfig) -> int:
+    world = init_world(config.parallelism)
+    lock = _with_folder(config, world)
     try:
-        return estimate_memory(config, world_size).line()
-    except UserError:
-        raise
-    except Exception as error:
-        return f"no estimate: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Trainer(config, world, lock).train()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+USAGE = """usage: titan-peer train --job.config_file FILE [--section.key VALUE ...]
+example: titan-peer train --job.config_file train_configs/debug_model.toml --training.steps 20
+--help lists all keys"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -508,38 +623,34 @@ def main(args: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logger.setLevel(logging.INFO if is_first else logging.ERROR)
+    arguments = sys.argv[1:] if args is None else args
+    if not arguments:
+        print(USAGE, file=sys.stderr)
+        return USER_ERROR_STATUS
     try:
-        config = load_config(sys.argv[1:] if args is None else args)
+        config = load_config(arguments)
         if config.job.print_config:
+            print_config(config)
+        elif config.comm.mode == "fake_backend":
             if is_first:
-                print(config.to_toml(), end="")
-            return 0
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        if config.comm.mode == "fake_backend":
-            if is_first:
-                print(dry_run.report(config, world_size))
-            return 0
-        memory = _memory_line(config, world_size) if is_first else ""
-        keep_freed_memory()
-        return Trainer(config, init_world(config.parallelism), memory).train()
-    except UserError as error:
-        if is_first:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-        return 2
-    except CheckpointSaveError as error:
-        if is_first:
-            print(f"error: the job ends without its last checkpoint: {error}", file=sys.stderr)
-        return 1
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        report_failure(error)
-        raise
+                print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", 1))))
+        else:
+            keep_freed_memory()
+            return _run(config)
+        return 0
+    except Exception as failure:
+        return exit_status(failure)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def print_config(config: JobConfig) -> None:
+    """The job as a TOML file that trains it, in UTF-8 as TOML is, whatever standard output is otherwise."""
+    printed = dataclasses.replace(config, job=dataclasses.replace(config.job, print_config=False))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(printed.to_toml().encode())
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -341,6 +341,26 @@ class ValidationSet:
     def __init__(self, sequences: PackedStream, format: PackingFormat, batch_size: int, rank: int, world: int) -> None:
         self._unread = self._read(sequences, format, batch_size, rank, world)
         self._batches: list[list[PackedSequence]] = []
+        self._failure: Exception | None = None
+
+    def read_ahead(self, max_batches: int) -> int:
+        """Read the first `max_batches` batches, -1: all, if that has not been done; how many there are.
+
+        Raises:
+            UserError: a document or file is bad, or the network has failed for good.
+        """
+        while max_batches < 0 or len(self._batches) < max_batches:
+            if self._failure is not None:  # what was read before it must not pass for the whole set
+                raise self._failure
+            try:
+                batch = next(self._unread, None)
+            except Exception as failure:
+                self._failure = failure
+                raise
+            if batch is None:
+                break
+            self._batches.append(batch)
+        return len(self._batches) if max_batches < 0 else min(len(self._batches), max_batches)
 
     @staticmethod
     def _read(
@@ -355,11 +375,8 @@ class ValidationSet:
 
     def __iter__(self) -> Iterator[Batch]:
         for i in itertools.count():
-            if i == len(self._batches):
-                batch = next(self._unread, None)
-                if batch is None:
-                    return
-                self._batches.append(batch)
+            if self.read_ahead(i + 1) <= i:
+                return
             yield collate(self._batches[i])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from titan_peer.collectives import new_gloo_group
+from titan_peer.collectives import new_gloo_group, on_all_processes
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.evaluation.language_model import LanguageModel
@@ -53,25 +53,28 @@ class PeriodicEvaluation:
         self.precision = autocast(world.device, compute_dtype(config.training.mixed_precision_param, world.device))
         self.folder = Path(config.job.dump_folder)
         self.title = config.job.description or config.job.config_file
-        self.held_out = [
-            held_out_batches(
-                source,
-                f"evaluation.perplexity[{i}]",
-                tokenizer,
-                seq_len=config.training.seq_len,
-                batch_size=self.settings.batch_size,
-                data=config.data,
-                rank=world.rank,
-                world_size=world.world_size,
-            )
-            for i, source in enumerate(self.settings.perplexity)
-        ]
-        self.evaluations = generative_evaluations(self.settings)
+        on_all_processes(lambda: self._open(config))
         # Waiting is done on the CPU, outside the training collectives' timeout.
         self.group = new_gloo_group(_LONGEST_EVALUATION) if world.world_size > 1 else None
 
     def due(self, step: int, is_last: bool) -> bool:
         return is_last or step % self.settings.freq == 0
+
+    def _open(self, config: JobConfig) -> None:
+        self.held_out = [
+            held_out_batches(
+                source,
+                f"evaluation.perplexity[{i}]",
+                self.tokenizer,
+                seq_len=config.training.seq_len,
+                batch_size=self.settings.batch_size,
+                data=config.data,
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+            )
+            for i, source in enumerate(self.settings.perplexity)
+        ]
+        self.evaluations = generative_evaluations(self.settings)
 
     def run(
         self,
