@@ -107,28 +107,31 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(tmp_p
 ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 77, "started": "5"}
 
 
+def write_elsewhere(folder: Path, beats: int) -> None:
+    """What a process on another machine would write: the whole text at once, over the old one."""
+    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT)
+    os.pwrite(file, json.dumps({**ELSEWHERE, "beats": beats}).encode().ljust(1024), 0)
+    os.close(file)
+
+
 def test_a_silent_process_on_another_machine_is_taken_over_after_a_while(tmp_path: Path, file_system: str) -> None:
-    (tmp_path / NAME).write_text(json.dumps({**ELSEWHERE, "beats": 7}), encoding="utf-8")
+    write_elsewhere(tmp_path, 7)
     start = time.monotonic()
     FolderLock(tmp_path, wait_seconds=0).release()
     assert time.monotonic() - start >= folder_lock.WATCH_SECONDS
 
 
-def beat_elsewhere(path: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def beat_elsewhere(folder: Path) -> None:
     for beats in range(1_000):
-        if time.monotonic() > deadline:
-            break
-        path.write_text(json.dumps({**ELSEWHERE, "beats": beats}).ljust(1024), encoding="utf-8")
-        time.sleep(0.1)
+        write_elsewhere(folder, beats)
+        time.sleep(0.05)
 
 
 def test_a_process_on_another_machine_that_lives_is_left_its_folder(tmp_path: Path, file_system: str) -> None:
-    writer = CONTEXT.Process(target=beat_elsewhere, args=(tmp_path / NAME, 30))
+    write_elsewhere(tmp_path, 0)
+    writer = CONTEXT.Process(target=beat_elsewhere, args=(tmp_path,))
     writer.start()
     try:
-        while not (tmp_path / NAME).exists():
-            time.sleep(0.01)
         with pytest.raises(UserError, match="process 77 on elsewhere is writing to it"):
             FolderLock(tmp_path, wait_seconds=0)
     finally:
@@ -139,7 +142,7 @@ def test_a_process_on_another_machine_that_lives_is_left_its_folder(tmp_path: Pa
 def test_a_process_whose_folder_was_taken_over_is_told(tmp_path: Path, file_system: str) -> None:
     lock = FolderLock(tmp_path, wait_seconds=0)
     lock.require_mine()
-    (tmp_path / NAME).write_text(json.dumps({**ELSEWHERE, "beats": 7}).ljust(1024), encoding="utf-8")
+    write_elsewhere(tmp_path, 7)
     time.sleep(0.5)
     with pytest.raises(UserError, match="process 77 on elsewhere has taken it over"):
         lock.require_mine()
@@ -153,10 +156,7 @@ def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path: Path, mon
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     # it has seen an empty file before this one was here, and writes while this one waits for such as it
-    late = {**ELSEWHERE, "beats": 1}
-    writer = CONTEXT.Process(
-        target=lambda: (time.sleep(0.15), (tmp_path / NAME).write_text(json.dumps(late).ljust(1024), encoding="utf-8"))
-    )
+    writer = CONTEXT.Process(target=lambda: (time.sleep(0.15), write_elsewhere(tmp_path, 1)))
     writer.start()
     with pytest.raises(UserError, match="process 77 on elsewhere has started in it at the same time"):
         FolderLock(tmp_path, wait_seconds=0)

@@ -69,9 +69,9 @@ def test_any_ids_stream_as_the_text_of_all_of_them_at_once(kind: str, data: st.D
 
 
 @pytest.mark.parametrize("kind", EVERY)
-@given(prompt=TEXTS, text=TEXTS, cut=st.integers(0, 3))
-@example(prompt=[], text=[" hi ", " 😀", " there"], cut=0)
-@example(prompt=["the"], text=["日本語"] * 20, cut=1)
+@given(prompt=TEXTS, text=TEXTS, cut=st.integers(0, 3), encoding="utf-8")
+@example(prompt=[], text=[" hi ", " 😀", " there"], cut=0, encoding="utf-8")
+@example(prompt=["the"], text=["日本語"] * 20, cut=1, encoding="utf-8")
 @QUICK
 def test_text_streams_as_the_library_decodes_it(kind: str, prompt: list[str], text: list[str], cut: int) -> None:
     tokenizer, library = both(kind)
@@ -87,7 +87,7 @@ def test_text_streams_as_the_library_decodes_it(kind: str, prompt: list[str], te
 
 
 @pytest.mark.parametrize("kind", EVERY)
-@given(prompt=TEXTS, text=TEXTS, place=st.integers(0, 200), length=st.integers(1, 6))
+@given(prompt=TEXTS, text=TEXTS, place=st.integers(0, 200), length=st.integers(1, 6), encoding="utf-8")
 @QUICK
 def test_text_ends_before_the_first_stop_string(
     kind: str, prompt: list[str], text: list[str], place: int, length: int

@@ -57,9 +57,9 @@ def three_sources(folder: Path) -> list[DataSource]:
 def tokenizer_with_a_gap(folder: Path, largest_id: int) -> Path:
     """The bundled tokenizer, but its last entry " giving", which is 4,095, has a far larger id."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.loads((Path(TOKENIZER) / "tokenizer.json").read_text())
+    content = json.loads((Path(TOKENIZER) / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["\u0120giving"] = largest_id
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 

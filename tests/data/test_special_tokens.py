@@ -55,7 +55,7 @@ def test_tokens_of_any_name_are_taken_from_the_settings_beside_the_tokenizer(tmp
 
 
 def test_entries_of_text_are_no_begin_and_end_tokens_unless_the_settings_say_so(tmp_path: Path) -> None:
-    file = write_tokenizer(tmp_path, text=("<s>", "</s>"))
+    file = write_tokenizer(tmp_path, text=("<s>", "</s>"), encoding="utf-8")
     assert ids(file) == (None, None)
     assert load_tokenizer(str(file)).decode([4096]) == "<s>"
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', encoding="utf-8")

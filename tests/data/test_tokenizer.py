@@ -129,9 +129,9 @@ def test_the_vocabulary_is_bounded_by_the_largest_id_not_by_the_number_of_entrie
 
 
 def test_a_tiktoken_file_that_leaves_ranks_out_has_their_ids_unused(tiktoken_file: Path, tmp_path: Path) -> None:
-    lines = tiktoken_file.read_text().splitlines()
+    lines = tiktoken_file.read_text(encoding="utf-8").splitlines()
     path = tmp_path / "gap.tiktoken"
-    path.write_text("\n".join([*lines[:300], "IGdpdmluZw== 500"]) + "\n")
+    path.write_text("\n".join([*lines[:300], "IGdpdmluZw== 500"]) + "\n", encoding="utf-8")
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.vocab_size == 503 and list(tokenizer.unused_ids) == list(range(300, 500))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (501, 502)

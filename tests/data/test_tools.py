@@ -150,7 +150,7 @@ def test_shards_with_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, ca
         take(make_loader([DataSource(str(tmp_path / "out"))], tokenizer=str(tokenizer)), 1)
 
     ids.astype(np.uint16).tofile(shard)
-    manifest.write_text(manifest.read_text().replace("uint32", "uint16"))
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace("uint32", "uint16"), encoding="utf-8")
     with pytest.raises(
         UserError, match=r"holds ids as uint16, but the tokenizer has ids up to 70,000: tokenise it again"
     ):
