@@ -143,7 +143,7 @@ def test_a_foreign_folder_is_an_error_that_says_what_is_wanted(tmp_path):
         load_model_for_inference(tmp_path)
     with pytest.raises(UserError, match="is not there"):
         load_model_for_inference(tmp_path / "nothing")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="is not a folder"):
         load_model_for_inference(tmp_path / "file")
 

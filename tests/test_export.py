@@ -207,7 +207,7 @@ def test_places_where_no_folder_can_be_put_are_refused_before_work(
     checkpoint: Path, exported: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     export, back = ("export", "--checkpoint", checkpoint), ("import", "--input", exported)
     for words, source in ((export, checkpoint), (back, exported)):
         for place, problem in (
@@ -265,7 +265,9 @@ def test_killed_at_any_file_and_started_again_export_and_import_are_whole(
         ["import", "--input", str(exported), "--output", str(tmp_path / "back")],
     ):
         code = [sys.executable, "-c", KILLED_AT, str(tmp_path), *words]
-        done = subprocess.run(code, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            code, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr
         assert int(done.stdout.splitlines()[-1]) >= 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "export"]

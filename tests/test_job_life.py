@@ -189,8 +189,3 @@ def test_a_file_that_only_prints_itself_is_refused(tmp_path: Path) -> None:
 def test_no_arguments_print_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([]) == 2
     assert "usage: titan-peer train --job.config_file FILE" in capsys.readouterr().err
-
-
-def test_text_in_another_encoding_than_the_locale_is_refused_by_key() -> None:
-    with pytest.raises(UserError, match=r"job.description = 'caf\\udce9': is not text in the locale's encoding"):
-        load_config([*SMALL, "--job.description", os.fsdecode("café".encode("latin-1"))])

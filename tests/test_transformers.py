@@ -527,7 +527,9 @@ def test_all_of_this_holds_with_the_oldest_transformers_that_is_allowed(tmp_path
     paths = os.pathsep.join([str(tmp_path / "packages"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
-    shown = subprocess.run(version, env=environment, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        version, env=environment, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
     assert shown.startswith(f"{oldest}.")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(Path(__file__)), "--basetemp", str(tmp_path / "tests")],
@@ -535,5 +537,6 @@ def test_all_of_this_holds_with_the_oldest_transformers_that_is_allowed(tmp_path
         cwd=ROOT,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout[-5000:]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import locale
 import re
 import tomllib
 import types
@@ -630,7 +629,6 @@ def check(config: JobConfig) -> None:
         f"must be at least profiling.profiler_warmup + profiling.profiler_active = "
         f"{profiling.profiler_warmup} + {profiling.profiler_active}",
     )
-    found += _undecodable(dataclasses.asdict(config))
     found += source_problems("data", config.data.sources) + source_problems("validation", config.validation.sources)
     require(bool(config.data.sources), "data.sources", "at least one [[data.sources]] table with a path is needed")
     if config.validation.enable:
@@ -690,15 +688,3 @@ def check(config: JobConfig) -> None:
     )
     if found:
         raise UserError("\n".join(found))
-
-
-def _undecodable(values: Any, key: str = "") -> Iterator[str]:
-    """A message for every text that is not Unicode, as a command line in another encoding than the locale's gives."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            yield from _undecodable(value, f"{key}.{name}" if key else name)
-    elif isinstance(values, list):
-        for i, value in enumerate(values):
-            yield from _undecodable(value, f"{key}[{i}]")
-    elif isinstance(values, str) and not values.isprintable() and any("\ud800" <= c <= "\udfff" for c in values):
-        yield f"{key} = {values!a}: is not text in the locale's encoding, {locale.getencoding()}"
