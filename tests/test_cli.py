@@ -50,6 +50,18 @@ def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys: pytest.C
     assert "no command 'trian'" in shown and "train" in shown
 
 
+def test_commands_of_two_words_are_listed_by_their_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: titan-peer data COMMAND")
+    listed = re.findall(r"^  (\w.*?)  ", shown, re.MULTILINE)
+    assert listed == [name for name in cli.COMMANDS if name.startswith("data ")]
+    assert cli.main(["data"]) == 2
+    assert capsys.readouterr().err == shown
+    assert cli.main(["data", "inspekt"]) == 2
+    assert capsys.readouterr().err.splitlines()[:2] == ["error: no command 'data inspekt'", shown.splitlines()[0]]
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_an_example_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert callable(importlib.import_module(cli.COMMANDS[name][0]).main)

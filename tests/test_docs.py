@@ -95,6 +95,11 @@ CANNOT_RUN = [
         "needs a trained model of a million experts: 9 GB of memory, days of a CPU",
         instead(r"outputs/peer_1m\b(/checkpoint/step-\d+)?", "outputs/debug_model"),
     ),
+    Reason(
+        r"HuggingFaceFW/fineweb-edu",
+        "reads 100,000 documents over the network",
+        instead(r"HuggingFaceFW/fineweb-edu --source.subset sample-10BT", "assets/sample_text/train.jsonl"),
+    ),
     Reason(r"hellaswag", "downloads its data", instead("hellaswag", "sample_text_copy")),
     Reason(r"python scripts/fetch_corpora", "downloads packages of a Linux distribution", its_help),
     Reason(r"python benchmarks/", "measures for minutes to hours", its_help),

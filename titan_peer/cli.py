@@ -35,8 +35,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-def usage() -> str:
-    """What `titan-peer --help` shows."""
+def usage(group: str = "") -> str:
+    """What `titan-peer --help` shows, or `titan-peer GROUP --help` for commands of two words."""
+    if group:
+        rows = [f"  {name:<20}  {summary}" for name, (_, summary) in COMMANDS.items() if name.split()[0] == group]
+        text = f"usage: titan-peer {group} COMMAND [--help] ...\n\ncommands:\n%s"
+        return wrapped(text % "\n".join(rows))
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     text = """usage: titan-peer COMMAND [--help] ...
@@ -80,13 +84,17 @@ def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr, flush=True)
         return 0 if words else 2
+    group = words[0] if words[0] not in COMMANDS and any(name.split()[0] == words[0] for name in COMMANDS) else ""
+    if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(usage(group), file=sys.stdout if len(words) > 1 else sys.stderr, flush=True)
+        return 0 if len(words) > 1 else 2
     # the longest name that fits: "data inspect" before "data"
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS and len(words) >= length:
             break
     else:
-        print(f"error: no command {words[0]!r}\n{usage()}", file=sys.stderr)
+        print(f"error: no command {' '.join(words[: 1 + bool(group)])!r}\n{usage(group)}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("titan_peer").setLevel(logging.INFO)

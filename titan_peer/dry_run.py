@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,10 @@ def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
 
 def resolve(config: JobConfig, world_size: int) -> int:
     """Fill in what follows from the tokenizer and the number of processes; returns the micro-batches a step."""
-    resolve_vocabulary(config.model, load_tokenizer(config.model.tokenizer_path).vocab_size)
+    model = config.model
+    # a job whose tokenizer is still to be made can be looked at where it says how many entries that will have
+    if model.vocab_size == 0 or model.tokenizer_path == "byte" or Path(model.tokenizer_path).exists():
+        resolve_vocabulary(model, load_tokenizer(model.tokenizer_path).vocab_size)
     return resolve_batch(config.training, world_size)
 
 

@@ -16,10 +16,12 @@ import pytest
 from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, tokenizer_with_a_gap, write_jsonl
 
 from titan_peer import cli
+from titan_peer.config import load_config
 from titan_peer.data.records import TokenizedText
 from titan_peer.data.tokenized import TokenizedShard, open_shards, write_shard
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.data_source import DataSource
+from titan_peer.dry_run import resolve
 from titan_peer.errors import UserError
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--model.tokenizer_path", TOKENIZER]
@@ -196,6 +198,16 @@ def test_inspect_shows_sequences_shares_and_a_histogram(tmp_path: Path, capsys: 
     assert "--- document 0 begins, ends, " in shown and shown.count("sequence ") == 3
     assert "sample text  100.00%  100.00%         40,960" in shown
     assert (tmp_path / "document_lengths.png").stat().st_size > 10_000
+    lengths = sorted(len(ids) + 2 for ids in load_tokenizer(TOKENIZER).encode_batch(sample_texts()))
+    row = shown[shown.index("longer than 256") :].splitlines()[1].split()
+    assert row[:3] == ["sample", "text", "2,000"] and row[-1].endswith("%")
+    assert int(row[3].replace(",", "")) == pytest.approx(np.median(lengths), rel=0.1)
+
+
+def test_inspect_leaves_the_job_s_folder_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(SAMPLE), "--job.dump_folder", str(tmp_path / "job")]
+    assert cli.main([*job, "--batches", "1", "--documents", "9"]) == 0
+    assert not (tmp_path / "job").exists() and "longer than 256" in capsys.readouterr().out
 
 
 def test_inspect_shows_padding(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -210,6 +222,23 @@ def test_the_bundled_tokenizer_is_what_the_command_makes_of_the_sample_text(tmp_
     words = ["--source.path", str(SAMPLE), "--vocab_size", "4096", "--output", str(tmp_path)]
     assert cli.main(["data", "train-tokenizer", *words]) == 0
     assert (tmp_path / "tokenizer.json").read_bytes() == (ROOT / "assets/tokenizer/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["fineweb_edu", "web_code_mix"])
+def test_a_job_is_estimated_before_its_tokenizer_is_made_and_says_how_to_make_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ROOT / f"train_configs/{name}.toml"
+    config = load_config(["--job.config_file", str(file)])
+    monkeypatch.chdir(tmp_path)  # no tokenizer there
+    assert resolve(config, 1) == 1 and config.model.vocab_size == 50_304
+    with pytest.raises(UserError, match=r"titan-peer data train-tokenizer makes a tokenizer.json"):
+        load_tokenizer(config.model.tokenizer_path)
+    text = file.read_text(encoding="utf-8")
+    assert f"--vocab_size {config.model.vocab_size} --output {config.model.tokenizer_path}\n" in text
+    config.model.vocab_size = 0
+    with pytest.raises(UserError, match="there is no file"):
+        resolve(config, 1)
 
 
 def test_a_vocabulary_too_small_or_larger_than_the_text_allows_is_said(

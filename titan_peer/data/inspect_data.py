@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from titan_peer.command_line import CommandParser
@@ -30,8 +31,8 @@ example:
 def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
     parser = CommandParser(
         "data inspect",
-        "Show a job's data: decoded sequences with document borders, each source's share, and a histogram of "
-        "the documents' lengths.",
+        "Show a job's data: decoded sequences with document borders, each source's share, and the lengths of its "
+        "documents.",
         _EXAMPLE,
     )
     parser.add_argument("--sequences", type=int, default=2, help="sequences to show (default: 2)")
@@ -39,7 +40,9 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
     parser.add_argument(
         "--documents", type=int, default=2000, help="documents of each source to measure (default: 2000)"
     )
-    parser.add_argument("--output", default="", help="folder for the histogram (default: job.dump_folder)")
+    parser.add_argument(
+        "--output", default="", help="folder for document_lengths.png, a histogram (default: none is written)"
+    )
     options, job = parser.parse_known_args(args)
     for name in ("sequences", "batches", "documents"):
         if getattr(options, name) < 0:
@@ -79,13 +82,23 @@ def document_lengths(loader: TrainingLoader, limit: int) -> dict[str, list[int]]
     return lengths
 
 
+def lengths_table(lengths: dict[str, list[int]], seq_len: int) -> Iterator[str]:
+    """A line per source: how many tokens its documents have, and how many of them do not fit a sequence."""
+    width = max(6, *map(len, lengths))
+    yield f"{'source':<{width}}  {'documents':>9}  {'median':>9}  {'90 %':>9}  {'longest':>9}  longer than {seq_len:,}"
+    for name, values in lengths.items():
+        if values:
+            median, most = (round(float(np.percentile(values, part))) for part in (50, 90))
+            longer = sum(value > seq_len for value in values) / len(values)
+            yield f"{name:<{width}}  {len(values):>9,}  {median:>9,}  {most:>9,}  {max(values):>9,}  {longer:.1%}"
+
+
 def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> None:
     """Histogram of tokens a document, one line a source, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     measured = {name: values for name, values in lengths.items() if values}
     longest = max((max(values) for values in measured.values()), default=1)
@@ -145,7 +158,10 @@ def main(args: Sequence[str]) -> int:
     print(f"\n{loader.pipeline.num_streams} streams, packing {config.data.packing}, {max(options.batches, 1)} batches:")
     print("\n".join(shares_table(loader)))
     lengths = document_lengths(loader, options.documents)
-    folder = Path(options.output or config.job.dump_folder)
+    print("\n" + "\n".join(lengths_table(lengths, training.seq_len)))
+    if not options.output:
+        return 0
+    folder = Path(options.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plot_lengths(lengths, training.seq_len, folder / "document_lengths.png")

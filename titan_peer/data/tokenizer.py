@@ -174,7 +174,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(
-            f'model.tokenizer_path = {path}: there is no file {file}; give a tokenizer.json, a .tiktoken file or "byte"'
+            f'model.tokenizer_path = {path}: there is no file {file}; give a tokenizer.json, a .tiktoken file or "byte" '
+            "(titan-peer data train-tokenizer makes a tokenizer.json)"
         )
     is_tiktoken = file.suffix == ".tiktoken"
     try:
