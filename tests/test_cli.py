@@ -44,6 +44,11 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == f"titan_peer 0.1.0, torch {torch.__version__}, Python {platform.python_version()}\n"
 
 
+def test_import_stands_beside_export():
+    names = list(cli.COMMANDS)
+    assert names.index("import") == names.index("export") + 1
+
+
 def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     shown = capsys.readouterr().err

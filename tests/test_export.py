@@ -163,6 +163,22 @@ def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: P
     assert "head_0" not in card  # a table a person can read
 
 
+def test_the_code_of_the_docs_and_of_the_model_card_runs_without_a_question(
+    exported: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debug_model_export").symlink_to(exported)
+    pages = (
+        (exported / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "docs/sharing.md").read_text(encoding="utf-8"),
+    )
+    for page in pages:
+        (code,) = re.findall(r"^```(?:python)?\n(from transformers .*?)^```", page, re.M | re.S)
+        exec(code.replace("THIS_FOLDER", "debug_model_export"), {})
+        shown = capsys.readouterr()
+        assert "In the beginning" in shown.out and "custom code" not in shown.out + shown.err
+
+
 # ---- damaged and foreign input
 
 

@@ -27,10 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("titan_peer.evaluation.command", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
     "generate": ("titan_peer.generate_command", "complete prompts with a checkpoint, or talk with it"),
     "export": ("titan_peer.export", "write a checkpoint as a folder that transformers loads"),
+    "import": ("titan_peer.import_model", "make a checkpoint of an exported folder"),
     "data inspect": ("titan_peer.data.inspect_data", "show a job's data: sequences, shares, lengths of documents"),
     "data tokenize": ("titan_peer.data.pretokenize", "tokenise a source once, into memory-mapped shards"),
     "data train-tokenizer": ("titan_peer.data.train_tokenizer", "train a byte-level BPE tokenizer on a source"),
-    "import": ("titan_peer.import_model", "make a checkpoint of an exported folder"),
     "tune": ("titan_peer.tune", "measure how the GPU kernels of a job are best launched, and keep the result"),
 }
 

@@ -82,7 +82,7 @@ def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table
 
 
 def quantize_rows(table: Tensor, table_dtype: TableDtype) -> tuple[Tensor, Tensor]:
-    """A table [N, E, D] as codes of one byte and a float32 scale a row [N, E], by torchao.
+    """A table [N, E, D] as codes of one byte and a float32 scale per row [N, E], by torchao.
 
     float8 codes are given as uint8, which no loader converts to another floating dtype.
     """
@@ -267,7 +267,7 @@ class ExportArgs:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights; running statistics stay float32."""
     table_dtype: TableDtype = "float"
-    """Of the expert tables: float (as dtype), or one byte a number with a scale a row, quantised by torchao."""
+    """Of the expert tables: float (as dtype), or one byte per number with a scale per row, quantised by torchao."""
     max_shard_size: float = 5.0
     """Largest size of a weights file in GB; a table larger than that has a file of its own."""
     license: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""

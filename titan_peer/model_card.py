@@ -28,9 +28,13 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     args, title = job.model, job.job.description or checkpoint.resolve().parent.parent.name
     n_peer = sum(args.has_peer(layer) for layer in range(args.n_layers))
     training, optimizer = job.training, job.optimizer
-    tables = {"float": "as the other weights", "int8": "int8, a scale a row", "float8_e4m3": "float8, a scale a row"}
+    tables = {
+        "float": "as the other weights",
+        "int8": "int8, a scale per row",
+        "float8_e4m3": "float8, a scale per row",
+    }
     facts = {
-        "Parameters": f"{size.total_parameters:,}, of which {size.active_parameters:,} are used for a token",
+        "Parameters": f"{size.total_parameters:,}, of which {size.active_parameters:,} are used per token",
         "Blocks": f"{args.n_layers}, of which {n_peer} have {args.peer.num_experts:,} experts each (PEER)",
         "Attention": f"MLA, {args.mla.n_heads} heads, latent of {args.mla.kv_lora_rank} + {args.mla.qk_rope_head_dim}",
         "Context": f"{args.max_seq_len:,} tokens ({training.seq_len:,} in training)",
@@ -73,7 +77,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
 _USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "THIS_FOLDER"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("In the beginning", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

@@ -171,7 +171,7 @@ class QueryBatchNorm(nn.Module):
 
     @torch.no_grad()
     def update_running_statistics(self) -> None:
-        """Once a forward pass of the model: checkpointing repeats the blocks'."""
+        """Called once per forward pass of the model; gradient checkpointing runs blocks twice."""
         if self.moments is not None:
             for running, newest in zip((self.running_mean, self.running_var), self.moments):
                 running.lerp_(newest.to(running.dtype), self.momentum)
@@ -179,7 +179,7 @@ class QueryBatchNorm(nn.Module):
 
 
 class Experts(nn.Module):
-    """The expert tables, [N, E, D]: floats, or codes of one byte with a scale a row."""
+    """The expert tables, [N, E, D]: floats, or codes of one byte with a scale per row."""
 
     expert_down: Tensor
     expert_up: Tensor

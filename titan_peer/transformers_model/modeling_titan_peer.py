@@ -2,9 +2,9 @@
 experts (PEER, arXiv 2407.04153).
 
 The reference form, without kernels, for loading with transformers anywhere. Parameter names are those of titan_peer's own
-checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers a token and layer.
+checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers per token and layer.
 
-Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts a token, E expert hidden size.
+Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert hidden size.
 """
 
 from __future__ import annotations
