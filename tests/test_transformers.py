@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained, trained_with
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompileConfig, StaticCache, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 
 from titan_peer.checkpoint_inference import load_model_for_inference
@@ -155,6 +157,38 @@ def test_a_static_cache_takes_a_plain_mask_too(ours: Transformer, theirs: Any) -
         logits = torch.cat(parts, dim=1)
         torch.testing.assert_close(logits[:1, 5:], ours(tokens[:1, 5:]), **EXACT)
         torch.testing.assert_close(logits[1:], ours(tokens[1:]), **EXACT)
+
+
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
+def test_a_static_cache_compiles_into_one_graph(ours: Transformer, theirs: Any, prompts: Any) -> None:
+    settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    settings._compile_all_devices = True  # as on a GPU
+    torch._dynamo.utils.counters.clear()
+    out = theirs.generate(
+        **prompts,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=settings,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    wanted = our_next_logits(ours, out.sequences, prompts["attention_mask"], 6)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), wanted, **EXACT)
+
+
+def test_transformers_has_nothing_to_complain_of(folder: Path, prompts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    transformers.logging.enable_propagation()
+    with caplog.at_level("WARNING", "transformers"):
+        theirs = loaded(folder)
+        theirs.generate(**prompts, max_new_tokens=3, do_sample=False)
+        theirs.generate(**prompts, max_new_tokens=3, do_sample=False, cache_implementation="static")
+        theirs.train()(prompts["input_ids"], labels=prompts["input_ids"]).loss.backward()
+    transformers.logging.disable_propagation()
+    assert caplog.text == ""
 
 
 def test_beam_search_finds_sequences_of_the_probability_it_says(ours: Transformer, theirs: Any, prompts: Any) -> None:
@@ -346,6 +380,21 @@ def test_the_vocabulary_can_be_resized(folder: Path, ours: Transformer, tmp_path
         assert theirs(torch.tensor([[old + 2]])).logits.shape == (1, 1, old + 3)
         theirs.save_pretrained(tmp_path)
         torch.testing.assert_close(loaded(tmp_path)(tokens).logits, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_statistics_and_scales_stay_float32_in_a_model_of_any_dtype(
+    variant: str, dtype: torch.dtype, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    export_checkpoint(trained(variant, tmp_path_factory), tmp_path / "small", dtype="bfloat16", table_dtype="int8")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True, dtype=dtype).eval()
+    dtypes = {name: tensor.dtype for name, tensor in theirs.state_dict().items() if tensor.dtype.is_floating_point}
+    kept = {name for name in dtypes if name.endswith(("running_mean", "running_var", "_scale"))}
+    assert len(kept) == 8 and all(dtypes[name] == torch.float32 for name in kept)
+    assert all(dtypes[name] == dtype for name in dtypes.keys() - kept)
+    with torch.no_grad():
+        assert theirs(random_tokens(1, 10)).logits.dtype == dtype
 
 
 # ---- training

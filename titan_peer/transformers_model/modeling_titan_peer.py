@@ -83,7 +83,12 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012 - as transformers has it
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["running_mean", "running_var"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - statistics, and what codes of one byte are multiplied by
+        "running_mean",
+        "running_var",
+        "expert_down_scale",
+        "expert_up_scale",
+    ]
 
     def __init__(self, config: TitanPeerConfig) -> None:
         super().__init__(config)
@@ -198,10 +203,10 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, S, vocab], and the mean loss where labels are given.
 
@@ -212,9 +217,16 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             past_key_values: the cache, which newer versions of transformers call `cache`.
             labels: [B, S], the tokens themselves, -100 where nothing is learnt; they are shifted here.
             num_items_in_batch: by what the summed loss is divided, instead of the number of labels here.
+            others: `cache_position` [S], which transformers 5.0 gives; newer versions complain of a model that names it.
         Raises:
+            TypeError: an unknown keyword.
             ValueError: the tokens exceed the model's context, or what was asked for cannot be given.
         """
+        cache_position = others.pop("cache_position", None)
+        if others:
+            raise TypeError(
+                f"{type(self).__name__}.forward() got an unexpected keyword argument {next(iter(others))!r}"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if cache is not None and past_key_values is not None and cache is not past_key_values:
