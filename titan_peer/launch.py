@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -64,7 +67,7 @@ def is_final(failures: dict[int, ProcessFailure]) -> bool:
 
 
 def has_said_why(failures: dict[int, ProcessFailure]) -> bool:
-    """Whether rank 0 has printed why the job ends: it does so for every end that is the job's own decision."""
+    """Whether rank 0 has printed why the job ends, before the launcher ended it because of another."""
     return 0 in failures and failures[0].exitcode in FINAL_STATUSES
 
 
@@ -112,14 +115,26 @@ def check_port(endpoint: str, nodes: str) -> str:
     if nodes == "1":
         print(f"RDZV_ENDPOINT = {endpoint}: port {port} is in use; a free one is taken", file=sys.stderr)
         return "localhost:0"
-    try:  # the store of another launcher of this job?
-        dist.TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=PORT_SECONDS))
-    except (RuntimeError, OSError):
+    if not _is_rendezvous(host, int(port)):
         raise UserError(
             f"RDZV_ENDPOINT = {endpoint}: port {port} of this machine is in use by another program; "
             "give a free port, the same on all machines"
-        ) from None
+        )
     return endpoint
+
+
+def _is_rendezvous(host: str, port: int) -> bool:
+    """Whether another launcher of the job answers there, as one does that was started before on this machine."""
+    answers = threading.Event()
+
+    def ask() -> None:
+        with suppress(RuntimeError, OSError):
+            dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=PORT_SECONDS))
+            answers.set()
+
+    # beside this thread, since it waits far longer than its timeout for a program that says nothing
+    threading.Thread(target=ask, daemon=True).start()
+    return answers.wait(PORT_SECONDS)
 
 
 def _is_this_machine(host: str) -> bool:
@@ -179,8 +194,8 @@ def main() -> None:
         options.rdzv_endpoint = check_port(options.rdzv_endpoint, options.nnodes)
         run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR_STATUS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(USER_ERROR_STATUS)  # without waiting for a question that nobody answers
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if not has_said_why(error.failures):

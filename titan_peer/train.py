@@ -569,6 +569,8 @@ def exit_status(failure: BaseException) -> int:
         case NonFiniteLossError():
             if is_first:
                 print(f"error: {failure}", file=sys.stderr)
+            else:
+                leave_word(failure)
             return NOT_FINITE_STATUS
         case CheckpointSaveError():
             if is_first:
