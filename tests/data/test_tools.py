@@ -76,6 +76,60 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
     assert {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")} == written
 
 
+class Killed(BaseException):
+    """Ends the command at once, as a signal that cannot be caught."""
+
+
+def kill_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have the `moment`-th write to disk or renaming be the last, the file half written; returns what is done."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def last(what: str) -> bool:
+        done.append(what)
+        return len(done) == moment
+
+    def half_written(file: int) -> None:
+        if last("write"):
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            raise Killed
+        fsync(file)
+
+    def not_renamed(source: Path, target: Path) -> None:
+        if last("rename"):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", half_written)
+    monkeypatch.setattr(os, "replace", not_renamed)
+    return done
+
+
+def test_tokenizing_killed_at_any_write_and_begun_again_makes_the_same_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(3 * 512 + 9)])
+    settings = ["--tokens_per_shard", "1", "--tokenizer_path", "byte"]  # a shard per 512 texts
+    with monkeypatch.context() as patch:
+        moments = kill_at(0, patch)
+        assert tokenize(tmp_path / "whole", *settings, source=source) == 0
+    assert len(moments) == 4 * 5 + 2  # three files of a shard and the manifest, which is renamed, and it at the end
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for moment in range(1, len(moments) + 1):
+        folder = tmp_path / str(moment)
+        with monkeypatch.context() as patch:
+            kill_at(moment, patch)
+            with pytest.raises(Killed):
+                tokenize(folder, *settings, source=source)
+        manifest = folder / "tokenized.json"
+        made = json.loads(manifest.read_text(encoding="utf-8"))["shards"] if manifest.exists() else []
+        kept = {file: file.stat().st_mtime_ns for shard in made for file in folder.glob(f"{shard['name']}.*")}
+        assert len(kept) == 3 * ((moment - 1) // 5 if moment <= 20 else 4)
+        assert tokenize(folder, *settings, source=source) == 0
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"} == whole
+        assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -86,7 +86,9 @@ def main(args: Sequence[str]) -> int:
     file = Path(options.output) / "tokenizer.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(file))
+        partial = file.with_name(f"{file.name}.partial")  # a tokenizer.json that is there stays whole until then
+        tokenizer.save(str(partial))
+        partial.replace(file)
     except OSError as error:
         raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
     note = "" if found == options.vocab_size else f", not {options.vocab_size:,}: the text has no more to merge"
