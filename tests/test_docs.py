@@ -24,6 +24,8 @@ from docs_commands import PAGES, PROGRAM, ROOT, Outcome, Reader, Step, blocks, j
 from titan_peer import cli
 from titan_peer.config import leaf_keys, load_config
 from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.model import Transformer
+from titan_peer.model_size import model_size
 
 ALL = [step for page in PAGES for step in steps(page)]
 
@@ -240,3 +242,45 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def test_the_bundled_tokenizer_is_the_one_the_jobs_name() -> None:
     assert load_tokenizer(str(ROOT / "assets/tokenizer")).vocab_size == 4096
+
+
+def test_parameter_counts_in_the_readme_are_those_of_the_jobs() -> None:
+    rows = re.findall(
+        r"^\| `(train_configs/\w+\.toml)`.*?\| (.*?) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    counts = {job: re.findall(r"([\d.]+) M (parameters|active)", text) for job, text in rows}
+    counts = {job: found for job, found in counts.items() if found}
+    assert len(counts) == 2
+    for job, found in counts.items():
+        config = load_config(["--job.config_file", str(ROOT / job)])
+        config.model.vocab_size = load_tokenizer(str(ROOT / "assets/tokenizer")).vocab_size
+        with torch.device("meta"):
+            size = model_size(Transformer(config.model), config.training.seq_len)
+        actual = {"parameters": size.total_parameters, "active": size.active_parameters}
+        for number, kind in found:
+            digits = len(number.partition(".")[2])
+            assert number == f"{actual[kind] / 1e6:.{digits}f}", f"{job}: {kind}"
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_measured_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    link = re.search(r"\[table\]\((benchmarks/results/\S+-peer-layer-cpu\.md)\), \[plot\]", readme)
+    assert link
+    measured: dict[tuple[str, str], list[str]] = {}
+    for line in (ROOT / link[1]).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 9:
+            measured[cells[0], cells[1]] = cells
+    rows = re.findall(
+        r"^\| ([\d,]+) \| ([\d,]+) ms \| (\d+) ms \| ([\d.]+)x \| (\S+) / (\S+) \| (\d+) ms, (\S+) GB \|$", readme, re.M
+    )
+    assert len(rows) == 4
+    for experts, theirs, ours, ratio, their_peak, our_peak, small, small_peak in rows:
+        other = measured[experts, "PEER-pytorch"]
+        rowwise = measured[experts, "titan_peer, row-wise AdamW"]
+        compact = measured[experts, "titan_peer, bf16 first moment, one second moment a row"]
+        assert int(theirs.replace(",", "")) == pytest.approx(float(other[5]), abs=0.51)
+        assert int(ours) == pytest.approx(float(rowwise[5]), abs=0.51)
+        assert float(ratio) == pytest.approx(float(rowwise[6].rstrip("x")), abs=0.051)
+        assert int(small) == pytest.approx(float(compact[5]), abs=0.51)
+        assert (their_peak, our_peak, small_peak) == (other[7], rowwise[7], compact[7])
