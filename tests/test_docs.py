@@ -168,6 +168,9 @@ def test_all_commands_of_a_page_run_as_written(page: Path, reader: Reader) -> No
         found = follow(reader, step)
         if not found.ok:
             failed.append(f"$ {step.text}\n{found.output[-3000:]}")
+    shown = [text for language, text in blocks(page) if language == "text" and text.startswith("dry run of")]
+    printed = [reader.outcomes[step.text].output for step in steps(page) if step.text in reader.outcomes]
+    failed += [f"no command prints\n{text}" for text in shown if not any(text in output for output in printed)]
     assert not failed, f"{len(failed)} of {len(steps(page))}:\n" + "\n\n".join(failed)
 
 
