@@ -296,15 +296,16 @@ def test_killed_at_any_file_and_started_again_export_and_import_are_whole(
 
 @pytest.mark.parametrize("variant", ["two axes"], indirect=True)
 def test_a_disk_that_refuses_leaves_nothing_half_written(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    code += "from titan_peer import cli; sys.exit(cli.main(sys.argv[1:]))"
+    code = "import json, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code += "from titan_peer import cli; print([cli.main(words) for words in json.loads(sys.argv[1])])"
     export = ["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     back = ["import", "--input", str(exported), "--output", str(tmp_path / "out")]
-    for words in (export, back):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, encoding="utf-8")
-        assert done.returncode == 2, done.stderr
-        assert f"error: --output {tmp_path / 'out'}: cannot be written" in done.stderr
-        assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([export, back])], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.stdout == "[2, 2]\n" and done.returncode == 0, done.stderr
+    assert done.stderr.count(f"error: --output {tmp_path / 'out'}: cannot be written") == 2
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
