@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpora import make_loader, sample_texts, take, write_jsonl, write_parquet
+from corpora import ROOT, SAMPLE, make_loader, sample_texts, take, write_jsonl, write_parquet
 
+from titan_peer.config import load_config
+from titan_peer.data import identity
 from titan_peer.data.loader import TrainingLoader
+from titan_peer.data.sources import open_source
 from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
@@ -259,6 +262,27 @@ def test_of_a_large_file_a_later_edit_between_the_samples_is_said(
         path.write_bytes(before)
 
 
+def test_the_content_of_many_files_is_compared_in_about_as_many_blocks_as_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(500):
+        (tmp_path / f"{i:03}.txt").write_text(f"{i:03} " * 25_000, encoding="utf-8")  # 6 blocks each
+    read: list[int] = []
+    add_content = identity._add_content
+
+    def counted(digest: Any, file: Path, size: int, blocks: int) -> None:
+        read.append(min(blocks, -(-size // 2**14)))
+        add_content(digest, file, size, blocks)
+
+    monkeypatch.setattr(identity, "_add_content", counted)
+    before = open_source(DataSource(str(tmp_path)), "data.sources[0]").identity["content"]
+    assert len(read) == 500 and sum(read) == 500 * 7
+    monkeypatch.setattr(identity, "_BLOCKS", 1000)
+    read.clear()
+    assert open_source(DataSource(str(tmp_path)), "data.sources[0]").identity["content"] != before
+    assert sum(read) == 500 * 2
+
+
 def test_moved_files_of_a_source_without_a_name_go_on_in_their_order(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
@@ -308,3 +332,15 @@ def test_a_state_that_knows_less_of_the_sources_goes_on(two: list[DataSource]) -
     take(straight, 5)
     state = as_saved_before(json.loads(json.dumps(straight.state_dict())))
     assert take(resumed(state, two, **BYTES), 20) == take(straight, 20)
+
+
+def test_a_place_that_an_earlier_version_saved_leads_to_the_sequences_that_come_next() -> None:
+    golden = ROOT / "tests/golden/checkpoint_version_0"
+    config = load_config(["--job.config_file", str(golden / "small.toml")])
+    state = json.loads((golden / "step-2/train_state.json").read_text(encoding="utf-8"))["data"]
+    sources = [dataclasses.replace(config.data.sources[0], path=str(SAMPLE))]
+    settings = {"seed": config.debug.seed, "global_batch_size": 2, "tokenizer": str(golden / "step-2/tokenizer")}
+    straight = make_loader(sources, **settings)
+    take(straight, 2)
+    assert state["sequences_seen"] == straight.sequences_seen == 4
+    assert take(resumed(state, sources, **settings), 10) == take(straight, 10)

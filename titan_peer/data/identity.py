@@ -11,8 +11,8 @@ from titan_peer.data.records import Divisible
 from titan_peer.data_source import DataSource
 from titan_peer.errors import UserError
 
-# A file of at most so many bytes is read whole; of a larger one as many, spread over it in blocks.
-_SAMPLED_BYTES, _BLOCK_BYTES = 2**20, 2**14
+# So many blocks of a file are read, spread over it, and about so many of all files of a source: a second's work on a disk.
+_BLOCK_BYTES, _BLOCKS_PER_FILE, _BLOCKS = 2**14, 64, 4096
 # Of a source with very many files, so many are read; the sizes of all count.
 _SAMPLED_FILES = 4096
 
@@ -33,25 +33,26 @@ def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dic
         digest.update("\n".join((config.path, config.subset, config.split)).encode())
     modified = 0
     step = -(-len(files) // _SAMPLED_FILES)
+    blocks = max(min(_BLOCKS // max(len(files), 1), _BLOCKS_PER_FILE), 2)
     try:
         for i, file in enumerate(files):
             status = file.stat()
             modified = max(modified, status.st_mtime_ns)
             digest.update(f"{status.st_size},".encode())
             if i % step == 0:
-                _add_content(digest, file, status.st_size)
+                _add_content(digest, file, status.st_size, blocks)
     except OSError as error:
         raise UserError(f"{key}: {file}: cannot be read: {error.strerror or error}") from None
     return {"content": digest.hexdigest(), "modified": modified, "reading": _reading(config, parts)}
 
 
-def _add_content(digest: hashlib.blake2b, file: Path, size: int) -> None:
+def _add_content(digest: hashlib.blake2b, file: Path, size: int, blocks: int) -> None:
+    """Add a file that is no larger than the blocks, or that many of its blocks, the first and the last among them."""
     with file.open("rb") as opened:
-        if size <= _SAMPLED_BYTES:
+        if size <= blocks * _BLOCK_BYTES:
             digest.update(opened.read())
             return
-        blocks = _SAMPLED_BYTES // _BLOCK_BYTES
-        for i in range(blocks):  # the first block and the last among them
+        for i in range(blocks):
             opened.seek((size - _BLOCK_BYTES) * i // (blocks - 1))
             digest.update(opened.read(_BLOCK_BYTES))
 
