@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from test_checkpoint import flip_a_bit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_peer import cli
-from titan_peer.checkpoint_files import verify
+from titan_peer.checkpoint_files import manifest_entries, verify, write_manifest
 from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.config import load_config
 from titan_peer.export import export_checkpoint
@@ -193,6 +194,30 @@ def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def broken(exported: Path, tmp_path: Path) -> Path:
     """A copy of an export, to be damaged."""
     return Path(shutil.copytree(exported, tmp_path / "broken"))
+
+
+def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_neither_exported_nor_imported(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys
+) -> None:
+    model = in_transformers(exported)
+    model.save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path / "again")
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "step-4"))
+    (copy / "tokenizer").mkdir(exist_ok=True)
+    (copy / "tokenizer/tokenizer.json").unlink(missing_ok=True)
+    larger = tokenizers.Tokenizer.from_file(str(tmp_path / "again/tokenizer.json"))
+    larger.add_tokens(["another entry"])
+    for folder in (tmp_path / "again", copy / "tokenizer"):
+        larger.save(str(folder / "tokenizer.json"))
+    job = (copy / "config.toml").read_text(encoding="utf-8")
+    (copy / "config.toml").write_text(job.replace('tokenizer_path = "byte"', 'tokenizer_path = "t"'), encoding="utf-8")
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, manifest_entries(copy, [path for path in copy.rglob("*") if path.is_file()]))
+    vocab_size = model.config.vocab_size
+    for words in (("import", "--input", tmp_path / "again"), ("export", "--checkpoint", copy)):
+        message = failure(capsys, *words, "--output", tmp_path / "out").replace(",", "")
+        assert f"model.vocab_size = {vocab_size}: the tokenizer" in message and f"has ids up to {vocab_size}" in message
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path, capsys) -> None:

@@ -35,6 +35,7 @@ from titan_peer.errors import UserError
 from titan_peer.export_tokenizer import write_tokenizer
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.model_card import model_card
+from titan_peer.resolve import resolve_vocabulary
 
 TableDtype = Literal["float", "int8", "float8_e4m3"]
 CODE_FILES = ("configuration_titan_peer.py", "layers_titan_peer.py", "modeling_titan_peer.py")
@@ -225,6 +226,7 @@ def export_checkpoint(
         except OSError as error:
             raise refusal(error) from None
         model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
+        resolve_vocabulary(job.model, tokenizer.vocab_size)
         require_sound_model(checkpoint)
         try:
             _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
