@@ -76,7 +76,8 @@ def continue_sources(state: State, sources: Sequence[Source]) -> State:
     for source in sources:
         name = source.name if source.name in saved else None if source.config.name else _moved(source, saved, free)
         if name is None:
-            lines.append(f"{source.name} begins at its beginning: the checkpoint has no source of that name or content")
+            known_by = "name" if source.config.name else "path or content"
+            lines.append(f"{source.name} begins at its beginning: the checkpoint has no source of that {known_by}")
             continue
         _require_same(source, saved[name])
         if name != source.name:
