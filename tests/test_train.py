@@ -147,3 +147,29 @@ def test_print_config_gives_toml_that_reproduces_the_job(tmp_path: Path) -> None
     assert first.returncode == second.returncode == 0
     assert "steps = 7" in first.stdout
     assert second.stdout == first.stdout.replace(DEBUG[1], str(copy))
+
+
+def test_a_job_in_any_script_trains_and_resumes_where_the_terminal_lacks_its_characters(tmp_path: Path) -> None:
+    job = tmp_path / "日本.toml"
+    text = (ROOT / DEBUG[1]).read_text(encoding="utf-8").replace('description = "', 'description = "日本 – ')
+    job.write_text(text, encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"}
+    settings = ["--job.config_file", "日本.toml", *TINY[2:], "--job.dump_folder", "out"]
+    for steps in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "titan_peer.train", *settings, "--training.steps", str(steps)],
+            cwd=in_folder(tmp_path),
+            env={**os.environ, **locale, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert "日本 – debug model" in (tmp_path / "out" / "config.toml").read_text(encoding="utf-8")
+    assert set(records(tmp_path / "out")) == {1, 2}
+
+
+def in_folder(folder: Path) -> Path:
+    """The folder, with what the debug job reads by relative paths."""
+    if not (folder / "assets").exists():
+        (folder / "assets").symlink_to(ROOT / "assets")
+    return folder

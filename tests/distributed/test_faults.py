@@ -212,6 +212,13 @@ def test_bad_input_is_not_tried_again(start, tmp_path):
     assert job.said.count("data.sources[0].path = no/such/file.jsonl") == 1
 
 
+def test_a_loss_that_is_not_finite_is_not_tried_again(start, tmp_path):
+    job = start(tmp_path, "--optimizer.lr", "1e30", "--training.max_norm", 0, MAX_RESTARTS="3")
+    assert job.ends(120) == 3, job.said
+    assert "gradient norm = " in job.said and "restart 1 of 3" not in job.said
+    assert job.said.count("steps 1 to ") == 1
+
+
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_training_goes_on(start, tmp_path):
     job = start(tmp_path, "--training.steps", 100_000, "--checkpoint.keep_latest_k", 0)
     job.until(lambda: job.newest >= 2, "a checkpoint")
