@@ -103,6 +103,11 @@ CANNOT_RUN = [
         instead(r"HuggingFaceFW/fineweb-edu --source.subset sample-10BT", "assets/sample_text/train.jsonl"),
     ),
     Reason(r"hellaswag", "downloads its data", instead("hellaswag", "sample_text_copy")),
+    Reason(
+        r"--source\.path HuggingFaceFW/",
+        "reads a dataset over the network",
+        instead(r"HuggingFaceFW/\S+ --source\.subset \S+", "assets/sample_text/train.jsonl"),
+    ),
     Reason(r"python scripts/fetch_corpora", "downloads packages of a Linux distribution", its_help),
     Reason(r"python benchmarks/", "measures for minutes to hours", its_help),
 ]
