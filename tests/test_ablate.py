@@ -332,6 +332,24 @@ def test_an_ablation_killed_at_any_moment_of_its_preparation_goes_on(tmp_path: P
     assert number > 6
 
 
+def test_an_ablation_that_an_earlier_version_began_goes_on_and_one_with_other_settings_does_not(tmp_path: Path) -> None:
+    """Its jobs had no version and lacked keys that are new."""
+    found = plan(tmp_path, "selection_heads=2", tokens=4096)
+    prepare(found.runs, resume=False, retry_failed=False)
+    for run in found.runs:
+        file = folder_of(run) / "job.toml"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        old = [line for line in lines if not line.startswith(("config_version", "allow_changed"))]
+        assert len(old) == len(lines) - 2
+        file.write_text("".join(old), encoding="utf-8")
+    assert prepare(found.runs, resume=True, retry_failed=False) == found.runs
+    other = plan(tmp_path, "selection_heads=2", tokens=4096, base=["--optimizer.lr", "0.002"])
+    with pytest.raises(
+        UserError, match=r"other settings: this one has optimizer.lr = 0.002 \(was 0.003\); give another"
+    ):
+        prepare(other.runs, resume=True, retry_failed=False)
+
+
 def test_a_resumed_ablation_removes_the_checkpoint_that_a_killed_one_left_of_a_done_run(tmp_path: Path) -> None:
     found = plan(tmp_path, "selection_heads=2", tokens=4096)
     prepare(found.runs, resume=False, retry_failed=False)

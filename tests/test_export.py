@@ -362,6 +362,8 @@ def test_a_foreign_or_inconsistent_export_is_refused_with_the_reason(broken: Pat
 
     assert "config.json: model_type = 'llama': must be 'titan_peer'" in message(model_type="llama")
     assert "config.json: dim = 65" in message(dim=65)
+    assert "config.json: norm_eps = 0.001, but " in message(norm_eps=1e-3)
+    assert "config.json: tie_embeddings = " in message(tie_embeddings=not config["tie_embeddings"])
     (broken / "config.json").write_text("{", encoding="utf-8")
     assert "config.json: cannot be read" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
     (broken / "config.json").unlink()

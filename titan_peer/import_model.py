@@ -125,7 +125,8 @@ def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     resolve_vocabulary(job.model, tokenizer.vocab_size)
     wanted = transformers_config(job.model, tokenizer, config.get("dtype", ""), config.get("table_dtype", "float"))  # type: ignore[arg-type]
     defaults: dict[str, Any] = {"mla": dataclasses.asdict(MLAArgs()), "peer": dataclasses.asdict(PEERArgs())}
-    for key in ("vocab_size", "dim", "n_layers", "mla", "peer", "peer_layers"):
+    numbers = ("vocab_size", "dim", "n_layers", "ffn_hidden_dim", "max_seq_len", "norm_eps", "tie_embeddings")
+    for key in (*numbers, "mla", "peer", "peer_layers"):
         found = config.get(key)
         if isinstance(found, dict):  # of a version that had fewer keys
             found = defaults[key] | found

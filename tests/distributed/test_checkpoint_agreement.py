@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from processes import ROOT, run_in_processes
 
+from titan_peer.checkpoint_inference import load_model_for_inference
+
 GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
 JOB = ["--job.config_file", str(GOLDEN / "small.toml"), "--model.tokenizer_path", str(GOLDEN / "step-2/tokenizer")]
 PATIENCE = 90
@@ -102,6 +104,11 @@ def _actions_that_fail_on_one() -> list[str]:
     return said
 
 
+def _save_tables_in_parts(folder: str) -> None:
+    trainer = _trainer(f"{folder}/parts", "--parallelism.expert_parallel_degree", "2")
+    trainer.checkpointer.save(1, {"step": 1, "tokens_seen": 0}, wait=True)
+
+
 def _everything(folder: str) -> dict[str, Any]:
     start = time.monotonic()
     _trainer(f"{folder}/first")  # joins the group
@@ -110,6 +117,7 @@ def _everything(folder: str) -> dict[str, Any]:
         "saves": _save_what_one_process_cannot_copy(folder),
     }
     found["load"] = _load_with_settings_of_ones_own(folder)
+    _save_tables_in_parts(folder)
     found["seconds"] = time.monotonic() - start
     return found
 
@@ -155,3 +163,14 @@ def test_saves_go_on_after_one_that_failed_and_leave_nothing_of_it(found):
 def test_a_load_that_fails_on_one_process_fails_on_all(found):
     for rank in range(2):
         assert "checkpoint.exclude_from_loading: 'optimiser' matches nothing" in found[rank]["load"]
+
+
+def test_tables_that_processes_saved_in_parts_are_loaded_instead_of_mapped_which_is_said(found, caplog):
+    checkpoint = found[0]["folder"] / "parts/checkpoint/step-1"
+    assert {path.name for path in checkpoint.glob("*.distcp")} == {
+        f"__{rank}_{part}_0.distcp" for rank in range(2) for part in ("model", "state")
+    }
+    mapped = load_model_for_inference(checkpoint, mmap_tables=True)[0].state_dict()
+    assert sum("is stored in parts and is loaded, not mapped" in record.message for record in caplog.records) == 2
+    whole = load_model_for_inference(checkpoint)[0].state_dict()
+    assert all(tensor.equal(mapped[name]) for name, tensor in whole.items())

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_peer.ablation.plan import Run
+from titan_peer.checkpoint_compare import changed_settings, described
 from titan_peer.errors import UserError
+from titan_peer.saved_job import read_saved_job
 from titan_peer.sinks import complete_lines
 
 JOB, LOG, STATUS, CHECKPOINTS = "job.toml", "log.txt", "status.json", "checkpoint"
@@ -83,8 +85,14 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool, keep_check
     for run in runs:
         folder, job = folder_of(run), run.config.to_toml()
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / JOB).exists() and (folder / JOB).read_text(encoding="utf-8") != job:
-            raise UserError(f"{folder / JOB}: the run was started with other settings; give another --output_dir")
+        if (folder / JOB).exists():
+            # by key, since an earlier version wrote the same job without keys that are new
+            changes = changed_settings(read_saved_job(folder / JOB), run.config)
+            if changes:
+                raise UserError(
+                    f"{folder / JOB}: the run was started with other settings: this one has {described(changes)}; give another "
+                    "--output_dir"
+                )
         write_whole(folder / JOB, job)
         status = status_of(run)
         if status is None or (retry_failed and status["state"] == "failed"):
