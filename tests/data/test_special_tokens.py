@@ -106,7 +106,7 @@ def test_a_job_says_what_its_documents_begin_and_end_with_and_warns_of_what_it_l
     file = write_tokenizer(tmp_path, special=("</s>",))
     specials = load_tokenizer(str(file)).specials
     assert describe(specials, Data()) == (
-        "documents begin without a token, end with </s> (4096, by the special tokens of tokenizer.json)"
+        "documents begin without a token, end with </s> (4096); by the special tokens of tokenizer.json"
     )
     assert describe(specials, Data(add_eos=False)) == "documents begin without a token, end without a token"
     with caplog.at_level(logging.WARNING, "titan_peer"):

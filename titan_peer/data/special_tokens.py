@@ -31,9 +31,6 @@ class SpecialToken(NamedTuple):
     named_by: str
     """What says so: a settings file, or the special tokens of tokenizer.json."""
 
-    def __str__(self) -> str:
-        return f"{self.text} ({self.id}, by {self.named_by})"
-
 
 Specials = tuple[SpecialToken | None, SpecialToken | None]
 """The begin and the end token."""
@@ -86,10 +83,13 @@ def _named(key: str, value: Any, file: Path, tokenizer: tokenizers.Tokenizer) ->
 
 def describe(specials: Specials, data: Data) -> str:
     """What documents begin and end with, in a line for a person."""
-    words = []
-    for verb, token, wanted in zip(("begin", "end"), specials, (data.add_bos, data.add_eos)):
-        words.append(f"{verb} with {token}" if token is not None and wanted else f"{verb} without a token")
-    return f"documents {words[0]}, {words[1]}"
+    used = [token if wanted else None for token, wanted in zip(specials, (data.add_bos, data.add_eos))]
+    words = [
+        f"{verb} without a token" if token is None else f"{verb} with {token.text} ({token.id})"
+        for verb, token in zip(("begin", "end"), used)
+    ]
+    named_by = dict.fromkeys(token.named_by for token in used if token is not None)
+    return f"documents {words[0]}, {words[1]}" + (f"; by {' and '.join(named_by)}" if named_by else "")
 
 
 def missing(specials: Specials, data: Data) -> Iterator[str]:
