@@ -136,7 +136,6 @@ class Generator:
         self._without_text = {*tokenizer.unused_ids, *range(tokenizer.vocab_size, model.args.vocab_size)}
         self._masked = torch.tensor(sorted(self._without_text), device=self.device)
         self.decoder = Decoder(model, compile=self.device.type == "cuda" if compile is None else compile)
-        logger.info(self.decoder.report())
 
     # ---- completions
 

@@ -94,7 +94,9 @@ def load(args: GenerateArgs) -> Generator:
         job.job.description or "no description",
         time.perf_counter() - start,
     )
-    return Generator(model, tokenizer, max_batch_size=args.max_batch_size, compile=args.compile)
+    generator = Generator(model, tokenizer, max_batch_size=args.max_batch_size, compile=args.compile)
+    logger.info(generator.decoder.report())
+    return generator
 
 
 def move_all_but_tables(model: Transformer, device: torch.device) -> None:

@@ -100,8 +100,6 @@ def test_the_lm_eval_command_knows_the_model_through_a_task_file(checkpoint, tmp
         "titan_peer",
         "--model_args",
         f"checkpoint={checkpoint}",
-        "--device",
-        "cpu",
         "--batch_size",
         "8",
     ]
@@ -115,6 +113,7 @@ def test_the_lm_eval_command_knows_the_model_through_a_task_file(checkpoint, tmp
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
+    assert torch.cuda.is_available() or "there is none, so the model is on the CPU" in done.stderr
     assert "sample_text_continuation" in done.stdout
     (report,) = tmp_path.rglob("results_*.json")
     assert 0 <= json.loads(report.read_text(encoding="utf-8"))["results"]["sample_text_continuation"]["acc,none"] <= 1
@@ -123,3 +122,19 @@ def test_the_lm_eval_command_knows_the_model_through_a_task_file(checkpoint, tmp
 def test_an_unknown_task_is_named_with_its_neighbours():
     with pytest.raises(UserError, match=r"no task 'sample_text_copi'.*sample_text_copy"):
         tasks(["sample_text_copi"])
+
+
+def test_a_task_whose_data_must_be_downloaded_is_refused_without_a_network(checkpoint, tmp_path: Path):
+    """By the library's own offline mode; a machine without network gives the same after some tries."""
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_peer.cli", "eval", "--checkpoint", str(checkpoint), "--tasks", "arc_easy"],
+        env={**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    first, advice = done.stderr.splitlines()[-2:]
+    assert first.startswith("error: tasks: arc_easy: its data cannot be loaded: ")
+    assert "run this once where there is a network" in advice and "sample_text_copy" in advice

@@ -101,6 +101,8 @@ def main(args: Sequence[str]) -> int:
     )
     _check(settings)
     evaluations = generative_evaluations(settings)
+    for evaluation in evaluations:
+        evaluation.prepare()
     model, job = load_language_model(
         checkpoint,
         device=options.device,
@@ -108,6 +110,8 @@ def main(args: Sequence[str]) -> int:
         max_new_tokens=settings.max_new_tokens,
         precision=options.precision,
     )
+    if evaluations:
+        logger.info(model.generator.decoder.report())
     if options.output is not None:
         _make_folder(options.output)
     held_out = [
@@ -134,7 +138,10 @@ def main(args: Sequence[str]) -> int:
 
 
 def _source(text: str) -> DataSource:
-    name, _, path = text.rpartition("=")
+    """A set that --perplexity names: [NAME=]PATH; what is there under the whole text is a path."""
+    name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+    if not path:
+        raise UserError(f"--perplexity {text}: needs a path, after NAME= if it is to have a name")
     return DataSource(path=path, name=name)
 
 

@@ -26,10 +26,18 @@ from torch.distributed.tensor import DTensor
 from titan_peer.collectives import new_gloo_group, on_all_processes
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.load import autocast
 from titan_peer.evaluation.results import Result, history_table, plot_history
-from titan_peer.evaluation.suite import Batches, generative_evaluations, held_out_batches, run_one, run_perplexity
+from titan_peer.evaluation.suite import (
+    Batches,
+    GenerativeEvaluation,
+    generative_evaluations,
+    held_out_batches,
+    run_one,
+    run_perplexity,
+)
 from titan_peer.generate import Generator
 from titan_peer.metrics import HeldOutLoss
 from titan_peer.model import ModelArgs, Transformer, rope_table
@@ -45,7 +53,7 @@ class PeriodicEvaluation:
     """The evaluations of a training job.
 
     Raises:
-        UserError: a set cannot be read, a package is missing, or a name is not known.
+        UserError: a set cannot be read, a package is missing, a name is not known, or data cannot be downloaded.
     """
 
     def __init__(self, config: JobConfig, tokenizer: Tokenizer, world: World) -> None:
@@ -56,6 +64,7 @@ class PeriodicEvaluation:
         on_all_processes(lambda: self._open(config))
         # Waiting is done on the CPU, outside the training collectives' timeout.
         self.group = new_gloo_group(_LONGEST_EVALUATION) if world.world_size > 1 else None
+        self._prepare()
 
     def due(self, step: int, is_last: bool) -> bool:
         return is_last or step % self.settings.freq == 0
@@ -117,9 +126,28 @@ class PeriodicEvaluation:
 
     # ---- one call down
 
+    def _prepare(self) -> None:
+        """Each process gets what its share of the evaluations needs; all raise if one cannot."""
+        problem = ""
+        try:
+            with _as_it_was(self.world.device):
+                for evaluation in self._share():
+                    evaluation.prepare()
+        except UserError as error:
+            problem = str(error)
+        problems = [problem]
+        if self.group is not None:
+            problems *= self.world.world_size
+            dist.all_gather_object(problems, problem, group=self.group)
+        if found := list(dict.fromkeys(filter(None, problems))):
+            raise UserError("\n".join(found))
+
+    def _share(self) -> list[GenerativeEvaluation]:
+        return self.evaluations[self.world.rank :: self.world.world_size]
+
     def _run_share(self, model: nn.Module, records: Path, should_stop: Callable[[], bool]) -> list[Result]:
         """Run every world_size-th evaluation on a plain model; returns the results of all processes, in order."""
-        mine = self.evaluations[self.world.rank :: self.world.world_size]
+        mine = self._share()
         try:
             language_model = self._language_model(model, should_stop)
         except Exception as error:  # such as a GPU without room for the whole model

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from titan_peer.errors import UserError
 from titan_peer.evaluation.environment import environment
@@ -32,8 +35,11 @@ except ImportError as error:
         f"lm-eval cannot be imported ({error}); install it with: pip install 'titan_peer[lm-eval]'"
     ) from None
 
+logger = logging.getLogger("titan_peer")
+
 BUNDLED_TASKS = Path(__file__).parent / "lm_eval_tasks"
 _BOOTSTRAP_ITERATIONS = 1000
+_LM_EVALS_DEVICE = "cuda:0"
 _FEWSHOT_SEED = 1234  # lm_eval's own default
 
 
@@ -60,7 +66,7 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
 
             size = 16 if batch_size in (None, "auto") else int(batch_size)
             checkpoint, _ = load_language_model(
-                checkpoint, device=device or "auto", batch_size=size, max_new_tokens=int(max_new_tokens)
+                checkpoint, device=_device(device), batch_size=size, max_new_tokens=int(max_new_tokens)
             )
         self.model = checkpoint
 
@@ -126,6 +132,14 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
         )
 
 
+def _device(asked: str | None) -> str:
+    """The device that the lm_eval command asks for; its default is a GPU, whether there is one or not."""
+    if asked == _LM_EVALS_DEVICE and not torch.cuda.is_available():
+        logger.warning("lm_eval asks for %s, as it does by default; there is none, so the model is on the CPU", asked)
+        return "cpu"
+    return asked or "auto"
+
+
 @contextmanager
 def _quiet_in_a_log() -> Iterator[None]:
     """lm_eval's progress bars belong on a terminal and its messages not on standard output, which is the table's; its
@@ -159,11 +173,31 @@ class LMEvalTask:
 
     def __init__(self, name: str, manager: TaskManager, limit: int = -1) -> None:
         self.name, self.manager, self.limit = name, manager, limit
+        self._loaded: Any = None  # for the first run
         if not manager.match_tasks([name]):
             import difflib
 
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4)
             raise UserError(f"tasks: lm_eval has no task {name!r}; the nearest names: {', '.join(near)}")
+
+    def prepare(self) -> None:
+        """Load its data, which lm_eval downloads for its own tasks.
+
+        Raises:
+            UserError: they cannot be downloaded or read.
+        """
+        if self._loaded is not None:
+            return
+        try:
+            with _quiet_in_a_log():
+                self._loaded = self.manager.load(self.manager.match_tasks([self.name]))
+        except Exception as error:  # of datasets, the network, pyarrow or a task's own code
+            causes = list(_causes(error))
+            lines = [f"{type(e).__name__}: {e}".splitlines()[0] for e in dict.fromkeys([error, causes[-1]])]
+            advice = f"\n{_network_advice()}" if _needs_network(error) else ""
+            raise UserError(
+                f"tasks: {self.name}: its data cannot be loaded: {'; because of '.join(lines)}{advice}"
+            ) from None
 
     def run(self, model: LanguageModel, records: Path | None = None) -> Result:
         """Run it.
@@ -171,7 +205,9 @@ class LMEvalTask:
         Args:
             records: folder for every sample's prompt, answer and scores (JSON lines).
         """
-        loaded = self.manager.load(self.manager.match_tasks([self.name]))
+        self.prepare()
+        loaded, self._loaded = self._loaded, None
+        assert loaded is not None
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
@@ -192,6 +228,27 @@ class LMEvalTask:
                 written = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
                 (records / f"{task}.jsonl").write_bytes(written)
         return Result(self.kind, self.name, dict(_metrics(report, self.name)), _num_samples(report))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, what caused that ..."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _needs_network(error: Exception) -> bool:
+    names = "Connect|Offline|LocalEntryNotFound|Timeout"
+    return any(re.search(names, type(cause).__name__) for cause in _causes(error))
+
+
+def _network_advice() -> str:
+    bundled = ", ".join(sorted(file.stem for file in BUNDLED_TASKS.glob("*.yaml")))
+    return (
+        "data of lm-eval's own tasks are downloaded: run this once where there is a network, so that they are kept in the "
+        f"folder HF_HOME (~/.cache/huggingface), or take tasks that have theirs: {bundled}"
+    )
 
 
 def _metrics(report: dict[str, Any], name: str) -> Sequence[tuple[str, float]]:
@@ -221,7 +278,22 @@ def tasks(names: Sequence[str], *, limit: int = -1, tasks_path: str = "") -> lis
     return [LMEvalTask(name, manager, limit) for name in names]
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """lm_eval's own command; returns the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not _needs_network(error):
+            raise
+        print(f"error: {type(error).__name__}: {error}\n{_network_advice()}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

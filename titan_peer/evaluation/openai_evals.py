@@ -24,7 +24,7 @@ from titan_peer.errors import UserError
 from titan_peer.evaluation.batching import RequestBatcher
 from titan_peer.evaluation.environment import environment
 from titan_peer.evaluation.language_model import LanguageModel
-from titan_peer.evaluation.results import Result
+from titan_peer.evaluation.results import BOOTSTRAP_OF, Result
 from titan_peer.generate import SamplingParams
 
 INSTALL = "pip install 'titan_peer[evals]' && pip install --no-deps evals"
@@ -214,6 +214,9 @@ class OpenAIEval:
                 near = difflib.get_close_matches(name, registry._evals, n=3, cutoff=0.4)
                 raise UserError(f"evals: no eval {name!r} in the registry; the nearest names: {', '.join(near)}")
 
+    def prepare(self) -> None:
+        """Nothing: the package has its data."""
+
     def run(self, model: LanguageModel, records: Path | None = None) -> Result:
         """Run it by generation and, where its answers are a small closed set, also by log-likelihood.
 
@@ -228,7 +231,8 @@ class OpenAIEval:
             if choices := self._closed_answers():
                 by_likelihood = ModelCompletionFn(model, choices)
                 report, _ = self._report(by_likelihood, folder / f"{self.name}.log_likelihood.jsonl")
-                metrics |= {f"{key}_by_log_likelihood": value for key, value in _numbers(report) if key == "accuracy"}
+                wanted = ("accuracy", BOOTSTRAP_OF["accuracy"])
+                metrics |= {f"{key}_by_log_likelihood": value for key, value in _numbers(report) if key in wanted}
         return Result(self.kind, self.name, metrics, samples)
 
     def _report(self, completion_fn: ModelCompletionFn, record_file: Path) -> tuple[Mapping[str, Any], int]:

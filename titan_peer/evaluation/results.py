@@ -6,11 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PREFIX = "evaluation/"
 FAILED = "failed"
 _SHARES = ("acc", "exact_match", "f1")  # beginnings of metrics that lie between 0 and 1
-_BOOTSTRAP = "bootstrap_std"  # of accuracy, as the evals package gives it
+_SAMPLES = "samples"
+# the evals package's standard error of an accuracy, by sampling from its samples
+BOOTSTRAP_OF = {"accuracy": "bootstrap_std", "accuracy_by_log_likelihood": "bootstrap_std_by_log_likelihood"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,15 @@ class Result:
     """Broken off, because the job was told to stop, and so neither a success nor a failure."""
 
     def record(self) -> dict[str, float]:
-        """`evaluation/<kind>/<name>/<metric>`: value; a failed evaluation has the metric `failed` = 1."""
+        """`evaluation/<kind>/<name>/<metric>`: value, and the number of samples as a metric; a failed evaluation has the metric
+        `failed` = 1 only."""
         if self.stopped:
             return {}
         stem = f"{PREFIX}{self.kind}/{self.name}/"
         if self.error:
             return {f"{stem}{FAILED}": 1.0}
-        return {f"{stem}{metric}": value for metric, value in self.metrics.items() if math.isfinite(value)}
+        found = {f"{stem}{metric}": value for metric, value in self.metrics.items() if math.isfinite(value)}
+        return found | ({f"{stem}{_SAMPLES}": float(self.samples)} if found else {})
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
@@ -51,9 +59,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: i
     return "\n".join(lines)
 
 
+def _spread_of(metric: str) -> str:
+    """The metric that has another one's standard error."""
+    name, filtered, filter_name = metric.partition(" (")  # lm_eval's filters
+    return BOOTSTRAP_OF.get(name) or f"{name}_stderr{filtered}{filter_name}"
+
+
 def _is_spread(metric: str) -> bool:
     """Whether it says how sure another metric is."""
-    return metric == _BOOTSTRAP or metric.endswith("_stderr")
+    return metric in BOOTSTRAP_OF.values() or metric.partition(" (")[0].endswith("_stderr")
+
+
+def _with_spread(value: float, spread: float | None) -> str:
+    return _number(value) + ("" if spread is None or not math.isfinite(spread) else f" ± {_number(spread)}")
 
 
 def _number(value: float) -> str:
@@ -71,49 +89,81 @@ def result_table(results: Sequence[Result]) -> str:
         for metric, value in result.metrics.items():
             if _is_spread(metric):
                 continue
-            spread = result.metrics.get(f"{metric}_stderr")
-            if metric == "accuracy":
-                spread = result.metrics.get(_BOOTSTRAP, spread)
-            shown = _number(value) + ("" if spread is None else f" ± {_number(spread)}")
+            shown = _with_spread(value, result.metrics.get(_spread_of(metric)))
             rows.append([result.kind, result.name, metric, shown, *effort])
             effort = ["", ""]
     return _table(["kind", "evaluation", "metric", "value", "samples", "seconds"], rows, numbers_from=3)
 
 
-def _series(records: Sequence[dict[str, float]]) -> dict[str, dict[int, float]]:
-    """Metric name (without the prefix) -> step -> value, in the order of first appearance."""
-    series: dict[str, dict[int, float]] = {}
+@dataclass
+class _Series:
+    """A metric over a run."""
+
+    kind: str
+    name: str
+    metric: str
+    values: dict[int, float] = field(default_factory=dict)
+    """step: value"""
+    spreads: dict[int, float] = field(default_factory=dict)
+    """step: standard error, where it was measured"""
+    samples: int = 0
+    """Those of the newest step."""
+
+    @property
+    def unit(self) -> str:
+        return "tokens" if self.kind == "perplexity" else "samples"
+
+
+def _series(records: Sequence[dict[str, float]]) -> list[_Series]:
+    """Every metric, in the order of first appearance; spreads and numbers of samples stand with theirs."""
+    columns: dict[str, dict[int, float]] = {}
     for record in records:
         for key, value in record.items():
             if key.startswith(PREFIX):
-                series.setdefault(key.removeprefix(PREFIX), {})[int(record["step"])] = value
+                columns.setdefault(key.removeprefix(PREFIX), {})[int(record["step"])] = value
+    series = []
+    for key, values in columns.items():
+        kind, _, rest = key.partition("/")
+        name, _, metric = rest.rpartition("/")
+        if metric == _SAMPLES or _is_spread(metric):
+            continue
+        samples = columns.get(f"{kind}/{name}/{_SAMPLES}", {0: 0})
+        spreads = columns.get(f"{kind}/{name}/{_spread_of(metric)}", {})
+        series.append(_Series(kind, name, metric, values, spreads, int(samples[max(samples)])))
     return series
 
 
 def history_table(records: Sequence[dict[str, float]], max_steps: int = 8) -> str:
-    """A run's evaluations: one row a metric, one column a step (the newest `max_steps`).
+    """A run's evaluations: one row a metric, one column a step (the newest `max_steps`), a value with its standard error.
 
     Args:
         records: those of metrics.jsonl; what is not of an evaluation is passed over.
     """
     series = _series(records)
-    steps = sorted({step for values in series.values() for step in values})[-max_steps:]
+    steps = sorted({step for one in series for step in one.values})[-max_steps:]
     rows = []
-    for key, values in series.items():
-        kind, _, rest = key.partition("/")
-        name, _, metric = rest.rpartition("/")
-        if _is_spread(metric) or not any(step in values for step in steps):
-            continue
-        rows.append([kind, name, metric, *(_number(values[s]) if s in values else "" for s in steps)])
-    return _table(["kind", "evaluation", "metric", *(f"step {s}" for s in steps)], rows, numbers_from=3)
+    for one in series:
+        if any(step in one.values for step in steps):
+            shown = [_with_spread(one.values[s], one.spreads.get(s)) if s in one.values else "" for s in steps]
+            samples = f"{one.samples:,} {one.unit}" if one.samples else ""
+            rows.append([one.kind, one.name, one.metric, samples, *shown])
+    header = ["kind", "evaluation", "metric", "samples", *(f"step {s}" for s in steps)]
+    return _table(header, rows, numbers_from=3)
 
 
 def plot_history(records: Sequence[dict[str, float]], output: Path) -> None:
-    """Every metric against the step, a small panel each, as a PNG; nothing is written without records."""
-    metrics = ((key, values, key.rpartition("/")[2]) for key, values in _series(records).items())
-    series = {key: values for key, values, metric in metrics if metric != FAILED and not _is_spread(metric)}
+    """Every metric against the step, a small panel each, with standard errors, as a PNG; nothing is written without records."""
+    series = [one for one in _series(records) if one.metric != FAILED]
     if not series:
         return
+    figure = _figure(series)
+    figure.savefig(output, dpi=110)
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+
+
+def _figure(series: Sequence[_Series]) -> Figure:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,24 +173,30 @@ def plot_history(records: Sequence[dict[str, float]], output: Path) -> None:
     columns = min(3, len(series))
     num_rows = -(-len(series) // columns)
     figure, axes = plt.subplots(
-        num_rows, columns, figsize=(4 * columns, 2.4 * num_rows), layout="constrained", squeeze=False
+        num_rows, columns, figsize=(4 * columns, 2.6 * num_rows), layout="constrained", squeeze=False
     )
-    steps = sorted({step for values in series.values() for step in values})
-    for panel, (key, values) in zip(axes.flat, series.items()):
-        panel.plot(list(values), list(values.values()), "o-", linewidth=1.2, markersize=3)
-        name, _, metric = key.partition("/")[2].rpartition("/")
-        panel.set_title(f"{name}\n{metric}", fontsize=8)
+    steps = sorted({step for one in series for step in one.values})
+    for panel, one in zip(axes.flat, series):
+        spreads = [one.spreads.get(step, math.nan) for step in one.values]
+        bars = None if all(map(math.isnan, spreads)) else spreads
+        panel.errorbar(
+            list(one.values), list(one.values.values()), bars, fmt="o-", linewidth=1.2, markersize=3, capsize=2
+        )
+        panel.set_title(
+            f"{one.name}\n{one.metric}" + (f", {one.samples:,} {one.unit}" if one.samples else ""), fontsize=8
+        )
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         margin = 0.05 * (steps[-1] - steps[0]) or 1
         panel.set_xlim(steps[0] - margin, steps[-1] + margin)
-        if metric.startswith(_SHARES):
+        if one.metric.startswith(_SHARES):
             panel.set_ylim(-0.03, 1.03)
     for i, panel in enumerate(axes.flat):
         if i >= len(series):
             panel.axis("off")
         elif i + columns >= len(series):  # the lowest of its column
             panel.set_xlabel("step", fontsize=8)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    if any(one.spreads for one in series):
+        figure.suptitle("bars: one standard error to either side", fontsize=8)
+    return figure

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,10 @@ class GenerativeEvaluation(Protocol):
     kind: str
     name: str
 
+    def prepare(self) -> None:
+        """Get what it needs that may be missing, such as data to download; raises UserError."""
+        ...
+
     def run(self, model: LanguageModel, records: Path | None) -> Result: ...
 
 
@@ -53,8 +58,8 @@ def held_out_batches(
     Raises:
         UserError: the set cannot be read.
     """
-    try:
-        return build_validation_dataloader(
+    with _named(key):
+        batches = build_validation_dataloader(
             sources=[source],
             tokenizer=tokenizer,
             seq_len=seq_len,
@@ -63,8 +68,34 @@ def held_out_batches(
             dp_world_size=world_size,
             data=data,
         )
+    return _NamedBatches(batches, key)
+
+
+class _NamedBatches:
+    """Batches of a held-out set, whose errors call it as the user did."""
+
+    def __init__(self, batches: Batches, key: str) -> None:
+        self._batches, self._key = batches, key
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        with _named(self._key):
+            yield from self._batches
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors about the only validation set are about the set `key`; a set on a command line has no keys of its own."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(str(error).replace("validation.sources[0]", key)) from None
+        message = str(error).replace("validation.sources[0]", key)
+        if key.startswith("--"):
+            message = message.replace(f"{key}.path = ", f"{key} ")
+            message, advice, _ = message.partition(f"; {key}.on_bad_document")
+            message += (
+                "; a set in a job's [[evaluation.perplexity]] may have text_key and on_bad_document" if advice else ""
+            )
+        raise UserError(message) from None
 
 
 def generative_evaluations(settings: Evaluation) -> list[GenerativeEvaluation]:
@@ -107,6 +138,8 @@ def _guarded(kind: str, name: str, run: Callable[[], Result]) -> Result:
         result = run()
     except EvaluationStoppedError as stop:
         return Result(kind, name, error=str(stop), stopped=True)
+    except UserError as error:  # says all that there is to say
+        result = Result(kind, name, error=str(error))
     except Exception as error:
         logger.error("evaluation %s of %s failed", name, kind, exc_info=error)
         result = Result(kind, name, error=f"{type(error).__name__}: {error}")
