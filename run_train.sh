@@ -8,6 +8,7 @@
 #   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES without them
 #   MAX_RESTARTS   times that all processes are started anew, from the newest checkpoint, after one was lost (default: 0)
 #   PYTHON         the interpreter                      (default: python)
+#   OMP_WAIT_POLICY, GOMP_SPINCOUNT, KMP_BLOCKTIME       how threads wait on a CPU (default: they sleep, OMP_WAIT_POLICY=PASSIVE)
 set -euo pipefail
 
 if [[ -n ${CONFIG_FILE:-} ]]; then set -- --job.config_file "${CONFIG_FILE}" "$@"; fi
@@ -47,6 +48,8 @@ whole_number NODE_RANK "${NODE_RANK}" 0
 whole_number MAX_RESTARTS "${MAX_RESTARTS}" 0
 [[ ${LOG_RANK} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = ${LOG_RANK}: must be ranks of this machine, such as 0 or 0,1"
 ((NODE_RANK < NNODES)) || fail "NODE_RANK = ${NODE_RANK}: must be less than NNODES = ${NNODES}"
+# threads that spin while they wait collapse on busy cores; the same as titan_peer/cpu_threads.py
+if [[ -z ${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-} ]]; then export OMP_WAIT_POLICY=PASSIVE; fi
 
 if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
     # A dry run: one process plays rank 0 of all.

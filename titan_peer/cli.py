@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 from titan_peer.characters import write_every_character
 from titan_peer.command_line import wrapped
+from titan_peer.cpu_threads import let_waiting_threads_sleep
 from titan_peer.errors import UserError
 
 # command: (module, what it does)
@@ -65,6 +66,8 @@ def versions() -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit status (2 for bad input)."""
     write_every_character()
+    if "torch" not in sys.modules:
+        let_waiting_threads_sleep()
     words = list(sys.argv[1:] if args is None else args)
     try:
         return _run(words)

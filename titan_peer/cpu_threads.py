@@ -1,0 +1,18 @@
+"""How OpenMP's threads wait for each other. To be said before torch is imported, which loads OpenMP.
+
+A thread that has done its part of a loop spins until the others are done. On cores that other programs use too, it spins for as
+long as one of the others is without a core, in every short loop; generation and training then take many times as long. Threads
+that sleep meanwhile cost next to nothing on idle cores (benchmarks/busy_cores.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def let_waiting_threads_sleep() -> None:
+    """In this process and those it starts, unless the user has set how threads wait; run_train.sh does the same."""
+    if not any(os.environ.get(name) for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
