@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from titan_peer.collectives import new_gloo_group, on_all_processes
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.load import autocast
 from titan_peer.evaluation.results import Result, history_table, plot_history
@@ -64,7 +63,7 @@ class PeriodicEvaluation:
         on_all_processes(lambda: self._open(config))
         # Waiting is done on the CPU, outside the training collectives' timeout.
         self.group = new_gloo_group(_LONGEST_EVALUATION) if world.world_size > 1 else None
-        self._prepare()
+        on_all_processes(self._prepare, self.group)
 
     def due(self, step: int, is_last: bool) -> bool:
         return is_last or step % self.settings.freq == 0
@@ -127,20 +126,10 @@ class PeriodicEvaluation:
     # ---- one call down
 
     def _prepare(self) -> None:
-        """Each process gets what its share of the evaluations needs; all raise if one cannot."""
-        problem = ""
-        try:
-            with _as_it_was(self.world.device):
-                for evaluation in self._share():
-                    evaluation.prepare()
-        except UserError as error:
-            problem = str(error)
-        problems = [problem]
-        if self.group is not None:
-            problems *= self.world.world_size
-            dist.all_gather_object(problems, problem, group=self.group)
-        if found := list(dict.fromkeys(filter(None, problems))):
-            raise UserError("\n".join(found))
+        """Get what this process's share of the evaluations needs."""
+        with _as_it_was(self.world.device):
+            for evaluation in self._share():
+                evaluation.prepare()
 
     def _share(self) -> list[GenerativeEvaluation]:
         return self.evaluations[self.world.rank :: self.world.world_size]
