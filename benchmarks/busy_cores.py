@@ -138,7 +138,9 @@ def table(found: Found, beside: Sequence[int]) -> str:
     header = ["setting"]
     for work, others in columns:
         what = "ms per token" if work == "generate" else "ms per step"
-        header.append(f"{work}, {what}, {f'beside {others} busy processes' if others else 'alone'}")
+        header.append(
+            f"{work}, {what}, {f'beside {others} busy processes' if others else 'no process started beside it'}"
+        )
     rows = [[name, *(_spread(found[name, *column]) for column in columns)] for name in SETTINGS]
     return markdown_table(header, rows)
 
