@@ -24,6 +24,7 @@ from titan_peer.checkpoint_inference import load_model_for_inference
 from titan_peer.export import export_checkpoint
 from titan_peer.generate import Generator, SamplingParams
 from titan_peer.model import QueryBatchNorm, Transformer
+from titan_peer.ops import product_key_retrieve
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -395,6 +396,18 @@ def test_statistics_and_scales_stay_float32_in_a_model_of_any_dtype(
     assert all(dtypes[name] == dtype for name in dtypes.keys() - kept)
     with torch.no_grad():
         assert theirs(random_tokens(1, 10)).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("variant", ["two axes"], indirect=True)
+def test_router_scores_are_not_rounded_in_a_bfloat16_model(folder: Path) -> None:
+    peer = loaded(folder).to(torch.bfloat16).layers[1].peer
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        scores, _ = peer.retrieve(x, None)
+        queries = peer.query_norm(peer.wq(x).unflatten(-1, (-1, peer.peer["query_dim"])), None)
+        keys = [axis.float() for axis in peer.sub_keys]
+        wanted, _ = product_key_retrieve(queries.float(), keys, peer.peer["num_experts_per_tok"])
+    torch.testing.assert_close(scores, wanted, **EXACT)
 
 
 # ---- training

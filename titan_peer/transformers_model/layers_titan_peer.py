@@ -250,7 +250,7 @@ class PEER(nn.Module):
                 part = F.normalize(part, dim=-1)
             if peer["norm_keys"]:
                 keys = F.normalize(keys, dim=-1) * math.sqrt(self.axis_dim)
-            products = (part.transpose(0, 1) @ keys.mT).float().transpose(0, 1)  # [T, H, n]
+            products = (part.float().transpose(0, 1) @ keys.float().mT).transpose(0, 1)  # [T, H, n]: never rounded
             best = products.topk(min(k, keys.shape[1]), dim=-1)
             if axis == 0:
                 scores, indices = best.values, best.indices
