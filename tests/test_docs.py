@@ -102,7 +102,11 @@ CANNOT_RUN = [
         "reads 100,000 documents over the network",
         instead(r"HuggingFaceFW/fineweb-edu --source.subset sample-10BT", "assets/sample_text/train.jsonl"),
     ),
-    Reason(r"hellaswag", "downloads its data", instead("hellaswag", "sample_text_copy")),
+    Reason(
+        r"hellaswag",
+        "downloads its data",
+        instead("hellaswag", "titan_peer/evaluation/lm_eval_tasks/sample_text_copy.yaml"),
+    ),
     Reason(
         r"--source\.path HuggingFaceFW/",
         "reads a dataset over the network",
