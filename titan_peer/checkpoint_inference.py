@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_peer.checkpoint_choice import find_checkpoint
 from titan_peer.checkpoint_files import (
@@ -27,6 +27,7 @@ from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.model import Transformer, rope_table
+from titan_peer.parallelize import matrices
 from titan_peer.saved_job import read_saved_job
 
 logger = logging.getLogger("titan_peer")
@@ -45,7 +46,8 @@ def load_model_for_inference(
 
     Args:
         device: where the parameters are put.
-        dtype: of the parameters; None takes float32, the dtype they were trained in. Buffers stay float32.
+        dtype: of the expert tables and of the matrices, which training multiplies in it; None takes float32, the dtype they
+            were trained in. Gains, embeddings, sub-keys and buffers, which training does not round, stay float32.
         mmap_tables: on a CPU, use the expert tables where they lie in the checkpoint's files, read when they are used and
             shared by all processes that do so. Tables keep the dtype they are stored in; checksums, which would read
             everything, are not compared, sizes are. Not for tables that several processes saved in parts.
@@ -64,7 +66,8 @@ def load_model_for_inference(
     weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables)
     model.load_state_dict(weights, strict=False, assign=True)
     if job.model.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
+        head = model.tok_embeddings.weight
+        model.output.weight = head if dtype in (None, head.dtype) else nn.Parameter(head.to(dtype))
     model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
     model.requires_grad_(False).eval()
     return model, job, tokenizer
@@ -89,7 +92,8 @@ def _inference_weights(
 ) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a model on the meta device, with the checkpoint's values."""
     reader = SafeReader(folder)
-    parameters = {name for name, _ in model.named_parameters()}
+    multiplied = matrices(model)
+    low_precision = {name for name, parameter in model.named_parameters() if parameter in multiplied}
     tied = {"output.weight"} if model.args.tie_embeddings else set()
     prefix = "model."
     stored = {n.removeprefix(prefix): s for n, s in stored_shapes(reader).items() if n.startswith(prefix)}
@@ -110,7 +114,8 @@ def _inference_weights(
             except NotMappableError as reason:
                 logger.warning("%s: %s %s and is loaded, not mapped", folder, name, reason)
         if name not in tied:
-            weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if name in parameters else tensor.dtype)
+            cast = is_table or name in low_precision
+            weights[name] = torch.empty_like(tensor, device=device, dtype=dtype if cast else tensor.dtype)
         if is_table:
             prefer_huge_pages(weights[name])
     read_tensors(folder, {f"{prefix}{name}": t for name, t in weights.items()}, no_dist=True)

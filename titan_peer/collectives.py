@@ -27,6 +27,7 @@ _all_gather_autograd = getattr(functional, "all_gather_single_autograd", None) o
 _reduce_scatter_autograd = (
     getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
 )
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -39,6 +40,11 @@ def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum of all processes' `whole` [group x T, ...], of which each gets its [T, ...]; the backward pass all-gathers."""
     return _reduce_scatter_autograd(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
+
+
+def sum_and_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`reduce_scatter` without gradients, inside of compiled graphs or not."""
+    return _reduce_scatter(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 
 def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

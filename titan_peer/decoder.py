@@ -25,6 +25,7 @@ from titan_peer.ops.latent_attention import (
     flash_mla_schedule,
     flash_mla_unavailable_reason,
 )
+from titan_peer.parallelize import autocast
 
 logger = logging.getLogger("titan_peer")
 
@@ -34,6 +35,9 @@ Form = Literal["expanded", "absorbed"]
 class Decoder:
     """Runs a model over new tokens of sequences whose earlier tokens are in a `LatentCache`.
 
+    Computes as training does: matrices are multiplied in the dtype of the model's head (autocast, if that is a low one), all
+    else in float32.
+
     Args:
         compile: compile the decode step's blocks (the first tokens then take as long as the compiler).
     """
@@ -41,6 +45,7 @@ class Decoder:
     def __init__(self, model: Transformer, *, compile: bool) -> None:
         self.model, self.compile = model, compile
         self.device = model.tok_embeddings.weight.device
+        self.precision = autocast(self.device, model.output.weight.dtype)
         mla = model.args.mla
         shape = (mla.kv_lora_rank, mla.qk_rope_head_dim)
         self.no_flash_mla = flash_mla_unavailable_reason(self.device, self.cache_dtype(), *shape)
@@ -54,7 +59,7 @@ class Decoder:
         """That of the latents the model makes."""
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
-        return self.model.tok_embeddings.weight.dtype
+        return self.model.output.weight.dtype
 
     def new_cache(self, num_blocks: int) -> LatentCache:
         return LatentCache(self.model.args, num_blocks, self.device, self.cache_dtype())
@@ -69,10 +74,16 @@ class Decoder:
     def whole(self, tokens: Tensor) -> Tensor:
         """Run whole sequences without a cache: int64 [B, S] -> [B, S, D], normed; padding belongs on the right."""
         rope = self.model.rope[None, : tokens.shape[1]]
-        x = self.model.tok_embeddings(tokens)
-        for block in self.model.layers:
-            x = block(x, rope, None, self.model.shared_experts)
-        return self.model.norm(x)
+        with self.precision():
+            x = self.model.tok_embeddings(tokens)
+            for block in self.model.layers:
+                x = block(x, rope, None, self.model.shared_experts)
+            return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D], normed -> float32 [..., vocab]."""
+        with self.precision():
+            return self.model.output(hidden).float()
 
     def __call__(self, tokens: Tensor, step: CacheStep, cache: LatentCache, form: Form | None = None) -> Tensor:
         """Run new tokens, and put their latents into the cache.
@@ -92,11 +103,12 @@ class Decoder:
             if tokens.shape[1] == 1 and self.no_flash_mla is None and cache.dtype == torch.bfloat16:
                 schedule = flash_mla_schedule(step.lengths, model.args.mla.n_heads)
         rope = model.rope[step.positions]  # [B, S, 2, qk_rope_head_dim / 2]
-        x = model.tok_embeddings(tokens)
-        for block, pool in zip(model.layers, cache.layers):
-            assert isinstance(block, Block)
-            x = block_forward(block, x, rope, pool, step, form, schedule, model.shared_experts)
-        return model.norm(x)
+        with self.precision():
+            x = model.tok_embeddings(tokens)
+            for block, pool in zip(model.layers, cache.layers):
+                assert isinstance(block, Block)
+                x = block_forward(block, x, rope, pool, step, form, schedule, model.shared_experts)
+            return model.norm(x)
 
 
 def _block(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from titan_peer.expert_usage import ExpertUsage
 from titan_peer.model import PEERArgs, Transformer
 from titan_peer.ops import cross_entropy
 from titan_peer.optimizer import Optimizers
-from titan_peer.parallelize import World, compute_dtype, init_world, parallelize
+from titan_peer.parallelize import World, autocast, compute_dtype, init_world, parallelize
 from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.tensor_ledger import Collective, TensorLedger, Traffic
 from titan_peer.units import bytes_text
@@ -198,7 +198,7 @@ class _Step:
             with ledger.booked_as("activations"):
                 shape = (training.local_batch_size, training.seq_len)
                 batch = [torch.zeros(shape, dtype=torch.int64, device=self.world.device) for _ in range(3)]
-                with self._autocast():
+                with autocast(self.world.device, self.dtype)():
                     loss = self.model(*batch)
                 ledger.kind = "activations"
                 loss.backward()
@@ -209,11 +209,6 @@ class _Step:
             self.optimizers.exchange_expert_gradients()
         with ledger.booked_as("update workspace"):
             self.optimizers.clip_and_step(training.max_norm, row_scale=1 / self.world.world_size)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32 or self.world.mesh is not None:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=self.dtype)
 
 
 def report(config: JobConfig, world_size: int) -> str:

@@ -258,7 +258,7 @@ class Generator:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> float32 [..., vocab]; ids without an entry in the tokenizer have none of the probability."""
-        logits = self.model.output(hidden).float()
+        logits = self.decoder.logits(hidden)
         return logits.index_fill(-1, self._masked, float("-inf")) if len(self._masked) else logits
 
     def _sampler(self, sequences: list[_Sequence]) -> Sampler:

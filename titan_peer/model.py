@@ -7,7 +7,8 @@ Notable choices:
 - Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
 - Padding teaches nothing: it is left out of batch-norm statistics, retrieves no experts and has no label.
 - No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
-- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside.
+- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What must not be computed in
+  the precision of matrix products says so itself: norms, rotary positions, router scores, gates.
 
 Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts a head, K = H*k experts a token, N experts,
 C product-key axes, E expert hidden size.
@@ -231,6 +232,11 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # Parts of a block
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is: for what the compute dtype would round too much."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * gain (arXiv 1910.07467), computed in float32 whatever the dtypes of input and gain."""
 
@@ -328,21 +334,20 @@ class QueryBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.empty(num_heads, query_dim))
 
     def forward(self, queries: Tensor, is_token: Tensor | None = None) -> Tensor:
-        """queries [T, H, query_dim] -> the same shape and dtype; statistics in the dtype of the buffers, float32.
+        """queries [T, H, query_dim] -> the same shape and dtype.
 
         Args:
             is_token: bool [T], false for padding, which the statistics leave out. None: no padding.
         """
-        q = queries.to(self.running_mean.dtype)
         if self.training:
-            mean, var, count = self.statistics(q, is_token)
+            mean, var, count = self.statistics(queries, is_token)
             with torch.no_grad():
                 momentum = self.momentum * (count > 0).to(mean.dtype)  # nothing is learnt from padding alone
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var, momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        return ((q - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
+        return ((queries - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
 
     def statistics(self, q: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of the tokens of all replicas, [H, query_dim] each; 0, 0, 0 where there are none."""
@@ -424,8 +429,11 @@ class PEER(nn.Module):
         self.experts = None if args.share_experts else Experts(dim, args)
 
     def retrieve(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k]."""
-        queries = self.wq(x).unflatten(-1, (self.num_heads, self.query_dim))  # [T, H, query_dim]
+        """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k].
+
+        All that decides which experts are chosen is float32: norm, queries, sub-keys and scores.
+        """
+        queries = wide(self.wq(x)).unflatten(-1, (self.num_heads, self.query_dim))  # [T, H, query_dim]
         if isinstance(self.query_norm, QueryBatchNorm):
             queries = self.query_norm(queries, is_token)
         elif self.query_norm is not None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -116,6 +119,23 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which matrices are multiplied in `dtype`, and nothing else is: see docs/distributed.md, Precision.
+
+    Weights that are cast are not kept for a second use, which no weight has: they would stay until the context ends.
+    """
+    if dtype == torch.float32:
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=dtype, cache_enabled=False)
+
+
+def matrices(module: nn.Module) -> set[Any]:
+    """Weights that nothing but a matrix product reads, in the compute dtype: those of linear layers, but not a tied head.
+    All others (gains, embeddings, sub-keys, expert tables) are read as they are."""
+    embeddings = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {m.weight for m in module.modules() if isinstance(m, nn.Linear)} - embeddings
+
+
 def apply_compile(model: Transformer) -> None:
     """Compile every block in place, without graph breaks, and the loss. Equal blocks share one compilation."""
     for block in model.layers:
@@ -132,7 +152,11 @@ def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
 def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dtype, *, offload: bool) -> None:
     """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global.
 
+    Blocks' matrices are gathered in the compute dtype, in which the forward pass under `autocast` would cast them anyway. What
+    must not be rounded is gathered in float32, together with the head, once a step.
+
     Args:
+        param_dtype: the compute dtype.
         offload: keep the shards, their gradients and moments in the host's memory.
     """
     mesh, everyone = world.mesh, dist.group.WORLD
@@ -148,16 +172,17 @@ def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dty
             module.gather_from_replicas = gather
     options: dict[str, Any] = {
         "mesh": mesh,
-        # rope and router scores stay float32: inputs are not cast
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
-        "ignored_params": {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()},
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
+    tables = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    of_blocks = matrices(model.layers)
+    # The whole first: it takes the parameters in all modules that the blocks, then, are told to leave alone.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, reshard_after_forward=False, ignored_params=tables | of_blocks, mp_policy=policy, **options)
+    others = set(model.parameters()) - of_blocks
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        fully_shard(block, ignored_params=others, mp_policy=policy, **options)
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:

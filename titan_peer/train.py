@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optimizer import Optimizers, local
-from titan_peer.parallelize import World, compute_dtype, init_world, materialize, parallelize
+from titan_peer.parallelize import World, autocast, compute_dtype, init_world, materialize, parallelize
 from titan_peer.profiling import Profiler
 from titan_peer.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.schedule import learning_rate_factor, schedule_cuts, schedule_phases
@@ -103,6 +102,7 @@ class Trainer:
         self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
         precompute_scales_after_step(model, self.optimizers.adamw, config.float8)
         self.dtype = compute_dtype(training.mixed_precision_param, self.device)
+        self.precision = autocast(self.device, self.dtype)
 
         self.step, self.tokens_seen = 0, 0
         self.checkpointer = Checkpointer(config, model, self.optimizers)
@@ -337,7 +337,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             self._synchronise_gradients_only_on(last=i == len(micro_batches) - 1)
-            with self._autocast():
+            with self.precision():
                 micro_loss = self.model(*self._inputs(batch))
             # FSDP averages gradients over processes: n_processes makes that the sum the global mean needs
             (micro_loss * (n_processes / learnt_tokens.item())).backward()
@@ -409,7 +409,7 @@ class Trainer:
         """That of the training model on this process's batches, all processes together."""
 
         def summed_loss(batch: dict[str, Tensor]) -> Tensor:
-            with self._autocast():
+            with self.precision():
                 return self.model(*self._inputs(batch))
 
         self.model.eval()
@@ -445,11 +445,6 @@ class Trainer:
 
     def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
         return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32 or self.world.mesh is not None:  # FSDP casts by itself
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _synchronise_gradients_only_on(self, last: bool) -> None:
         if self.world.mesh is not None:

@@ -88,10 +88,9 @@ def _retrieval_tasks(config: JobConfig, device: torch.device, T: int) -> Iterato
 
     peer = config.model.peer
     H, k, axis_dim = peer.num_heads, peer.num_experts_per_tok, peer.query_dim // len(peer.product_key_dim)
-    dtype = compute_dtype(config.training.mixed_precision_param, device)
-    queries = torch.randn(T, H, peer.query_dim, device=device, dtype=dtype)
+    queries = torch.randn(T, H, peer.query_dim, device=device)  # float32 in every precision, as the sub-keys are
     key_sets, n = H if peer.keys_per_head else 1, peer.product_key_dim[0]
-    sub_keys = [torch.randn(key_sets, size, axis_dim, device=device, dtype=dtype) for size in peer.product_key_dim]
+    sub_keys = [torch.randn(key_sets, size, axis_dim, device=device) for size in peer.product_key_dim]
     dvalues = torch.randn(T, H, k, device=device)
     chosen = torch.randint(peer.num_experts, (T, H, k), device=device)
     gradient = torch.empty(key_sets * n, 1, axis_dim, device=device)

@@ -45,6 +45,7 @@ def _all_questions() -> dict[str, Any]:
     with one_gloo_thread():
         dist.init_process_group("gloo")
     found = {"compare": _compare_sharded_with_whole(), "exchange": _exchanges(), "traffic": _forward_traffic()}
+    found["bfloat16"] = _bfloat16_errors()
     threads = [_gloo_threads()]
     dist.barrier(new_gloo_group(datetime.timedelta(seconds=60)))  # its thread runs and has its name
     found["threads"] = [*threads, _gloo_threads()]
@@ -117,6 +118,38 @@ def test_sharded_experts_compute_what_whole_ones_do(on_four: OnFour) -> None:
     for found in on_four["compare"]:
         assert found.keys() == {"y", "dx", "dgates", "dexpert_down", "dexpert_up"}
         assert max(found.values()) < 1e-12, found
+
+
+def _bfloat16_errors() -> dict[str, list[float]]:
+    """Of outputs and input gradients of bfloat16 tokens: the error of whole and of sharded tables against float64."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
+    own = slice(rank * T, (rank + 1) * T)
+    x, indices, gates, dy = _tokens(world_size)
+    x, gates, dy = x.detach().bfloat16(), gates.detach().float(), dy.bfloat16()
+    results = []
+    for kind in ("exact", "whole", "sharded"):
+        experts = _experts() if kind == "exact" else _experts().float()
+        if kind == "sharded":
+            parallelize_module(experts, mesh, ExpertParallel())
+        own_x, own_gates = (x.double(), gates.double()) if kind == "exact" else (x, gates)
+        own_x = own_x[own].requires_grad_()
+        y = experts(own_x, indices[own], own_gates[own])
+        (dx,) = torch.autograd.grad(y, own_x, dy[own].to(y.dtype))
+        assert kind == "exact" or y.dtype == dx.dtype == torch.bfloat16
+        results.append((y.detach().double(), dx.double()))
+    exact = results[0]
+    return {
+        name: [((result[i] - exact[i]).norm() / exact[i].norm()).item() for result in results[1:]]
+        for i, name in enumerate(("y", "dx"))
+    }
+
+
+def test_parts_of_bfloat16_sums_are_added_in_float32(on_four: OnFour) -> None:
+    for found in on_four["bfloat16"]:
+        for name, (whole, sharded) in found.items():
+            assert 1e-4 < whole < 3e-3, (name, whole)  # one rounding to bfloat16
+            assert sharded == pytest.approx(whole, rel=0.02), name
 
 
 def _exchange(num_experts: int, tokens: int, absent: bool) -> tuple[bool, float, bool]:
@@ -209,8 +242,10 @@ def test_exchange_is_two_copies_of_the_tokens_whatever_k_is(on_four: OnFour) -> 
     for found in on_four["traffic"]:
         for elements, places in zip(found, (8, 128)):
             bfloat16 = sum(count for name, count in elements.items() if "bfloat16" in name)
-            assert bfloat16 == 2 * tokens * dim  # the tokens out, the sums back
-            assert sum(elements.values()) - bfloat16 == 2 * tokens * places  # int32 indices and float32 gates
+            assert bfloat16 == tokens * dim  # the tokens out
+            float32 = sum(count for name, count in elements.items() if "float32" in name)
+            assert float32 == tokens * dim + tokens * places  # the parts of the sums back; gates
+            assert sum(elements.values()) - bfloat16 - float32 == tokens * places  # int32 indices
 
 
 # ---- what is held

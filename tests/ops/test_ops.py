@@ -271,6 +271,6 @@ def test_rowwise_without_a_collector_says_what_to_do() -> None:
 def test_operators_obey_the_rules_of_custom_ops() -> None:
     x, indices, gates, down, up, _ = inputs(5, 3, 9, 1, 8, 8)
     arguments = [t.requires_grad_() if t.is_floating_point() else t for t in (x, indices, gates, down, up)]
-    torch.library.opcheck(torch.ops.titan_peer.peer_experts.default, (*arguments, "gelu", False))
+    torch.library.opcheck(torch.ops.titan_peer.peer_experts.default, (*arguments, "gelu", False, torch.float32))
     queries, keys = torch.randn(5, 2, 8, requires_grad=True), [torch.randn(2, 6, 4) for _ in range(2)]
     torch.library.opcheck(torch.ops.titan_peer.product_key_retrieve.default, (queries, keys, 3))

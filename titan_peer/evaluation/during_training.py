@@ -27,7 +27,6 @@ from titan_peer.collectives import new_gloo_group, on_all_processes
 from titan_peer.config import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.evaluation.language_model import LanguageModel
-from titan_peer.evaluation.load import autocast
 from titan_peer.evaluation.results import Result, history_table, plot_history
 from titan_peer.evaluation.suite import (
     Batches,
@@ -40,7 +39,7 @@ from titan_peer.evaluation.suite import (
 from titan_peer.generate import Generator
 from titan_peer.metrics import HeldOutLoss
 from titan_peer.model import ModelArgs, Transformer, rope_table
-from titan_peer.parallelize import World, compute_dtype
+from titan_peer.parallelize import World, autocast, compute_dtype
 
 logger = logging.getLogger("titan_peer")
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +11,7 @@ from titan_peer.config import JobConfig
 from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.generate import Generator
-from titan_peer.parallelize import compute_dtype
+from titan_peer.parallelize import autocast, compute_dtype
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,11 +25,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device = {name}: there is no CUDA device here; use cpu")
     return device
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which matmuls of float32 weights are computed in `dtype`."""
-    return nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype=dtype)
 
 
 def load_language_model(

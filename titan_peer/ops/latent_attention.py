@@ -22,12 +22,13 @@ def attend_to_latents(q: Tensor, cached: Tensor, mask: Tensor | None, scale: flo
         cached: [B, L, kv_lora_rank + qk_rope_head_dim].
         mask: bool [B, 1, S, L]; None: query s sees the first s + 1.
     Returns:
-        [B, S, H, kv_lora_rank], weighted sums of latents, dtype of q; the softmax is float32.
+        [B, S, H, kv_lora_rank], weighted sums of latents, dtype of q; scores and softmax are float32.
     """
     S, H = q.shape[1:3]
     if mask is None:
         mask = torch.ones(S, cached.shape[1], dtype=torch.bool, device=q.device).tril()[None, None]
-    scores = (q.flatten(1, 2) @ cached.transpose(1, 2)).float() * scale  # [B, S * H, L]
+    with torch.autocast(q.device.type, enabled=False):  # which would round the scores
+        scores = q.flatten(1, 2).float() @ cached.transpose(1, 2).float() * scale  # [B, S * H, L]
     scores = scores.unflatten(1, (S, H)).masked_fill(~mask.transpose(1, 2), float("-inf"))
     weights = scores.softmax(dim=-1).to(q.dtype).flatten(1, 2)
     return (weights @ cached[..., :kv_lora_rank]).unflatten(1, (S, H))

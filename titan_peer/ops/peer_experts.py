@@ -54,27 +54,42 @@ def peer_experts(
         raise ValueError(
             f"indices {list(indices.shape)} and gates {list(gates.shape)} must both be [T, K] with T = {x.shape[0]}"
         )
-    return _forward(x, indices, gates, expert_down, expert_up, activation, rowwise)[0]
+    return forward_op(x, indices, gates, expert_down, expert_up, activation, rowwise, x.dtype)[0]
 
 
 @torch.library.custom_op("titan_peer::peer_experts", mutates_args=())
-def _forward(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, rowwise: bool
+def forward_op(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    rowwise: bool,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """y in `sum_dtype` (float32 where y is one part of a sum), and the pre-activations z."""
     with torch.autocast(x.device.type, enabled=False):
-        return backend_for(x, down).peer_forward(x, indices, gates, down, up, activation)
+        return backend_for(x, down).peer_forward(x, indices, gates, down, up, activation, sum_dtype)
 
 
-@_forward.register_fake
+@forward_op.register_fake
 def _(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, rowwise: bool
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    rowwise: bool,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     z = x.new_empty((*indices.shape, down.shape[1]), dtype=reference.accumulation_dtype(x.dtype))
-    return x.new_empty(x.shape[0], up.shape[2]), z
+    return x.new_empty(x.shape[0], up.shape[2], dtype=sum_dtype), z
 
 
 @torch.library.custom_op("titan_peer::peer_experts_backward", mutates_args=())
-def _backward_op(
+def backward_op(
     dy: Tensor,
     x: Tensor,
     indices: Tensor,
@@ -84,12 +99,13 @@ def _backward_op(
     up: Tensor,
     activation: str,
     rowwise: bool,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables' collector: a
+    """dx (in `sum_dtype`), dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables' collector: a
     side effect that no compiler sees, as safe as the op is opaque and its other results are always needed."""
     with torch.autocast(x.device.type, enabled=False):
         backend = backend_for(x, down)
-        dx, dgates, dz, hidden = backend.peer_backward(dy, x, indices, gates, z, down, up, activation)
+        dx, dgates, dz, hidden = backend.peer_backward(dy, x, indices, gates, z, down, up, activation, sum_dtype)
         if rowwise:
             RowGradients.of(down).record(indices, dz, hidden, x, dy)
             return dx, dgates, down.new_empty(0), up.new_empty(0)
@@ -98,7 +114,7 @@ def _backward_op(
         return dx, dgates, ddown, dup
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -109,27 +125,30 @@ def _(
     up: Tensor,
     activation: str,
     rowwise: bool,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, dtype=sum_dtype)
     if rowwise:
         # While a compiler traces, the table is a stand-in without a collector; a dry run's fake table has one.
         collector = RowGradients.find(down)
         if collector is not None:
             collector.record(indices, torch.empty_like(z), torch.empty_like(z), x, dy)
-        return torch.empty_like(x), torch.empty_like(gates), down.new_empty(0), up.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(gates), torch.empty_like(down), torch.empty_like(up)
+        return dx, torch.empty_like(gates), down.new_empty(0), up.new_empty(0)
+    return dx, torch.empty_like(gates), torch.empty_like(down), torch.empty_like(up)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, indices, gates, down, up, ctx.activation, ctx.rowwise = inputs
+    x, indices, gates, down, up, ctx.activation, ctx.rowwise, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, indices, gates, output[1], down, up)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, indices, gates, z, down, up = ctx.saved_tensors
-    dx, dgates, ddown, dup = _backward_op(dy.contiguous(), x, indices, gates, z, down, up, ctx.activation, ctx.rowwise)
+    factors = (dy.contiguous(), x, indices, gates, z, down, up)
+    dx, dgates, ddown, dup = backward_op(*factors, ctx.activation, ctx.rowwise, x.dtype)
     tables = (None, None) if ctx.rowwise else (ddown, dup)
-    return dx, None, dgates, *tables, None, None
+    return dx, None, dgates, *tables, None, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -35,8 +35,8 @@ def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) ->
         sub_keys: one tensor [H, n_c, Q_c] an axis, or [1, n_c, Q_c] if the heads share them.
         k: experts a head.
     Returns:
-        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. The backward
-        touches only the chosen sub-keys.
+        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. Scores are float32
+        whatever the dtype of queries and sub-keys. The backward touches only the chosen sub-keys.
     Raises:
         ValueError: k or a shape does not fit.
     """

@@ -83,7 +83,7 @@ def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tup
     for t in range(0, T, slice_size):
         rows = slice(t, t + slice_size)
         scores = [
-            torch.matmul(part[rows].transpose(0, 1), keys.transpose(1, 2)).to(dtype)  # [H, slice, n_c]
+            torch.matmul(part[rows].transpose(0, 1).to(dtype), keys.transpose(1, 2).to(dtype))  # [H, slice, n_c]
             for part, keys in zip(parts, sub_keys)
         ]
         best_values, best_indices = product_key_topk(scores, k)
@@ -160,28 +160,42 @@ def _token_slices(T: int, K: int, row_elements: int) -> Iterator[slice]:
 
 
 def peer_forward(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, D_out] in x's dtype and pre-activations z [T, K, E] in the accumulation dtype."""
+    """Output [T, D_out] in `sum_dtype` (None: x's) and pre-activations z [T, K, E] in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     T, K = indices.shape
-    y = torch.empty(T, up.shape[2], dtype=x.dtype, device=x.device)
+    y = torch.empty(T, up.shape[2], dtype=sum_dtype or x.dtype, device=x.device)
     z = torch.empty(T, K, down.shape[1], dtype=dtype, device=x.device)
     for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
         present, chosen = (indices[rows] >= 0).unsqueeze(-1), indices[rows].clamp_min(0)
         z[rows] = torch.einsum("td,tked->tke", x[rows].to(dtype), down[chosen].to(dtype)) * present
         hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)  # act(0) = 0 where none is present
-        y[rows] = torch.einsum("tke,tkeo->to", hidden, up[chosen].to(dtype)).to(x.dtype)
+        y[rows] = torch.einsum("tke,tkeo->to", hidden, up[chosen].to(dtype)).to(y.dtype)
     return y, z
 
 
 def peer_backward(
-    dy: Tensor, x: Tensor, indices: Tensor, gates: Tensor, z: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [T, D], dgates [T, K], dz [T, K, E], and hidden = gates * act(z) [T, K, E], of which the tables' gradients are
+    """dx [T, D] in `sum_dtype` (None: x's), dgates [T, K], dz [T, K, E], and hidden = gates * act(z) [T, K, E], of which the tables' gradients are
     sums of outer products: d down[n] = sum dz x^T, d up[n] = sum hidden dy^T over the pairs (t, j) that chose n."""
     dtype = accumulation_dtype(x.dtype)
-    dx, dgates, dz = torch.empty_like(x), torch.empty_like(gates), torch.empty_like(z)
+    dx, dgates, dz = torch.empty_like(x, dtype=sum_dtype), torch.empty_like(gates), torch.empty_like(z)
     activated = activate(z, activation)
     wide_gates = gates.to(dtype).unsqueeze(-1)
     T, K = indices.shape
@@ -190,7 +204,7 @@ def peer_backward(
         u = torch.einsum("to,tkeo->tke", dy[rows].to(dtype), up[chosen].to(dtype)) * present
         dgates[rows] = (u * activated[rows]).sum(-1).to(gates.dtype)
         dz[rows] = wide_gates[rows] * u * activation_derivative(z[rows], activation)
-        dx[rows] = torch.einsum("tke,tked->td", dz[rows], down[chosen].to(dtype)).to(x.dtype)
+        dx[rows] = torch.einsum("tke,tked->td", dz[rows], down[chosen].to(dtype)).to(dx.dtype)
     return dx, dgates, dz, wide_gates * activated
 
 

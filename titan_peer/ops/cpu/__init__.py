@@ -58,7 +58,13 @@ def _float(t: Tensor) -> Tensor:
 
 
 def peer_forward(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     (T, K), (N, E, D), O = indices.shape, down.shape, up.shape[2]
     y, z = torch.empty(T, O), torch.empty(T, K, E)
@@ -70,11 +76,19 @@ def peer_forward(
     )
     if outside:
         raise IndexError(f"indices: up to {int(indices.max())}; must be at most {N - 1}")
-    return y.to(x.dtype), z
+    return y.to(sum_dtype or x.dtype), z
 
 
 def peer_backward(
-    dy: Tensor, x: Tensor, indices: Tensor, gates: Tensor, z: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, K), (_, E, D), O = indices.shape, down.shape, up.shape[2]
     dx, dgates, dz, hidden = torch.empty(T, D), torch.empty(T, K), torch.empty_like(z), torch.empty_like(z)
@@ -89,7 +103,7 @@ def peer_backward(
         hidden,
         *(T, K, E, D, O, _ACTIVATIONS[activation]),
     )
-    return dx.to(x.dtype), dgates.to(gates.dtype), dz, hidden
+    return dx.to(sum_dtype or x.dtype), dgates.to(gates.dtype), dz, hidden
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
@@ -186,15 +200,16 @@ def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tup
     ranks = _candidates(tuple(best_k), k)
     values, indices = torch.empty(T, H, k), torch.empty(T, H, k, dtype=torch.int64)
     slice_size = min(max(16, _SCORE_ELEMENTS // (H * max(sizes))), max(T, 1))
-    parts = queries.transpose(0, 1).split([keys.shape[2] for keys in sub_keys], dim=-1)  # C x [H, T, Q_c]
-    buffers = [torch.empty(H * n * slice_size, dtype=queries.dtype) for n in sizes]
+    sub_keys = [_float(keys) for keys in sub_keys]
+    parts = _float(queries).transpose(0, 1).split([keys.shape[2] for keys in sub_keys], dim=-1)  # C x [H, T, Q_c]
+    buffers = [torch.empty(H * n * slice_size) for n in sizes]
     for t in range(0, T, slice_size):
         tokens = min(slice_size, T - t)
         scores = []
         for part, keys, n, buffer in zip(parts, sub_keys, sizes, buffers):
             axis_scores = buffer[: H * tokens * n].view(H, tokens, n)
             torch.bmm(part[:, t : t + tokens], keys.expand(H, -1, -1).transpose(1, 2), out=axis_scores)
-            scores.append(_float(axis_scores))
+            scores.append(axis_scores)
         pointers = torch.tensor([axis_scores.data_ptr() for axis_scores in scores], dtype=torch.int64)
         shape = (len(sub_keys), ranks, ranks.shape[0], H, tokens, k)
         results = (values[t : t + tokens], indices[t : t + tokens])

@@ -43,20 +43,34 @@ def description() -> str:
 
 
 def peer_forward(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     z = torch.empty(*indices.shape, down.shape[1], dtype=torch.float32, device=x.device)
-    y = _gather_dot_sum("experts_forward", x, indices, gates, z, down, up, activation, None)
-    return y.to(x.dtype), z
+    return _gather_dot_sum("experts_forward", x, indices, gates, z, down, up, activation, None, sum_dtype), z
 
 
 def peer_backward(
-    dy: Tensor, x: Tensor, indices: Tensor, gates: Tensor, z: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz, hidden, dgates = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
-    dx = _gather_dot_sum("experts_backward", dy, indices, gates, z, up, down, activation, (dz, hidden, dgates))
+    sum_dtype, outputs = sum_dtype or x.dtype, (dz, hidden, dgates)
+    dx = _gather_dot_sum("experts_backward", dy, indices, gates, z, up, down, activation, outputs, sum_dtype)
     summed = dgates.squeeze(-1) if z.shape[2] == 1 else dgates.sum(-1)
-    return dx.to(x.dtype), summed.to(gates.dtype), dz, hidden
+    return dx, summed.to(gates.dtype), dz, hidden
 
 
 def _gather_dot_sum(
@@ -69,16 +83,18 @@ def _gather_dot_sum(
     summed: Tensor,
     activation: str,
     outputs: tuple[Tensor, Tensor, Tensor] | None,
+    sum_dtype: torch.dtype | None,
 ) -> Tensor:
-    """The sums [T, O]: in the vectors' dtype, or float32 where they were made in parts."""
+    """The sums [T, O], in `sum_dtype` (None: the vectors')."""
+    sum_dtype = sum_dtype or vectors.dtype
     (T, K), (_, E, D), O = indices.shape, dotted.shape, summed.shape[2]
     launch = tuning.launch_for(tuning.problem(kernel, dotted, K, E, D), vectors.device)
     places = K * E
     splits = tuning.num_splits(vectors.device, T, triton.cdiv(places, launch.block)) if places else 1
     chunk = triton.cdiv(triton.cdiv(places, launch.block), splits) * launch.block
-    out = torch.empty(splits, T, O, dtype=vectors.dtype if splits == 1 else torch.float32, device=vectors.device)
+    out = torch.empty(splits, T, O, dtype=sum_dtype if splits == 1 else torch.float32, device=vectors.device)
     if T == 0:
-        return out[0]
+        return out[0].to(sum_dtype)
     with torch.cuda.device_of(vectors):
         experts.gather_dot_sum[(T, splits)](
             vectors.contiguous(),
@@ -103,7 +119,7 @@ def _gather_dot_sum(
             STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )
-    return out[0] if splits == 1 else out.sum(0)
+    return out[0] if splits == 1 else out.sum(0).to(sum_dtype)
 
 
 # ---- table gradients from their factors
@@ -291,14 +307,13 @@ def rowwise_adamw_(
 
 def _by_matmul(variant: str, n: int, axis_dim: int, best: int, dtype: torch.dtype) -> bool:
     """Whether an axis' scores are stored and searched by torch.topk. They have to where the best would not fit registers
-    or a tile of keys shared memory; by rule they are for short axes, where there is little to save, and for float32
-    products in full precision, which tensor cores do not have."""
+    or a tile of keys shared memory; by rule they are for short axes, where there is little to save. Scores are float32
+    either way."""
     if best > 64 or axis_dim * dtype.itemsize > 512:
         return True
     if variant:
         return variant == "matmul"
-    full_precision = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return n < 4 * best or full_precision
+    return n < 4 * best
 
 
 def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -361,7 +376,8 @@ def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -
     if T == 0:
         return
     keys = keys.contiguous()
-    full_precision = torch.get_float32_matmul_precision() == "highest"  # of float32 keys: slow, but what was asked for
+    # three products of parts make up what tensor cores cut off from float32
+    full_precision = torch.get_float32_matmul_precision() == "highest"
     with torch.cuda.device_of(queries):
         retrieval.best_sub_keys[(triton.cdiv(T, launch.block), H)](
             queries,
@@ -393,7 +409,7 @@ def _axis_topk_by_matmul(queries: Tensor, keys: Tensor, values: Tensor, indices:
     size = max(1, _SCORE_BYTES // (4 * H * keys.shape[1]))
     for t in range(0, T, size):
         span = slice(t, t + size)
-        scores = torch.matmul(queries[span].transpose(0, 1), keys.transpose(1, 2)).float()  # [H, slice, n]
+        scores = torch.matmul(queries[span].transpose(0, 1).float(), keys.transpose(1, 2).float())  # [H, slice, n]
         top = scores.topk(values.shape[2], dim=-1, sorted=True)
         values[span] = top.values.transpose(0, 1)
         indices[span] = top.indices.transpose(0, 1)

@@ -109,7 +109,7 @@ def by_rule(p: Problem) -> Launch:
         block = max(1, min(8, 8192 // (width * p.dtype.itemsize), triton.next_power_of_2(p.K * p.E)))
         return Launch(block, _warps_for(p.D, p.dtype.itemsize))
     if p.kernel == "best_sub_keys":
-        return Launch(64 if width <= 128 else 32, 4)
+        return Launch(64 if width * p.dtype.itemsize <= 256 else 32, 4)
     # Table kernels: half the table's rows are used twice or more in a step of the size they are built for.
     block = 4 if width > 256 else 8
     return Launch(block, max(1, min(8, width // 256)))
