@@ -12,8 +12,10 @@ from torch import Tensor
 
 from titan_peer.ops import reference
 from titan_peer.ops.backends import backend_for
+from titan_peer.ops.checks import require_dtype, require_one_device, require_pairs_fit
 from titan_peer.ops.row_gradients import RowGradients
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
@@ -41,7 +43,7 @@ def peer_experts(
     Returns:
         [T, D_out], dtype of x; sums are float32.
     Raises:
-        ValueError: a shape or the activation does not fit. IndexError: an index beyond the tables (CPU).
+        ValueError: a shape, dtype, device or the activation does not fit. IndexError: an index beyond the tables (CPU).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
@@ -54,6 +56,7 @@ def peer_experts(
         raise ValueError(
             f"indices {list(indices.shape)} and gates {list(gates.shape)} must both be [T, K] with T = {x.shape[0]}"
         )
+    require_one_device(x=x, indices=indices, gates=gates, expert_down=expert_down, expert_up=expert_up)
     return forward_op(x, indices, gates, expert_down, expert_up, activation, rowwise, x.dtype)[0]
 
 
@@ -69,6 +72,10 @@ def forward_op(
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y in `sum_dtype` (float32 where y is one part of a sum), and the pre-activations z."""
+    require_dtype("indices", indices, (torch.int64,))
+    for name, tensor in (("x", x), ("gates", gates), ("expert_down", down), ("expert_up", up)):
+        require_dtype(name, tensor, _FLOATS)
+    require_pairs_fit(indices.numel(), down.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         return backend_for(x, down).peer_forward(x, indices, gates, down, up, activation, sum_dtype)
 

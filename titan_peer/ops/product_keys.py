@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titan_peer.ops import reference
 from titan_peer.ops.backends import backend_for
+from titan_peer.ops.checks import require_dtype, require_one_device, require_pairs_fit
 
 
 def product_key_topk(scores: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -44,6 +45,10 @@ def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) ->
     if sum(keys.shape[2] for keys in sub_keys) != queries.shape[2]:
         dims = [keys.shape[2] for keys in sub_keys]
         raise ValueError(f"sub_keys have the dims {dims}: their sum must be that of a query, {queries.shape[2]}")
+    for axis, keys in enumerate(sub_keys):
+        if keys.shape[0] not in (1, queries.shape[1]):
+            raise ValueError(f"sub_keys[{axis}] has {keys.shape[0]} sets: must be 1 or one a head, {queries.shape[1]}")
+        require_one_device(queries=queries, sub_keys=keys)
     if queries.is_floating_point() and any(keys.dtype != queries.dtype for keys in sub_keys):
         sub_keys = [keys.to(queries.dtype) for keys in sub_keys]
     return _retrieve(queries, list(sub_keys), k)
@@ -51,6 +56,9 @@ def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) ->
 
 @torch.library.custom_op("titan_peer::product_key_retrieve", mutates_args=())
 def _retrieve(queries: Tensor, sub_keys: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    require_dtype("queries", queries, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    for keys in sub_keys:  # chosen sub-keys are numbered over all heads
+        require_pairs_fit(queries.shape[0] * queries.shape[1] * k, keys.shape[0] * keys.shape[1])
     with torch.autocast(queries.device.type, enabled=False):
         return backend_for(queries).retrieve_forward(queries, sub_keys, k)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_peer.ops.checks import require_pairs_fit
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 _SLICE_ELEMENTS = 1 << 22  # most elements of a slice's gathered rows (16 MiB in float32)
@@ -214,7 +215,10 @@ def peer_backward(
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
     """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert; pairs of
     negative index are left out."""
+    require_pairs_fit(indices.numel(), num_experts)
     sorted_experts, order = indices.reshape(-1).sort(stable=True)
+    if sorted_experts.numel() and int(sorted_experts[-1]) >= num_experts:
+        raise IndexError(f"indices: up to {int(sorted_experts[-1])}; must be at most {num_experts - 1}")
     absent = int((sorted_experts < 0).sum())
     sorted_experts, order = sorted_experts[absent:], order[absent:]
     row_ids, counts = torch.unique_consecutive(sorted_experts, return_counts=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_peer.ops.backends import backend_for
+from titan_peer.ops.checks import require_adamw_state, require_one_device
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 _collectors: weakref.WeakValueDictionary[int, RowGradients] = weakref.WeakValueDictionary()
@@ -163,7 +164,16 @@ def rowwise_adamw_(
         pairs, weights [T, K, E], vectors [T, D]: row n's gradient is grad_scale * sum over its pairs of weights x vectors.
         bias_correction1, bias_correction2: 1 - beta ** step.
         seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element): repeatable.
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or param or a moment is not contiguous.
     """
+    require_adamw_state(param, exp_avg, exp_avg_sq)
+    require_one_device(param=param, order=pairs.order, weights=weights, vectors=vectors)
+    if (weights.shape[2], vectors.shape[1]) != param.shape[1:]:
+        raise ValueError(
+            f"weights {list(weights.shape)} and vectors {list(vectors.shape)}: must be [T, K, E] and [T, D] for param "
+            f"{list(param.shape)}"
+        )
     backend_for(param).rowwise_adamw_(
         param,
         exp_avg,

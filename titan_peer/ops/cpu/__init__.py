@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from titan_peer.ops import reference
+from titan_peer.ops.checks import require_adamw_state, require_pairs_fit
 from titan_peer.ops.cpu import build
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCORE_ELEMENTS = 1 << 20  # scores made at a time: 4 MiB, so that they are still in cache when the best are taken
 
 
@@ -36,11 +38,21 @@ def description() -> str:
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> int:
-    """Call a kernel: tensors as pointers to their (contiguous) data, integers as int64, floats as float32."""
+    """Call a kernel: tensors as pointers to their data, integers as int64, floats as float32.
+
+    Raises:
+        ValueError: a tensor's memory is not what a kernel can step through.
+    """
     converted: list[object] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            assert argument.is_contiguous() and argument.device.type == "cpu"
+            if not argument.is_contiguous() or argument.device.type != "cpu":
+                where = f"strides {argument.stride()} on {argument.device}"
+                raise ValueError(f"{name}: a tensor {list(argument.shape)} has {where}, must be contiguous on cpu")
+            if argument.data_ptr() % argument.element_size():
+                raise ValueError(
+                    f"{name}: a tensor {list(argument.shape)} lies at an address that is no multiple of its element size"
+                )
             converted.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:
             converted.append(ctypes.c_void_p(None))
@@ -55,6 +67,14 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> int:
 
 def _float(t: Tensor) -> Tensor:
     return t.float().contiguous()
+
+
+def _int64(t: Tensor) -> Tensor:
+    return t.long().contiguous()
+
+
+def _int32(t: Tensor) -> Tensor:
+    return t.int().contiguous()
 
 
 def peer_forward(
@@ -72,7 +92,7 @@ def peer_forward(
     kernel, dtype = "titan_peer_forward", _DTYPES[down.dtype]
     tables = (down.contiguous(), up.contiguous())
     outside = _call(
-        kernel, dtype, _float(x), indices.contiguous(), _float(gates), *tables, y, z, *shape, _ACTIVATIONS[activation]
+        kernel, dtype, _float(x), _int64(indices), _float(gates), *tables, y, z, *shape, _ACTIVATIONS[activation]
     )
     if outside:
         raise IndexError(f"indices: up to {int(indices.max())}; must be at most {N - 1}")
@@ -92,7 +112,7 @@ def peer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, K), (_, E, D), O = indices.shape, down.shape, up.shape[2]
     dx, dgates, dz, hidden = torch.empty(T, D), torch.empty(T, K), torch.empty_like(z), torch.empty_like(z)
-    inputs = (_float(dy), indices.contiguous(), _float(gates), z, down.contiguous(), up.contiguous())
+    inputs = (_float(dy), _int64(indices), _float(gates), _float(z), down.contiguous(), up.contiguous())
     _call(
         "titan_peer_backward",
         _DTYPES[down.dtype],
@@ -108,12 +128,13 @@ def peer_backward(
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
     P = indices.numel()
+    require_pairs_fit(P, num_experts)
     scratch = torch.empty(4, P, dtype=torch.int32)
     order, row_ids = torch.empty(P, dtype=torch.int32), torch.empty(P, dtype=torch.int32)
     run_starts = torch.empty(P + 1, dtype=torch.int32)
     R = _call(
         "titan_peer_sort_pairs",
-        indices.contiguous(),
+        _int64(indices),
         P,
         num_experts,
         scratch[:2],
@@ -122,6 +143,8 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
         row_ids,
         run_starts,
     )
+    if R < 0:
+        raise IndexError(f"indices: up to {int(indices.max())}; must be at most {num_experts - 1}")
     return SortedPairs(order[: int(run_starts[R])], row_ids[:R], run_starts[: R + 1], torch.tensor(R))
 
 
@@ -130,10 +153,14 @@ def _factors(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> tuple[int,
     return pairs.row_ids.numel(), _float(weights), _float(vectors), (K, E, vectors.shape[1])
 
 
+def _runs(pairs: SortedPairs) -> tuple[Tensor, Tensor, Tensor]:
+    return _int32(pairs.order), _int32(pairs.row_ids), _int32(pairs.run_starts)
+
+
 def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
     R, weights, vectors, shape = _factors(pairs, weights, vectors)
     wide = out if out.dtype == torch.float32 else torch.zeros(out.shape)
-    runs = (pairs.order, pairs.row_ids, pairs.run_starts, R)
+    runs = (*_runs(pairs), R)
     _call("titan_peer_table_gradient", *runs, weights, vectors, wide, int(compact), *shape)
     if wide is not out:
         out.copy_(wide)
@@ -148,7 +175,7 @@ def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Ten
 def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:
     R, weights, vectors, shape = _factors(pairs, weights, vectors)
     squares = torch.empty(R, dtype=torch.float64)
-    _call("titan_peer_row_norms", pairs.order, pairs.run_starts, R, weights, vectors, squares, *shape)
+    _call("titan_peer_row_norms", _int32(pairs.order), _int32(pairs.run_starts), R, weights, vectors, squares, *shape)
     return squares.sum().float()
 
 
@@ -174,12 +201,13 @@ def rowwise_adamw_(
     per_row = exp_avg_sq.ndim == 1
     second_moment = (None, exp_avg_sq) if per_row else (exp_avg_sq, None)
     moments = (param, exp_avg, *second_moment)
-    runs = (pairs.order, pairs.row_ids, pairs.run_starts, R, weights, vectors)
+    runs = (*_runs(pairs), R, weights, vectors)
     numbers = (float(grad_scale), lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2)
+    require_adamw_state(param, exp_avg, exp_avg_sq)
     _call(
         "titan_peer_rowwise_adamw",
-        _DTYPES[param.dtype],
-        _DTYPES[exp_avg.dtype],
+        _STATE_DTYPES[param.dtype],
+        _STATE_DTYPES[exp_avg.dtype],
         *moments,
         *runs,
         *shape,
@@ -231,7 +259,7 @@ def retrieve_backward(
         stride_below //= keys.shape[1]
         shape = (T, H, indices.shape[2], *keys.shape, Q, stride_below)
         parts = (flat_queries[start:], wide_keys, flat_dqueries[start:], gradient)
-        _call("titan_peer_retrieve_backward", dvalues, indices.contiguous(), *parts, places, *shape)
+        _call("titan_peer_retrieve_backward", dvalues, _int64(indices), *parts, places, *shape)
         dkeys.append(gradient.to(keys.dtype))
         start += keys.shape[2]
     return flat_dqueries.view(T, H, Q).to(queries.dtype), dkeys

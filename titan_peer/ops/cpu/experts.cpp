@@ -339,7 +339,7 @@ void titan_peer_backward(int64_t dtype, const float* dy, const int64_t* indices,
     dtype == 0 ? run(float()) : dtype == 1 ? run(bfloat16()) : run(float16());
 }
 
-// Stable radix sort of the P pairs by expert, without those of negative index; cost follows P and the digits of N, never N. Returns the number of runs.
+// Stable radix sort of the P pairs by expert, without those of negative index; cost follows P and the digits of N, never N. Returns the number of runs, or -1 if an index is not below N.
 // Work space: keys and swap, [2, P] each.
 int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint32_t* keys, int32_t* swap,
                               int32_t* order, int32_t* row_ids, int32_t* run_starts) {
@@ -349,11 +349,14 @@ int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint
     uint32_t *key_in = keys, *key_out = keys + P;
     int32_t *place_in = swap, *place_out = swap + P;
     int64_t present = 0;
+    bool outside = false;
     for (int64_t i = 0; i < P; ++i) {
         key_in[present] = uint32_t(indices[i]);
         place_in[present] = int32_t(i);
         present += indices[i] >= 0;
+        outside |= indices[i] >= N;
     }
+    if (outside) return -1;
     P = present;
     std::vector<int64_t> start(kBuckets);
     for (int digit = 0; digit < digits; ++digit) {

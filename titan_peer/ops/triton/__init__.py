@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from titan_peer.ops import reference, settings
+from titan_peer.ops.checks import require_adamw_state, require_contiguous, require_pairs_fit
 from titan_peer.ops.sorted_pairs import SortedPairs
 from titan_peer.ops.triton import adamw, experts, pairs, retrieval, rows, tuning
 
@@ -129,6 +130,7 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
     """As the reference's, but order, row_ids and run_starts are as long as they can get, [P], [P] and [P + 1] with
     P = T * K; what lies behind the pairs that are present, and behind the runs, means nothing."""
     P, device = indices.numel(), indices.device
+    require_pairs_fit(P, num_experts)
     wanted = indices.reshape(-1)
     # int32 halves the sort's passes; absent pairs go last, so that the others begin at 0
     keys, order = torch.where(wanted < 0, num_experts, wanted).int().sort(stable=True)
@@ -172,6 +174,7 @@ def _rows_last_contiguous(vectors: Tensor) -> Tensor:
 
 
 def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
+    require_contiguous("out", out)
     constants = _row_launch("table_gradient", pairs, weights, vectors, out)
     vectors = _rows_last_contiguous(vectors)
     programs = constants.pop("programs")
@@ -212,6 +215,8 @@ def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Ten
 
 def _add_gradient(indices: Tensor, weights: Tensor, vectors: Tensor, out: Tensor) -> None:
     (K, E), D, P = weights.shape[1:], vectors.shape[1], indices.numel()
+    require_pairs_fit(P, out.shape[0])
+    require_contiguous("out", out)
     if P == 0:
         return
     vectors = _rows_last_contiguous(vectors)
@@ -272,6 +277,7 @@ def rowwise_adamw_(
     bias_correction2: float,
     seed: int,
 ) -> None:
+    require_adamw_state(param, exp_avg, exp_avg_sq)
     constants = _row_launch("adamw", pairs, weights, vectors, param)
     vectors = _rows_last_contiguous(vectors)
     programs = constants.pop("programs")
@@ -305,11 +311,12 @@ def rowwise_adamw_(
 # ---- retrieval
 
 
-def _by_matmul(variant: str, n: int, axis_dim: int, best: int, dtype: torch.dtype) -> bool:
+def _by_matmul(variant: str, keys: Tensor, best: int) -> bool:
     """Whether an axis' scores are stored and searched by torch.topk. They have to where the best would not fit registers
     or a tile of keys shared memory; by rule they are for short axes, where there is little to save. Scores are float32
     either way."""
-    if best > 64 or axis_dim * dtype.itemsize > 512:
+    n, axis_dim = keys.shape[1:]
+    if best > 64 or axis_dim * keys.element_size() > 512 or keys.numel() >= 2**31:  # the kernel's offsets are int32
         return True
     if variant:
         return variant == "matmul"
@@ -370,7 +377,7 @@ def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -
     (T, H, axis_dim), n, best = queries.shape, keys.shape[1], values.shape[2]
     problem = tuning.problem("best_sub_keys", keys, best, 1, axis_dim)
     launch = tuning.launch_for(problem, queries.device)
-    if _by_matmul(launch.variant, n, axis_dim, best, keys.dtype):
+    if _by_matmul(launch.variant, keys, best):
         _axis_topk_by_matmul(queries, keys, values, indices)
         return
     if T == 0:
