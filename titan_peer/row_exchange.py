@@ -48,6 +48,12 @@ def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGr
     for collector in collectors:
         if collector.is_empty:
             continue
+        dense = collector.take_dense()  # all processes have had as many tokens, and have folded them or not
+        if dense is not None:
+            for part in dense[:2]:
+                dist.all_reduce(part, group=group)
+            dist.all_reduce(dense[2], dist.ReduceOp.MAX, group=group)
+            continue
         indices, dz, hidden, x, dy = collector.factors()
         if compact:
             indices, dz, hidden = _compact(indices, dz, hidden, group)

@@ -72,7 +72,7 @@ def main() -> None:
         )
     launch = rule("adamw", D, f32)
     by_row = {"K": K, "E": 1, "D": D, "BLOCK_P": launch.block, "BLOCK_D": D}
-    split = {"COMPACT": False, "SPLITS": 1}
+    split = {"COMPACT": False, "ADD": True, "SPLITS": 1}
     results["write_gradient"] = compiled(rows.write_gradient, launch.num_warps, {**by_row, **split})
     results["add_gradient"] = compiled(rows.add_gradient, 4, by_row)
     results["sum_squares"] = compiled(rows.sum_squares, launch.num_warps, by_row, out_ptr="*fp64")

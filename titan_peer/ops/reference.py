@@ -248,11 +248,16 @@ def _gradient_rows(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Iter
         first = last
 
 
-def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
-    """Gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other."""
+def table_gradient(
+    pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
+) -> None:
+    """Gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other.
+
+    With `add`, to what stands in dense float32 `out` already.
+    """
     for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
         where = rows if compact else pairs.row_ids[rows].long()
-        out[where] = gradient.to(out.dtype)
+        out[where] = gradient.to(out.dtype) + out[where] if add else gradient.to(out.dtype)
 
 
 def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:

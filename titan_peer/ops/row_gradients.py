@@ -4,6 +4,9 @@ The gradient of a table is a sum of outer products over the step's (token, exper
 d up[n] = sum hidden dy_t^T. Instead of gradient rows (as many numbers as the touched rows have weights) a step keeps the
 factors: dz and hidden [T, K, E], x [T, D], dy [T, D_out]. Norm and update read them, row by row, through the pairs sorted
 by expert; no gradient row is ever stored, and what processes exchange follows the tokens, not the experts.
+
+Where a step has so many tokens that their factors would take more memory than dense gradients of both tables, factors are folded into
+those: one micro-batch's at a time from then on.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class RowGradients:
         self._buffers: tuple[Tensor, ...] | None = None
         self._replacement: tuple[Tensor, ...] | None = None
         self._sorted: SortedPairs | None = None
+        # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last takes absent places)
+        self._dense: tuple[Tensor, Tensor, Tensor] | None = None
         self.num_tokens = 0
         _collectors[_memory_of(expert_down)] = self
 
@@ -72,9 +77,12 @@ class RowGradients:
         return self.num_tokens == 0
 
     def record(self, indices: Tensor, dz: Tensor, hidden: Tensor, x: Tensor, dy: Tensor) -> None:
-        """Add one backward pass' factors (copied)."""
+        """Add one backward pass' factors (copied, or folded into dense gradients)."""
         new = (indices, dz, hidden, x, dy)
         first, last = self.num_tokens, self.num_tokens + indices.shape[0]
+        if self._dense is not None or last * _bytes_per_token(new) > self._dense_bytes:
+            self._fold(new)
+            return
         if self._buffers is None or self._buffers[0].shape[0] < last or self._buffers[3].dtype != x.dtype:
             grown = tuple(torch.empty(last, *f.shape[1:], dtype=f.dtype, device=f.device) for f in new)
             for old, buffer in zip(self._buffers or (), grown):
@@ -86,13 +94,58 @@ class RowGradients:
         self._sorted = None
 
     def clear(self) -> None:
-        """Forget the step's gradient; the buffers stay for the next."""
+        """Forget the step's gradient; the memory stays for the next."""
         self.num_tokens, self._replacement, self._sorted = 0, None, None
+        for tensor in self._dense or ():
+            tensor.zero_()
+
+    def _fold(self, new: tuple[Tensor, ...]) -> None:
+        """Add factors to dense gradients; the first time those that were kept, whose buffers are given up."""
+        if self._dense is None:
+            kept, self._buffers = self.factors(), None
+            tables = (self.expert_down, self.expert_up)
+            down, up = (torch.zeros(table.shape, dtype=torch.float32, device=table.device) for table in tables)
+            is_used = torch.zeros(down.shape[0] + 1, dtype=torch.uint8, device=down.device)
+            self._dense = (down, up, is_used)
+            if kept and kept[0].shape[0]:
+                self._add_to_dense(kept)
+        self._add_to_dense(new)
+        self.num_tokens += new[0].shape[0]
+        self._sorted = None
+
+    def _add_to_dense(self, factors: tuple[Tensor, ...]) -> None:
+        assert self._dense is not None
+        (down, up, is_used), (indices, dz, hidden, x, dy) = self._dense, factors
+        backend, num_experts = backend_for(self.expert_down), down.shape[0]
+        pairs = backend.sort_pairs(indices, num_experts)
+        backend.table_gradient(pairs, dz, x, down, add=True)
+        backend.table_gradient(pairs, hidden, dy, up, add=True)
+        is_used.scatter_(0, torch.where(indices < 0, num_experts, indices).flatten(), 1)
+
+    def take_dense(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Dense gradients of both tables and uint8 [N + 1], 1 for rows with a gradient, to be changed in place, for instance
+        summed over processes; None where the gradient is kept as factors."""
+        self._sorted = None
+        return self._dense
+
+    @property
+    def _dense_bytes(self) -> int:
+        return 4 * (self.expert_down.numel() + self.expert_up.numel())
 
     def factors(self) -> tuple[Tensor, ...]:
-        """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all tokens recorded."""
+        """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all tokens recorded.
+
+        Dense gradients as factors, without a copy: a row [E, D] is E tokens, each with one expert (none, -1, if the row has no
+        gradient), of weight 1 in one hidden neuron.
+        """
         if self._replacement is not None:
             return self._replacement
+        if self._dense is not None:
+            down, up, is_used = self._dense
+            num_experts, E, _ = down.shape
+            rows = torch.where(is_used[:-1].bool(), torch.arange(num_experts, device=down.device), -1)
+            ones = torch.eye(E, device=down.device).repeat(num_experts, 1).unsqueeze(1)  # [N * E, 1, E]
+            return rows.repeat_interleave(E).unsqueeze(1), ones, ones, down.flatten(0, 1), up.flatten(0, 1)
         if self._buffers is None:
             return ()
         return tuple(buffer[: self.num_tokens] for buffer in self._buffers)
@@ -135,6 +188,10 @@ class RowGradients:
             backend.table_gradient(pairs, weights, vectors, out, compact=True)
             rows.append(out)
         return self.sorted().row_ids[: rows[0].shape[0]], rows[0], rows[1]
+
+
+def _bytes_per_token(factors: tuple[Tensor, ...]) -> int:
+    return sum(factor[0].numel() * factor.element_size() if factor.shape[0] else 0 for factor in factors)
 
 
 def rowwise_adamw_(

@@ -157,11 +157,13 @@ def _runs(pairs: SortedPairs) -> tuple[Tensor, Tensor, Tensor]:
     return _int32(pairs.order), _int32(pairs.row_ids), _int32(pairs.run_starts)
 
 
-def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
+def table_gradient(
+    pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
+) -> None:
     R, weights, vectors, shape = _factors(pairs, weights, vectors)
     wide = out if out.dtype == torch.float32 else torch.zeros(out.shape)
     runs = (*_runs(pairs), R)
-    _call("titan_peer_table_gradient", *runs, weights, vectors, wide, int(compact), *shape)
+    _call("titan_peer_table_gradient", *runs, weights, vectors, wide, int(compact), int(add), *shape)
     if wide is not out:
         out.copy_(wide)
 

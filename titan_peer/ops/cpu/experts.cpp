@@ -234,6 +234,9 @@ struct Factors {
 
     void row(int64_t run, float* __restrict out) const {
         std::fill(out, out + E * D, 0.0f);
+        add_row(run, out);
+    }
+    void add_row(int64_t run, float* __restrict out) const {
         for (int32_t i = run_starts[run]; i < run_starts[run + 1]; ++i) {
             int64_t pair = order[i];
             const float* vector = vectors + pair / K * D;
@@ -389,13 +392,16 @@ int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint
     return R;
 }
 
-// Gradient rows into out [*, E, D]: at their own number (compact) or at their expert's.
+// Gradient rows into out [*, E, D]: at their own number (compact) or at their expert's; or added to what is there.
 void titan_peer_table_gradient(const int32_t* order, const int32_t* row_ids, const int32_t* run_starts, int64_t R,
-                               const float* weights, const float* vectors, float* out, int64_t compact, int64_t K,
-                               int64_t E, int64_t D, int64_t threads) {
+                               const float* weights, const float* vectors, float* out, int64_t compact, int64_t add,
+                               int64_t K, int64_t E, int64_t D, int64_t threads) {
     Factors factors{order, run_starts, weights, vectors, K, E, D};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-    for (int64_t r = 0; r < R; ++r) factors.row(r, out + (compact ? r : int64_t(row_ids[r])) * E * D);
+    for (int64_t r = 0; r < R; ++r) {
+        float* to = out + (compact ? r : int64_t(row_ids[r])) * E * D;
+        add ? factors.add_row(r, to) : factors.row(r, to);
+    }
 }
 
 // Squared norms of the gradient rows into squares [R]; the caller sums them in order.

@@ -173,7 +173,9 @@ def _rows_last_contiguous(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
-def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False) -> None:
+def table_gradient(
+    pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
+) -> None:
     require_contiguous("out", out)
     constants = _row_launch("table_gradient", pairs, weights, vectors, out)
     vectors = _rows_last_contiguous(vectors)
@@ -193,11 +195,12 @@ def table_gradient(pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Te
             vectors.stride(0),
             out.numel(),
             COMPACT=compact,
+            ADD=add and splits == 1,
             SPLITS=splits,
             **constants,
         )
     if splits > 1:
-        out.copy_(parts.sum(0))
+        out.add_(parts.sum(0)) if add else out.copy_(parts.sum(0))
 
 
 def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:

@@ -56,11 +56,13 @@ def write_gradient(
     E: tl.constexpr,
     D: tl.constexpr,
     COMPACT: tl.constexpr,
+    ADD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient rows into out, [N, E, D] or (COMPACT) [R, E, D]; with SPLITS > 1 into [SPLITS, N, E, D], to be summed.
+    """Gradient rows into out, [N, E, D] or (COMPACT) [R, E, D]; with SPLITS > 1 into [SPLITS, N, E, D], to be summed; with
+    ADD to what is there.
 
     Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of a gradient row; of
     SPLITS programs each takes a part of the run, for tables of few rows with long runs.
@@ -83,6 +85,8 @@ def write_gradient(
         )
         row = run if COMPACT else tl.load(row_id_ptr + run).to(tl.int64)
         to = out_ptr + split * split_stride + (row * E + e) * D + d
+        if ADD:
+            gradient += tl.load(to, mask=d < D, other=0.0).to(tl.float32)
         tl.store(to, gradient.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
