@@ -210,6 +210,7 @@ class Trainer:
     def banner(self) -> str:
         """What will run, for a person."""
         config, training = self.config, self.config.training
+        mla = config.model.mla
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         batch = (
             f"{training.global_batch_size} x {training.seq_len} tokens a step"
@@ -223,7 +224,7 @@ class Trainer:
             f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
             f"device     {self.world.world_size} x {device}, compute {str(self.dtype).removeprefix('torch.')}, "
             f"compile {'on' if config.compile.enable else 'off'}",
-            f"attention  {attention_backend(self.device)}",
+            f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, self.dtype.itemsize)}",
             f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
             f"batch      {batch}, {self._steps_line()}",
             f"rate       {self._rate_line()}",

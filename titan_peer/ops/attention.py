@@ -6,10 +6,13 @@ dims for keys and values, so shorter values are padded with zeros there (without
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # None means plain causal, which needs no mask on the SDPA path.
 AttentionMask = BlockMask | Tensor | None
@@ -18,11 +21,59 @@ AttentionMask = BlockMask | Tensor | None
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-def attention_backend(device: torch.device) -> str:
-    """Which attention path serves `device`, in words for a log line."""
+_BLOCK = 128  # tokens of a block of the mask
+_ENOUGH_SHARED_MEMORY = 160 << 10  # of an A100, for which PyTorch's own choices are made; 8.6, 8.9 and 12.0 have 99 KiB
+_RESERVE = 10 << 10  # of shared memory, for what is not a tile
+
+
+def attention_backend(device: torch.device, qk_head_dim: int = 0, v_head_dim: int = 0, element_size: int = 2) -> str:
+    """Which attention path serves `device` and head dims, in words for a log line."""
     if device.type == "cuda":
-        return "FlexAttention (compiled, block-sparse document mask)"
+        options = flex_kernel_options(qk_head_dim, v_head_dim, element_size, _shared_memory(device))
+        tiles = "" if options is None else f", smaller tiles for head dim {qk_head_dim}"
+        return f"FlexAttention (compiled, block-sparse document mask{tiles})"
     return f"scaled_dot_product_attention (FlexAttention has no backward on {device.type})"
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program of a kernel can have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _ENOUGH_SHARED_MEMORY))  # AMD's have none to tell
+
+
+def flex_kernel_options(
+    qk_head_dim: int, v_head_dim: int, element_size: int, shared_memory: int
+) -> dict[str, Any] | None:
+    """Tiles and stages of FlexAttention's kernels for GPUs whose shared memory PyTorch's own choice may exceed.
+
+    A forward program holds a tile of queries and, a stage each, tiles of keys and values; a backward one tiles of keys and
+    values and, a stage each, of queries and output gradients. On compute capability 8.6 and 8.9 with head dims 192 and 128,
+    the forward tiles chosen here were the fastest of those that fit (pytorch/pytorch#180278).
+
+    Args:
+        shared_memory: bytes a program can have.
+    Returns:
+        FlexAttention's `kernel_options`; None where PyTorch's choice fits.
+    """
+    if shared_memory >= _ENOUGH_SHARED_MEMORY or qk_head_dim <= 128:
+        return None
+    row, room = qk_head_dim + v_head_dim, (shared_memory - _RESERVE) // element_size
+    forward = ((128, 32, 2, 8), (64, 32, 2, 4), (32, 32, 2, 4), (32, 16, 1, 4), (16, 16, 1, 4))
+    backward = ((64, 2, 4), (64, 1, 4), (32, 1, 4), (16, 1, 4))
+    fits = (o for o in forward if o[0] * qk_head_dim + o[2] * o[1] * row <= room)
+    block_m, block_n, stages, warps = next(fits, forward[-1])
+    options = {"fwd_BLOCK_M": block_m, "fwd_BLOCK_N": block_n, "fwd_num_stages": stages, "fwd_num_warps": warps}
+    block, stages, warps = next((o for o in backward if o[0] * row * (1 + o[1]) <= room), backward[-1])
+    options |= {f"bwd_BLOCK_{side}": block for side in ("M1", "N1", "M2", "N2")}
+    return options | {"bwd_num_stages": stages, "bwd_num_warps": warps}
+
+
+def _is_start(document_ids: Tensor) -> Tensor:
+    """bool [B, S]: whether a run of equal ids begins at each token."""
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return is_start
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -34,9 +85,40 @@ def document_positions(document_ids: Tensor) -> Tensor:
         int64 [B, S], the distance of each token from the first of its run.
     """
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    is_start = torch.ones_like(document_ids, dtype=torch.bool)
-    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(is_start, index, 0).cummax(dim=1).values
+    return index - torch.where(_is_start(document_ids), index, 0).cummax(dim=1).values
+
+
+def causal_block_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:
+    """The mask of `causal_mask` for FlexAttention, made from the runs of documents, block by block: nothing of size S x S.
+
+    Runs are numbered in their order, so a block of queries sees some of a block of keys before it if the one's first run is
+    the other's last, and all of it if the one's last run is the other's first.
+    """
+    num_blocks = -(-seq_len // _BLOCK)
+    if document_ids is None:
+        runs = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
+    else:
+        runs = _is_start(document_ids).cumsum(1, dtype=torch.int32)  # [B, S]
+    after_the_end = (runs[:, -1:] + 1).expand(-1, num_blocks * _BLOCK - seq_len)
+    blocks = torch.cat([runs, after_the_end], dim=1).unflatten(1, (num_blocks, _BLOCK))
+    first, last = blocks[:, None, :, 0], blocks[:, None, :, -1]  # [B, 1, blocks]
+    index = torch.arange(num_blocks, device=device)
+    is_before = index[:, None] > index  # [blocks of queries, blocks of keys]
+    whole = is_before & (last[..., None] == first[..., None, :])
+    some = (is_before & (first[..., None] == last[..., None, :])) | (index[:, None] == index)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        causal = q >= kv
+        return causal if document_ids is None else causal & (runs[b, q] == runs[b, kv])
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~whole), *_ordered(whole), BLOCK_SIZE=_BLOCK, mask_mod=seen, seq_lengths=(seq_len, seq_len)
+    )
+
+
+def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool [..., n]: how many are true, int32 [...], and their places, int32 [..., n], before those of the others."""
+    return mask.sum(-1, dtype=torch.int32), mask.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def causal_mask(document_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device) -> AttentionMask:
@@ -46,17 +128,17 @@ def causal_mask(document_ids: Tensor | None, batch_size: int, seq_len: int, devi
         document_ids: integer [B, S], or None for one document a sequence.
     """
     if device.type == "cuda":
-
-        def same_document(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            causal = q >= kv
-            return causal if document_ids is None else causal & (document_ids[b, q] == document_ids[b, kv])
-
-        mask_batch = None if document_ids is None else batch_size
-        return create_block_mask(same_document, mask_batch, None, seq_len, seq_len, device=str(device))
+        global _flex_shared_memory
+        _flex_shared_memory = _shared_memory(device)
+        return causal_block_mask(document_ids, seq_len, device)
     if document_ids is None:
         return None
+    runs = _is_start(document_ids).cumsum(1, dtype=torch.int32)
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]  # [B, 1, S, S]
+    return (causal & (runs[:, :, None] == runs[:, None, :]))[:, None]  # [B, 1, S, S]
+
+
+_flex_shared_memory = _ENOUGH_SHARED_MEMORY  # of the GPU; asked for with the mask, since a compiled block cannot ask
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
@@ -70,7 +152,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
         [B, H, S, v_head_dim], dtype of q.
     """
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention(q, k, v, block_mask=mask, scale=scale)
+        options: Any = flex_kernel_options(q.shape[-1], v.shape[-1], q.element_size(), _flex_shared_memory)
+        return _compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
     v_head_dim = v.shape[-1]
     if v_head_dim < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - v_head_dim))
