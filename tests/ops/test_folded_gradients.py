@@ -13,7 +13,7 @@ from titan_peer.model import Experts, PEERArgs
 from titan_peer.ops import RowGradients, backends, peer_experts
 from titan_peer.optimizer import RowwiseAdamW
 
-N, E, D, K, T = 40, 2, 24, 4, 6
+N, E, D, K, T = 16, 2, 24, 4, 6
 DENSE_BYTES = 2 * 4 * N * E * D
 ONE_MICRO_BATCH = T * (K * (8 + 2 * 4 * E) + 2 * 4 * D)
 
@@ -29,12 +29,12 @@ def choose_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 
 
 def micro_batches(count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x, indices with absent places and without the last ten experts, gates."""
+    """x, indices with absent places and without the last four experts, gates."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         yield (
             torch.randn(T, D, generator=generator),
-            torch.randint(-1, N - 10, (T, K), generator=generator),
+            torch.randint(-1, N - 4, (T, K), generator=generator),
             torch.rand(T, K, generator=generator),
         )
 
@@ -55,19 +55,19 @@ def experts() -> Experts:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
-@pytest.mark.parametrize("count", [30, 1])
+@pytest.mark.parametrize("count", [7, 1])
 def test_a_step_of_many_tokens_takes_the_memory_of_dense_gradients_and_updates_the_same(
     backend: str, count: int, choose_backend: Callable[[str], None]
 ) -> None:
     choose_backend(backend)
-    assert ONE_MICRO_BATCH < DENSE_BYTES < 30 * ONE_MICRO_BATCH
+    assert ONE_MICRO_BATCH < DENSE_BYTES < 7 * ONE_MICRO_BATCH
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     module, plain = experts(), experts()
     start = module.expert_up.detach().clone()
     optimizer = RowwiseAdamW([module], **settings)
     dense = torch.optim.AdamW(plain.parameters(), **settings)
     (collector,) = optimizer.collectors
-    for step in range(3):
+    for step in range(1 if backend == "triton" else 2):  # Triton's interpreter is slow
         for x, indices, gates in micro_batches(count):
             x.requires_grad_()
             module(x, indices, gates).square().sum().backward()
@@ -76,7 +76,7 @@ def test_a_step_of_many_tokens_takes_the_memory_of_dense_gradients_and_updates_t
         gradients = [p.grad for p in plain.parameters()]
         touched = gradients[0].abs().sum((1, 2)) > 0
         rows, down, up = collector.materialize()
-        assert rows.tolist() == touched.nonzero().flatten().tolist() and len(rows) <= N - 10
+        assert rows.tolist() == touched.nonzero().flatten().tolist() and len(rows) <= N - 4
         for ours, theirs in zip((down, up), gradients):
             torch.testing.assert_close(ours, theirs[touched], rtol=1e-4, atol=1e-5)
         norm = sum(g.square().sum() for g in gradients)
