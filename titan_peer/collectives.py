@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
@@ -93,6 +94,19 @@ def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = 
             "; ".join(f"rank {rank}: {words}" for rank, (words, _) in failures.items())
         ) from cause
     return [result for result, _, _ in everyone]
+
+
+class GatherBytes:
+    """FSDP2's all-gather, for `set_custom_all_gather`, of numbers that gloo does not know (float8) as bytes."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        whole, part = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
+        return _all_gather_into(whole, part, group=group, async_op=async_op)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor.parallel import parallelize_module
 
 from titan_peer.activation_checkpoint import apply_activation_checkpointing
-from titan_peer.collectives import all_gather, one_gloo_thread
+from titan_peer.collectives import GatherBytes, all_gather, one_gloo_thread
 from titan_peer.config import JobConfig, Parallelism
 from titan_peer.errors import UserError
 from titan_peer.expert_parallel import ExpertParallel
@@ -149,7 +149,9 @@ def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             parallelize_module(module, mesh, ExpertParallel())
 
 
-def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dtype, *, offload: bool) -> None:
+def apply_data_parallel(
+    model: Transformer, world: World, param_dtype: torch.dtype, *, offload: bool, float8: bool = False
+) -> None:
     """Shard the dense parameters with FSDP2, a block at a time; make batch-norm statistics global.
 
     Blocks' matrices are gathered in the compute dtype, in which the forward pass under `autocast` would cast them anyway. What
@@ -157,6 +159,7 @@ def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dty
 
     Args:
         param_dtype: the compute dtype.
+        float8: matrices may be gathered in it.
         offload: keep the shards, their gradients and moments in the host's memory.
     """
     mesh, everyone = world.mesh, dist.group.WORLD
@@ -183,6 +186,8 @@ def apply_data_parallel(model: Transformer, world: World, param_dtype: torch.dty
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, ignored_params=others, mp_policy=policy, **options)
+        if float8 and world.device.type == "cpu":
+            block.set_custom_all_gather(GatherBytes())  # type: ignore[operator]
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
@@ -196,7 +201,8 @@ def parallelize(model: Transformer, config: JobConfig, world: World) -> None:
         apply_compile(model)
     if world.mesh is not None:
         dtype = compute_dtype(config.training.mixed_precision_param, world.device)
-        apply_data_parallel(model, world, dtype, offload=config.training.enable_cpu_offload)
+        offload = config.training.enable_cpu_offload
+        apply_data_parallel(model, world, dtype, offload=offload, float8=config.float8.enable)
     elif config.training.enable_cpu_offload:
         raise UserError("training.enable_cpu_offload = true: offloads what FSDP shards, which takes several processes")
 
