@@ -122,9 +122,10 @@ def test_sequences_do_not_depend_on_processes_or_workers(world: int, workers: in
 
 
 def test_a_batch_is_what_the_model_takes() -> None:
-    batch = next(make_loader([DataSource(str(SAMPLE))]))
+    # named, since an order that follows the path would depend on where the clone lies
+    batch = next(make_loader([DataSource(str(SAMPLE), name="sample")], seq_len=256))
     tokens, labels, documents = batch["tokens"], batch["labels"], batch["document_ids"]
-    assert tokens.shape == labels.shape == documents.shape == batch["positions"].shape == (8, 64)
+    assert tokens.shape == labels.shape == documents.shape == batch["positions"].shape == (8, 256)
     assert tokens.dtype == labels.dtype == torch.int64 and documents.dtype == batch["positions"].dtype == torch.int32
     same = documents[:, 1:] == documents[:, :-1]
     assert torch.equal(labels[:, :-1][same], tokens[:, 1:][same])
