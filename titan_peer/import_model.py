@@ -147,7 +147,7 @@ def _job_around(config: dict[str, Any], file: Path) -> JobConfig:
     model["init_std"] = config.get("initializer_range", ModelArgs.init_std)
     if not config.get("peer_layers"):
         model["peer_every_n_layers"] = 0
-    sources = [{"path": "PATH_OF_YOUR_DATA"}]
+    sources = [{"path": "path/of/your/data.jsonl"}]
     job = job_from_table({"model": model, "data": {"sources": sources}}, str(file))
     if problems := job.model.problems():
         raise UserError("\n".join(f"{file}: {problem}" for problem in problems))

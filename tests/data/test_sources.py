@@ -236,6 +236,21 @@ def test_a_source_with_fewer_documents_than_streams_is_read_by_all_streams(tmp_p
         assert all(next(loader)["num_bytes"] > 0 for _ in range(5))
 
 
+def test_a_misspelt_file_of_a_folder_that_is_here_is_not_looked_for_in_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mydata").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data.sources\[0\].path = mydata/mine.jsnl: no such file"):
+        opened(Path("mydata/mine.jsnl"))
+
+
+def test_suffixes_in_capitals_are_known(tmp_path: Path) -> None:
+    (tmp_path / "NOTES.TXT").write_text("in capitals", encoding="utf-8")
+    write_jsonl(tmp_path / "B.JSONL", ["a line"])
+    assert sorted(read(opened(tmp_path))) == ["a line", "in capitals"]
+
+
 @pytest.mark.parametrize("make", [lambda f: f / "none.jsonl", lambda f: f / "*.jsonl", lambda f: f])
 def test_no_matching_file_is_named(make: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.sources\[0\].path = .*: no such file, folder with .jsonl"):
@@ -244,7 +259,7 @@ def test_no_matching_file_is_named(make: Any, tmp_path: Path) -> None:
 
 def test_an_unknown_suffix_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a.csv is not one of .jsonl"):
+    with pytest.raises(UserError, match=r"suffix of a.csv is not one of .jsonl"):
         opened(tmp_path / "a.csv")
 
 

@@ -73,6 +73,7 @@ def open_dataset(
             f"{key}.path = {path}: is no local file or folder; to read it as a Hugging Face dataset install the library: "
             "pip install 'titan_peer[data]'"
         ) from None
+    logger.info("%s.path = %s: is no local file or folder; opening the Hugging Face dataset of that name", key, path)
     try:
         dataset = with_retries(
             lambda: datasets.load_dataset(path, subset or None, split=split, streaming=streaming),

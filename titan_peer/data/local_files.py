@@ -25,7 +25,7 @@ SUFFIXES = (
 
 def suffix_of(path: Path) -> str:
     """Which of SUFFIXES a file is to be read as; empty: none. A `part-` of a folder may have its suffix from the folder."""
-    known = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+    known = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
     if not known and path.name.startswith("part-") and not path.suffix:
         known = next(
             (suffix for suffix in (*JSON_SUFFIXES, ".parquet", ".txt") if path.parent.name.endswith(suffix)), ""
@@ -51,7 +51,9 @@ def local_files(source: DataSource, key: str) -> list[Path]:
         raise UserError(f"{key}.path = {source.path}: no such file, folder with {', '.join(SUFFIXES)}, or match")
     unknown = [p for p in found if not suffix_of(p)]
     if unknown:
-        raise UserError(f"{key}.path = {source.path}: {unknown[0]} is not one of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{key}.path = {source.path}: the suffix of {unknown[0].name} is not one of {', '.join(SUFFIXES)}"
+        )
     return found
 
 

@@ -30,7 +30,13 @@ MAX_STREAMS = 8
 
 
 def _is_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES) and not Path(path).exists()
+    """Whether it can only be a dataset's name: no data file's, and not one in a folder that is here."""
+    is_local = (
+        path.lower().endswith(SUFFIXES)
+        or Path(path).exists()
+        or (Path(path).parent != Path() and Path(path).parent.is_dir())
+    )
+    return _HUB_ID.fullmatch(path) is not None and not is_local
 
 
 def _open_parts(source: DataSource, key: str, retries: int) -> Sequence[Divisible]:
