@@ -161,3 +161,21 @@ def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path: Path, mon
     with pytest.raises(UserError, match="process 77 on elsewhere has started in it at the same time"):
         FolderLock(tmp_path, wait_seconds=0)
     writer.join()
+
+
+def test_a_folder_made_for_a_job_that_does_not_begin_is_removed_and_a_waiting_job_makes_it_again(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "new"
+    FolderLock(folder, wait_seconds=0).release()
+    assert not folder.exists()
+    first = FolderLock(folder, wait_seconds=0)
+    (folder / "config.toml").write_text("", encoding="utf-8")
+    first.release()
+    assert sorted(p.name for p in folder.iterdir()) == [".job.lock", "config.toml"]
+    unlinked = os.open(tmp_path / ".job.lock", os.O_RDWR | os.O_CREAT)  # the lock of a job that has just removed it
+    (tmp_path / ".job.lock").unlink()
+    lock = FolderLock(tmp_path, wait_seconds=0)
+    assert not lock._is_in_place(unlinked) and lock._is_in_place(lock._file)
+    lock.release()
+    os.close(unlinked)

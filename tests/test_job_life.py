@@ -17,8 +17,8 @@ from test_checkpoint import SMALL
 from titan_peer import train
 from titan_peer.checkpoint_files import saved_steps
 from titan_peer.config import load_config
+from titan_peer.dump_folder import JobLock
 from titan_peer.errors import UserError
-from titan_peer.folder_lock import FolderLock
 from titan_peer.parallelize import init_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +99,7 @@ def test_a_configuration_written_by_hand_in_the_folder_is_kept(tmp_path: Path) -
 def test_nothing_to_do_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(tmp_path, "--training.steps", 2) == 0
     saved = {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint").rglob("*")}
+    config = (tmp_path / "config.toml").read_bytes()
     for fewer in (2, 1):
         with caplog.at_level(logging.INFO, "titan_peer"):
             assert run(tmp_path, "--training.steps", fewer) == 0
@@ -106,6 +107,7 @@ def test_nothing_to_do_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert "steps 3 to" not in caplog.text
         caplog.clear()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint").rglob("*")} == saved
+    assert (tmp_path / "config.toml").read_bytes() == config  # of the job that trained
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
@@ -116,6 +118,23 @@ def test_the_last_step_is_logged_when_the_data_end_early(tmp_path: Path) -> None
     assert run(tmp_path / "out", *data, "--metrics.log_freq", 1000) == 0
     last = saved_steps(tmp_path / "out" / "checkpoint")[-1]
     assert last > 1 and steps(tmp_path / "out" / "metrics.jsonl") == [1, last]
+
+
+def test_a_batch_with_nothing_to_learn_is_not_taken_for_the_end_of_the_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [
+        *(f"A short document, number {i}." for i in range(8)),
+        *("a" * 40),
+        *(f"Number {i} again." for i in range(8)),
+    ]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "some.jsonl").write_text(lines, encoding="utf-8")
+    data = ["--data.sources.0.path", tmp_path / "some.jsonl", "--data.sources.0.max_epochs", 1, "--data.packing", "pad"]
+    data += ["--data.add_bos", "false", "--data.add_eos", "false", "--data.shuffle", "false", "--data.num_streams", 1]
+    assert run(tmp_path / "out", *data, "--training.local_batch_size", 4, "--training.steps", 1000) == 0
+    assert steps(tmp_path / "out" / "metrics.jsonl") == [1, 2, 3, 4]
+    assert "step 3: a batch in which no token has one to predict is passed over" in caplog.text
 
 
 def test_the_last_step_is_logged_when_the_job_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +166,29 @@ def test_a_second_job_in_the_folder_is_refused_before_it_writes_anything(
     assert run(tmp_path, "--job.lock_wait_seconds", 0, "--training.steps", 1) == 0
 
 
+def test_a_second_job_with_the_same_folder_of_checkpoints_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = tmp_path / "shared"
+    holder = "import sys; from titan_peer.config import load_config; from titan_peer.dump_folder import JobLock\n"
+    holder += "lock = JobLock(load_config(sys.argv[1:])); print('has it', flush=True); sys.stdin.read()"
+    folders = ["--checkpoint.folder", str(shared), "--job.dump_folder"]
+    command = [sys.executable, "-c", holder, *SMALL, *folders, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"has it\n"
+        assert run(tmp_path / "b", *folders[:2], "--job.lock_wait_seconds", 0) == 2
+        said = capsys.readouterr().err
+        assert f"checkpoint.folder = {shared}: process {other.pid} on " in said and "another checkpoint.folder" in said
+        other.stdin.close()
+    assert run(tmp_path / "b", *folders[:2], "--job.lock_wait_seconds", 0, "--training.steps", 1) == 0
+    assert saved_steps(shared) == [1]
+
+
 def test_a_job_whose_folder_was_taken_over_stops_writing(tmp_path: Path) -> None:
     config = load_config([*SMALL, "--job.dump_folder", str(tmp_path)])
-    lock = FolderLock(tmp_path, 0)
+    lock = JobLock(config)
     job = train.Trainer(config, init_world(config.parallelism), lock)
-    lock._lost_to = "process 7 on elsewhere"
+    lock._locks[0]._lost_to = "process 7 on elsewhere"
     with pytest.raises(UserError, match="process 7 on elsewhere has taken it over"):
         job.train()
     assert not list((tmp_path / "checkpoint").glob("step-*"))

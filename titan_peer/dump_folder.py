@@ -22,16 +22,36 @@ USAGE_RECORDS = f"{EXPERT_USAGE}/expert_usage.jsonl"
 _EVALUATION = ("evaluation", "evaluation.md", "evaluation.png")
 
 
-def lock_folder(config: JobConfig) -> FolderLock:
-    """Keep other jobs out of job.dump_folder until this process ends or releases it.
+class JobLock:
+    """Keeps other jobs out of job.dump_folder, and out of checkpoint.folder where that lies elsewhere.
 
     Raises:
-        UserError: another job has it, and does not end within job.lock_wait_seconds.
-        OSError: it cannot be written.
+        UserError: another job has one of them, and does not end within job.lock_wait_seconds.
+        OSError: one cannot be written.
     """
-    # the other processes of the job wait in a collective meanwhile
-    seconds = min(config.job.lock_wait_seconds, config.parallelism.timeout_seconds // 2)
-    return FolderLock(Path(config.job.dump_folder), seconds)
+
+    def __init__(self, config: JobConfig) -> None:
+        # the other processes of the job wait in a collective meanwhile
+        seconds = min(config.job.lock_wait_seconds, config.parallelism.timeout_seconds // 2)
+        folder = Path(config.job.dump_folder)
+        checkpoints = (folder / config.checkpoint.folder).resolve()
+        self._locks = [FolderLock(folder, seconds)]
+        if config.checkpoint.enable and folder.resolve() not in checkpoints.parents:
+            try:
+                self._locks.append(FolderLock(checkpoints, seconds, "checkpoint.folder"))
+            except BaseException:
+                self.release()
+                raise
+
+    def require_mine(self) -> None:
+        """Raise UserError when another job has taken a folder meanwhile, as it may when this one stood still."""
+        for lock in self._locks:
+            lock.require_mine()
+
+    def release(self) -> None:
+        """Let other jobs in."""
+        for lock in self._locks:
+            lock.release()
 
 
 def cannot_be_written(config: JobConfig, error: OSError) -> UserError:

@@ -76,15 +76,16 @@ class FolderLock:
     """Takes `folder` for this process, until `release` or the end of the process.
 
     Args:
+        key: by which a job gives the folder, for messages.
         wait_seconds: how long to wait for another process to give it up, as one does that is about to end.
     Raises:
         UserError: another process has it after that time.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, wait_seconds: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / NAME
+    def __init__(self, folder: Path, wait_seconds: float, key: str = "job.dump_folder") -> None:
+        self._made_folder = not folder.exists()
+        self.folder, self.path, self.key = folder, folder / NAME, key
         pid = os.getpid()
         self._me: Holder = {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
         self._beats, self._lost_to = 0, ""
@@ -96,12 +97,17 @@ class FolderLock:
     def require_mine(self) -> None:
         """Raise UserError when another process has taken the folder meanwhile, as it may when this one stood still."""
         if self._lost_to:
-            raise UserError(f"job.dump_folder = {self.folder}: {self._lost_to} has taken it over; this job ends")
+            raise UserError(f"{self.key} = {self.folder}: {self._lost_to} has taken it over; this job ends")
 
     def release(self) -> None:
-        """Give the folder up."""
+        """Give the folder up; one that was made here and got nothing else is removed."""
         self._closed.set()
         self._thread.join()
+        if self._made_folder and not self._lost_to:
+            with suppress(OSError):
+                if [entry.name for entry in self.folder.iterdir()] == [NAME]:
+                    self.path.unlink()
+                    self.folder.rmdir()
         if not self._lost_to:
             with suppress(OSError):
                 os.ftruncate(self._file, 0)
@@ -113,21 +119,25 @@ class FolderLock:
         """The open file, once it names this process, and whether the file system has locks."""
         deadline, is_said, watch = time.monotonic() + wait_seconds, False, _Watch()
         while True:
-            # opened anew each time, which is when NFS looks for what others have written
+            # opened anew each time, which is when NFS looks for what others have written; the last holder may have
+            # removed the folder
+            self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 lock, holder = _try_lock(file), _read(file)
-                is_free = lock is not False and (self._is_mine(holder) or watch.is_gone(holder, self._me))
+                in_place = self._is_in_place(file)
+                is_free = lock is not False and in_place
+                is_free = is_free and (self._is_mine(holder) or watch.is_gone(holder, self._me))
                 if is_free:
                     self._write(file)
                     if lock is None:
                         self._settle(file)
                     return file, lock is True
-                is_undecided = lock is not False and watch.is_undecided
+                is_undecided = not in_place or (lock is not False and watch.is_undecided)
                 if time.monotonic() >= deadline and not is_undecided:
                     raise UserError(
-                        f"job.dump_folder = {self.folder}: {_named(holder)} is writing to it; wait until that job has ended "
-                        "or give another job.dump_folder"
+                        f"{self.key} = {self.folder}: {_named(holder)} is writing to it; wait until that job has ended "
+                        f"or give another {self.key}"
                     )
             except BaseException:
                 os.close(file)
@@ -138,12 +148,17 @@ class FolderLock:
             time.sleep(_POLL_SECONDS)
             os.close(file)
 
+    def _is_in_place(self, file: int) -> bool:
+        """Whether an open file is still the folder's lock: its last holder may have removed it."""
+        try:
+            return self.path.stat().st_ino == os.fstat(file).st_ino
+        except FileNotFoundError:
+            return False
+
     def _settle(self, file: int) -> None:
         time.sleep(_SETTLE_SECONDS)
         if not self._is_mine(_read(file)):
-            raise UserError(
-                f"job.dump_folder = {self.folder}: {_named(_read(file))} has started in it at the same time"
-            )
+            raise UserError(f"{self.key} = {self.folder}: {_named(_read(file))} has started in it at the same time")
 
     def _is_mine(self, holder: Holder) -> bool:
         return {**holder, "beats": 0} == {**self._me, "beats": 0}

@@ -55,9 +55,9 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 
 def describe(rank: int, failure: ProcessFailure) -> str:
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-    # the worker's own words, where it could leave any (faults.py)
-    has_words = isinstance(failure.error_file_data.get("message"), dict)
-    words = f": {failure.message}" if failure.exitcode > 0 and has_words else ""
+    # the worker's own words, where it could leave any (faults.py); `failure.message` has its call stack around them
+    word = failure.error_file_data.get("message")
+    words = f": {word['message']}" if failure.exitcode > 0 and isinstance(word, dict) else ""
     return f"rank {rank} failed first ({how}, process {failure.pid}){words}"
 
 

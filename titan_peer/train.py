@@ -30,7 +30,7 @@ from titan_peer.config import JobConfig, load_config
 from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
 from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, begin_reports, cannot_be_written, lock_folder
+from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
 from titan_peer.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
@@ -39,7 +39,6 @@ from titan_peer.expert_report import UsageReporter, remedies
 from titan_peer.expert_revival import ExpertRevival
 from titan_peer.faults import leave_word, report_failure
 from titan_peer.float8 import precompute_scales_after_step
-from titan_peer.folder_lock import FolderLock
 from titan_peer.heartbeat import Heartbeat
 from titan_peer.host_memory import keep_freed_memory
 from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
@@ -58,6 +57,7 @@ from titan_peer.units import bytes_text
 
 logger = logging.getLogger("titan_peer")
 
+MAX_EMPTY_BATCHES = 1000  # without anything to learn, in turn
 SAVE_GRACE_SECONDS = 15  # that a job which fails waits for a checkpoint being written
 
 
@@ -79,7 +79,7 @@ class Trainer:
         ProcessesFailedError: something else went wrong, on this process or another.
     """
 
-    def __init__(self, config: JobConfig, world: World, lock: FolderLock | None = None) -> None:
+    def __init__(self, config: JobConfig, world: World, lock: JobLock | None = None) -> None:
         self.config, self.world, self.device, self.lock = config, world, world.device, lock
         training = config.training
         self.dump_folder = Path(config.job.dump_folder)
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def _begin_reports(self) -> None:
-        if self.world.is_first:
+        if self.world.is_first and self.step < self.config.training.steps:  # else nothing will be reported
             try:
                 begin_reports(self.config, self.checkpointer.saved_step)
             except OSError as error:
@@ -326,22 +326,14 @@ class Trainer:
             whether any process has been told to stop.
         """
         config, n_processes = self.config, self.world.world_size
-        micro_batches, failure = self._read(batches)
-        learnt = -math.inf if failure else sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
-        with self.metrics.waiting():
-            learnt_tokens = self._sum_over_processes(torch.as_tensor(learnt, dtype=torch.float64))
-        if learnt_tokens < 0:
-            on_all_processes(lambda: _raise(failure))
-        if learnt_tokens == 0:
-            raise EndOfDataError
-
+        micro_batches, learnt_tokens = self._global_batch(batches)
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             self._synchronise_gradients_only_on(last=i == len(micro_batches) - 1)
             with self.precision():
                 micro_loss = self.model(*self._inputs(batch))
             # FSDP averages gradients over processes: n_processes makes that the sum the global mean needs
-            (micro_loss * (n_processes / learnt_tokens.item())).backward()
+            (micro_loss * (n_processes / learnt_tokens)).backward()
             loss_sum += micro_loss.detach()
 
         lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
@@ -436,6 +428,31 @@ class Trainer:
             self.metrics.log_checkpoint(step, folder)
 
     # ---- one call down
+
+    def _global_batch(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], float]:
+        """This process's micro-batches of the next step, and how many tokens all processes learn from in it.
+
+        Batches with tokens but nothing to learn (documents of one token each) are passed over.
+
+        Raises:
+            EndOfDataError: no process has a token left.
+            UserError: the data cannot be read on some process, or have nothing to learn batch after batch.
+        """
+        for _ in range(MAX_EMPTY_BATCHES):
+            micro_batches, failure = self._read(batches)
+            learnt = -math.inf if failure else sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
+            present = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)  # padding's are negative
+            counts = torch.tensor([float(learnt), float(present)], dtype=torch.float64)
+            with self.metrics.waiting():
+                learnt_tokens, present_tokens = self._sum_over_processes(counts).tolist()
+            if learnt_tokens < 0:
+                on_all_processes(lambda failure=failure: _raise(failure))  # type: ignore[misc]
+            if learnt_tokens > 0:
+                return micro_batches, learnt_tokens
+            if present_tokens == 0:
+                raise EndOfDataError
+            logger.warning("step %d: a batch in which no token has one to predict is passed over", self.step)
+        raise UserError(f"data.sources: {MAX_EMPTY_BATCHES} batches in turn in which no token has one to predict")
 
     def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], Exception | None]:
         """The step's micro-batches; or why there are none, which all processes are to hear, not only this one."""
@@ -585,16 +602,16 @@ def exit_status(failure: BaseException) -> int:
     return 1
 
 
-def _with_folder(config: JobConfig, world: World) -> FolderLock | None:
+def _with_folder(config: JobConfig, world: World) -> JobLock | None:
     """Have job.dump_folder for this job alone; the first process holds it for all."""
 
-    def lock() -> FolderLock | None:
+    def lock() -> JobLock | None:
         try:
-            return lock_folder(config) if world.is_first else None
+            return JobLock(config) if world.is_first else None
         except OSError as error:
             raise cannot_be_written(config, error) from None
 
-    taken: list[FolderLock | None] = []
+    taken: list[JobLock | None] = []
     on_all_processes(lambda: taken.append(lock()))
     return taken[0]
 
