@@ -163,6 +163,7 @@ def test_numbers_outside_their_range_are_refused_by_name(key: str, hint: Any, ki
     outside = [allowed.low if allowed.above else allowed.low - step, -(2**70)]
     outside += [allowed.high if allowed.below else allowed.high + step] if allowed.high < math.inf else []
     outside += [2**70] if kind is int else [math.nan, math.inf, -math.inf, 1e39]
+    outside += [1e-46] if kind is float and allowed.above and allowed.low == 0 else []  # 0 in float32
     shown = key.replace(".0.", "[0].")
     for value in (kind(v) for v in outside if v not in allowed.also):
         set_key(config, key, value)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,20 @@ def test_killed_at_any_file_and_started_again_export_and_import_are_whole(
     wanted, _, _ = load_model_for_inference(checkpoint)
     again, _, _ = load_model_for_inference(tmp_path / "back/checkpoint/step-4")
     assert all(torch.equal(a, b) for a, b in zip(wanted.state_dict().values(), again.state_dict().values()))
+
+
+def test_an_export_leaves_the_files_of_another_one_alone_and_removes_those_of_a_dead_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    start = f".export.partial-{socket.gethostname()}-"
+    with subprocess.Popen(["sleep", "600"]) as dead:
+        dead.kill()
+    with subprocess.Popen(["sleep", "600"]) as other:
+        for pid in (other.pid, dead.pid):
+            (tmp_path / f"{start}{pid}").mkdir()
+        export_checkpoint(checkpoint, tmp_path / "export")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{start}{other.pid}", "export"]
+        other.kill()
 
 
 @pytest.mark.parametrize("variant", ["two axes"], indirect=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 _LARGEST = {int: 2**63 - 1, float: 3.4028234663852886e38}  # in C++ and in float32
+_SMALLEST = 1.1754943508222875e-38  # of float32 above 0, as processors and GPUs compute with it
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         if value in self.also:
             return True
-        high_enough = value > self.low if self.above else value >= self.low
+        high_enough = value > max(self.low, 0 if self.low else _SMALLEST) if self.above else value >= self.low
         low_enough = value < self.high if self.below else value <= min(self.high, _LARGEST[type(value)])
         return math.isfinite(value) and high_enough and low_enough
 
@@ -52,6 +53,8 @@ class Range:
             return f"must be a number, finite and {self}"
         if value > _LARGEST[type(value)]:
             return f"must be at most {_LARGEST[type(value)]:,}"
+        if self.above and 0 == self.low < value < self.high:
+            return f"must be more than {self.low}, in float32 too, where it is 0"
         return "must not be negative" if str(self) == "not negative" else f"must be {self}"
 
 

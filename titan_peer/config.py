@@ -156,13 +156,13 @@ class Data:
     """End every document with the tokenizer's end token, if it has one."""
     mask_document_borders: bool = True
     """The last token of a document has nothing to predict; false: it is to predict the first one of the next document."""
-    num_streams: Annotated[int, Range(0)] = 0
+    num_streams: Annotated[int, Range(0, 2**16)] = 0
     """Parallel readers' shares of the data; processes x workers should divide it. It decides the order of the data and
     stays what it is over a job. 0: as many as have enough documents each, up to 8 or, with more than 8 processes x workers, as
     many as those."""
-    num_workers: Annotated[int, Range(0)] = 0
+    num_workers: Annotated[int, Range(0, 1024)] = 0
     """Worker processes, of each training process, that read and tokenise; 0: the training process does it itself."""
-    prefetch_factor: Annotated[int, Range(1)] = 2
+    prefetch_factor: Annotated[int, Range(1, 1024)] = 2
     """Batches that a worker makes ahead."""
     network_retries: Annotated[int, Range(0)] = 5
     """Times that a failed request to a Hugging Face dataset is repeated, after 1, 2, 4 ... seconds."""

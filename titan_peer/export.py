@@ -8,8 +8,11 @@ of each, so that `titan-peer import` knows a damaged copy.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +196,29 @@ def new_folder(key: str, path: Path, source: Path) -> Path:
     return folder
 
 
+def _partial_prefix(folder: Path) -> str:
+    return f".{folder.name}.partial-{socket.gethostname()}-"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what exports to `folder` that were killed on this machine have left; others may be at work."""
+    prefix = _partial_prefix(folder)
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        number = left.name.removeprefix(prefix)
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
+            shutil.rmtree(left)
+
+
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
@@ -213,15 +239,14 @@ def export_checkpoint(
         raise UserError("export needs safetensors; install it with: pip install 'titan_peer[export]'") from None
     checkpoint = find_checkpoint(checkpoint, "--checkpoint")
     folder = new_folder("--output", output, checkpoint)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f"{_partial_prefix(folder)}{os.getpid()}")
 
     def refusal(error: Exception) -> UserError:
         return UserError(f"--output {output}: cannot be written ({error})")
 
     try:
         try:
-            if partial.exists():  # of an export that was killed
-                shutil.rmtree(partial)
+            _remove_leftovers(folder)
             partial.mkdir(parents=True)
         except OSError as error:
             raise refusal(error) from None
