@@ -27,7 +27,7 @@ from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.errors import UserError
 from titan_peer.host_memory import prefer_huge_pages
 from titan_peer.model import Transformer, rope_table
-from titan_peer.parallelize import matrices
+from titan_peer.parallelize import autocast, matrices
 from titan_peer.saved_job import read_saved_job
 
 logger = logging.getLogger("titan_peer")
@@ -69,6 +69,8 @@ def load_model_for_inference(
         head = model.tok_embeddings.weight
         model.output.weight = head if dtype in (None, head.dtype) else nn.Parameter(head.to(dtype))
     model.rope = rope_table(job.model.mla, job.model.max_seq_len, device)
+    if dtype not in (None, torch.float32):
+        model.precision = autocast(device, dtype)
     model.requires_grad_(False).eval()
     return model, job, tokenizer
 

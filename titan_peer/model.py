@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -565,6 +566,8 @@ class Transformer(nn.Module):
     rope: Tensor
     loss_chunk_size = 1024  # tokens whose logits exist at a time when the loss is asked for
     compile_loss = False  # set from outside, like the compilation of blocks
+    # set from outside where matrices are kept in a low precision: the context in which `forward` computes
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -592,6 +595,11 @@ class Transformer(nn.Module):
             logits [B, S, vocab] in the compute dtype; or, with labels, the float32 sum of -log p(label) over learnt
             tokens, made without ever holding all logits.
         """
+        with self.precision():
+            return self.logits_or_loss(tokens, document_ids, labels)
+
+    def logits_or_loss(self, tokens: Tensor, document_ids: Tensor | None, labels: Tensor | None) -> Tensor:
+        """`forward`, in whatever precision the caller has chosen."""
         batch_size, seq_len = tokens.shape
         mask = causal_mask(document_ids, batch_size, seq_len, tokens.device)
         # [B or 1, S, 2, qk_rope_head_dim / 2]
