@@ -67,6 +67,7 @@ def begin_reports(config: JobConfig, resumed_step: int) -> None:
         OSError: the folder cannot be written.
     """
     folder = Path(config.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)  # a Trainer may be used without a lock, which makes it
     if resumed_step == 0:
         _set_aside(folder, _earlier_reports(config, folder), copy=False)
     elif config.checkpoint.load_step > 0:  # chosen by a person, who goes back behind what was reported
