@@ -2,7 +2,8 @@
 
 A thread that has done its part of a loop spins until the others are done. On cores that other programs use too, it spins for as
 long as one of the others is without a core, in every short loop; generation and training then take many times as long. Threads
-that sleep meanwhile cost next to nothing on idle cores (benchmarks/busy_cores.py).
+that sleep meanwhile cost nothing measurable in training on idle cores, but have to be woken for each short loop: a small model
+generates there at about half the speed (benchmarks/busy_cores.py).
 """
 
 from __future__ import annotations
