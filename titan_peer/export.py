@@ -36,6 +36,7 @@ from titan_peer.command_line import parse_options
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.errors import UserError
 from titan_peer.export_tokenizer import write_tokenizer
+from titan_peer.folder_lock import is_running
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.model_card import model_card
 from titan_peer.resolve import resolve_vocabulary
@@ -200,22 +201,12 @@ def _partial_prefix(folder: Path) -> str:
     return f".{folder.name}.partial-{socket.gethostname()}-"
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Remove what exports to `folder` that were killed on this machine have left; others may be at work."""
     prefix = _partial_prefix(folder)
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
         number = left.name.removeprefix(prefix)
-        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
+        if number.isdecimal() and (int(number) == os.getpid() or not is_running(int(number))):
             shutil.rmtree(left)
 
 

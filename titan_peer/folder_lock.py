@@ -58,14 +58,19 @@ def _started(pid: int) -> str:
     return ""
 
 
-def _is_alive(holder: Holder) -> bool:
-    """Whether a process of this machine still runs."""
-    with suppress(PermissionError):
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    with suppress(PermissionError):  # somebody else's
         try:
-            os.kill(int(holder["pid"]), 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             return False
-    return _started(holder["pid"]) in (holder["started"], "")
+    return True
+
+
+def _is_alive(holder: Holder) -> bool:
+    """Whether a process of this machine still runs."""
+    return is_running(holder["pid"]) and _started(holder["pid"]) in (holder["started"], "")
 
 
 def _named(holder: Holder) -> str:
