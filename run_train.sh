@@ -48,7 +48,7 @@ whole_number NODE_RANK "${NODE_RANK}" 0
 whole_number MAX_RESTARTS "${MAX_RESTARTS}" 0
 [[ ${LOG_RANK} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = ${LOG_RANK}: must be ranks of this machine, such as 0 or 0,1"
 ((NODE_RANK < NNODES)) || fail "NODE_RANK = ${NODE_RANK}: must be less than NNODES = ${NNODES}"
-# threads that spin while they wait collapse on busy cores; the same as titan_peer/cpu_threads.py
+# threads that spin while they wait collapse on busy cores; the same as titan_peer/common/cpu_threads.py
 if [[ -z ${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-} ]]; then export OMP_WAIT_POLICY=PASSIVE; fi
 
 if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
@@ -61,7 +61,7 @@ if ((NGPU == 1 && NNODES == 1 && MAX_RESTARTS == 0)); then
 fi
 ((NNODES == 1)) || [[ -n ${RDZV_ENDPOINT:-} ]] || fail "NNODES = ${NNODES}: needs RDZV_ENDPOINT, host:port of one of the machines"
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0}
-exec "${PYTHON}" -m titan_peer.launch \
+exec "${PYTHON}" -m titan_peer.distributed.launch \
     --nnodes "${NNODES}" --node-rank "${NODE_RANK}" --nproc-per-node "${NGPU}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT}" --max-restarts "${MAX_RESTARTS}" \
     --local-ranks-filter "${LOG_RANK}" --role rank --tee 3 \

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 
 # what is set before torch is loaded; nothing else of OpenMP's is
 SETTINGS: dict[str, dict[str, str]] = {
@@ -39,7 +39,7 @@ def measure() -> dict[str, float]:
     import torch
 
     from titan_peer.data.tokenizer import ByteTokenizer
-    from titan_peer.generate import Generator, SamplingParams
+    from titan_peer.inference.generator import Generator, SamplingParams
     from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 
     torch.manual_seed(0)

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from report import RESULTS, device_name, markdown_table, square_number, versions, write_results
 
-from titan_peer.command_line import FlagParser
-from titan_peer.config import load_config
-from titan_peer.parallelize import init_world
+from titan_peer.common.command_line import FlagParser
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
 from titan_peer.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,11 +24,12 @@ import datasets
 import numpy as np
 from report import markdown_table, write_results
 
-from titan_peer.command_line import FlagParser
-from titan_peer.config import Data, load_config
+from titan_peer.common.command_line import FlagParser
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Data
+from titan_peer.config.parse import load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
-from titan_peer.data_source import DataSource
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 8

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from report import markdown_table, median_ms, synchronize, write_results
 from torch import Tensor, nn
 
-from titan_peer.command_line import FlagParser
-from titan_peer.decoder import Decoder
-from titan_peer.host_memory import prefer_huge_pages
-from titan_peer.latent_cache import CacheBatch, cache_bytes_per_token
+from titan_peer.common.command_line import FlagParser
+from titan_peer.common.host_memory import prefer_huge_pages
+from titan_peer.inference.decoder import Decoder
+from titan_peer.inference.latent_cache import CacheBatch, cache_bytes_per_token
 from titan_peer.model import PEER as PEERLayer
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from report import RESULTS, device_name, markdown_table, square_number, versions, write_results
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {

@@ -29,7 +29,7 @@ from report import (
     write_results,
 )
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 from titan_peer.ops import cpu, reference
 
 NUM_BATCHES = 4  # inputs in rotation

@@ -40,10 +40,10 @@ from report import (
 )
 from torch import Tensor, nn
 
-from titan_peer.command_line import FlagParser
-from titan_peer.host_memory import keep_freed_memory, peak_resident_bytes
+from titan_peer.common.command_line import FlagParser
+from titan_peer.common.host_memory import keep_freed_memory, peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
-from titan_peer.optimizer import RowwiseAdamW
+from titan_peer.optim.optimizers import RowwiseAdamW
 
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 NUM_BATCHES = 4  # inputs in rotation, so that a step's rows are not those of the step before

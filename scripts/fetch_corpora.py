@@ -17,7 +17,7 @@ from pathlib import Path
 
 from make_sample_text import bible_chapters, dictionary_entries, unpack_packages
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "dict-gcide")
 OUTPUT = Path("outputs/corpora")

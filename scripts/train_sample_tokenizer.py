@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from titan_peer.command_line import FlagParser
+from titan_peer.common.command_line import FlagParser
 from titan_peer.data.train_tokenizer import main
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

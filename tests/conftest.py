@@ -3,7 +3,7 @@ times, and that Triton's kernels are run by its interpreter where there is no GP
 
 import os
 
-from titan_peer.cpu_threads import let_waiting_threads_sleep
+from titan_peer.common.cpu_threads import let_waiting_threads_sleep
 
 let_waiting_threads_sleep()
 

@@ -100,7 +100,7 @@ class Reader:
                 shutil.copy2(ROOT / name, target)
         program = self.folder / ".bin" / "titan-peer"
         program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m titan_peer.cli "$@"\n', encoding="utf-8")
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m titan_peer.commands.main "$@"\n', encoding="utf-8")
         program.chmod(0o755)
 
     def environment(self) -> dict[str, str]:

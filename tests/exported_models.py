@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from titan_peer.config import load_config
-from titan_peer.export import export_checkpoint
-from titan_peer.parallelize import init_world
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
+from titan_peer.sharing.export import export_checkpoint
 from titan_peer.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

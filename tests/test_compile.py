@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from titan_peer.config import load_config
-from titan_peer.parallelize import init_world
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
 from titan_peer.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

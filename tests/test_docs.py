@@ -21,11 +21,11 @@ import pytest
 import torch
 from docs_commands import PAGES, PROGRAM, ROOT, Outcome, Reader, Step, blocks, job_arguments, steps
 
-from titan_peer import cli
-from titan_peer.config import leaf_keys, load_config
+from titan_peer.analysis.model_size import model_size
+from titan_peer.commands import main as cli
+from titan_peer.config.parse import leaf_keys, load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.model import Transformer
-from titan_peer.model_size import model_size
 
 ALL = [step for page in PAGES for step in steps(page)]
 

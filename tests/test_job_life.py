@@ -12,14 +12,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_checkpoint import SMALL
+from small_jobs import SMALL
 
 from titan_peer import train
-from titan_peer.checkpoint_files import saved_steps
-from titan_peer.config import load_config
+from titan_peer.checkpoint.files import saved_steps
+from titan_peer.common.errors import UserError
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
 from titan_peer.dump_folder import JobLock
-from titan_peer.errors import UserError
-from titan_peer.parallelize import init_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,7 +154,7 @@ def test_the_last_step_is_logged_when_the_job_is_told_to_stop(tmp_path: Path, mo
 def test_a_second_job_in_the_folder_is_refused_before_it_writes_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    holder = "import sys; from pathlib import Path; from titan_peer.folder_lock import FolderLock\n"
+    holder = "import sys; from pathlib import Path; from titan_peer.common.folder_lock import FolderLock\n"
     holder += "lock = FolderLock(Path(sys.argv[1]), 0); print('has it', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", holder, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -170,7 +170,7 @@ def test_a_second_job_with_the_same_folder_of_checkpoints_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = tmp_path / "shared"
-    holder = "import sys; from titan_peer.config import load_config; from titan_peer.dump_folder import JobLock\n"
+    holder = "import sys; from titan_peer.config.job import load_config; from titan_peer.dump_folder import JobLock\n"
     holder += "lock = JobLock(load_config(sys.argv[1:])); print('has it', flush=True); sys.stdin.read()"
     folders = ["--checkpoint.folder", str(shared), "--job.dump_folder"]
     command = [sys.executable, "-c", holder, *SMALL, *folders, str(tmp_path / "a")]

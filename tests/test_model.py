@@ -7,38 +7,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import built, small_model
 from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from titan_peer.model import MLA, PEER, MLAArgs, ModelArgs, PEERArgs, Transformer, rope_table
+from titan_peer.model import MLA, PEER, MLAArgs, ModelArgs, PEERArgs, rope_table
 from titan_peer.ops.attention import causal_mask, document_positions
 from titan_peer.ops.cross_entropy import linear_cross_entropy
 
 DIM = 96
-
-
-def small_model(**changes: object) -> ModelArgs:
-    peer = PEERArgs(num_experts=64, product_key_dim=[8, 8], num_heads=2, num_experts_per_tok=4, query_dim=16)
-    mla = MLAArgs(n_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
-    args = ModelArgs(vocab_size=50, dim=32, n_layers=3, ffn_hidden_dim=48, max_seq_len=32, mla=mla, peer=peer)
-    for key, value in changes.items():
-        target = args
-        *path, name = key.split("__")
-        for part in path:
-            target = getattr(target, part)
-        assert hasattr(target, name)
-        setattr(target, name, value)
-    return args
-
-
-def built(args: ModelArgs, seed: int = 0) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.to_empty(device="cpu")
-    torch.manual_seed(seed)
-    model.init_weights()
-    return model
 
 
 # ---- MLA

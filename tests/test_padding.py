@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from test_model import built, small_model
+from small_models import built, small_model
 from torch import Tensor
 
 from titan_peer.data.packing import PackedSequence, PackingFormat, Piece
 from titan_peer.data.streams import Document
-from titan_peer.expert_balance import add_balance_loss, unevenness
-from titan_peer.expert_usage import ExpertUsage
+from titan_peer.experts.balance import add_balance_loss, unevenness
+from titan_peer.experts.usage import ExpertUsage
 from titan_peer.model import QueryBatchNorm, Transformer
 from titan_peer.ops import backends
-from titan_peer.optimizer import collect_row_gradients
+from titan_peer.optim.optimizers import collect_row_gradients
 
 LENGTHS = (9, 1, 14, 5)
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from test_model import built, small_model
+from small_models import built, small_model
 from torch import Tensor
 
-from titan_peer.decoder import Decoder
-from titan_peer.expert_usage import peer_layers
-from titan_peer.latent_cache import CacheBatch
+from titan_peer.distributed.parallelize import autocast, matrices
+from titan_peer.experts.usage import peer_layers
+from titan_peer.inference.decoder import Decoder
+from titan_peer.inference.latent_cache import CacheBatch
 from titan_peer.model import PEER, PEERArgs, Transformer
 from titan_peer.ops import backends, product_key_retrieve
 from titan_peer.ops.latent_attention import attend_to_latents
-from titan_peer.parallelize import autocast, matrices
 
 BACKENDS = ("cpu", "reference", "triton")
 CPU = torch.device("cpu")

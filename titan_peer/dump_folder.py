@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_peer.config import JobConfig
-from titan_peer.errors import UserError
-from titan_peer.folder_lock import FolderLock
-from titan_peer.sinks import complete_lines
+from titan_peer.common.errors import UserError
+from titan_peer.common.folder_lock import FolderLock
+from titan_peer.config.job import JobConfig
+from titan_peer.metrics.sinks import complete_lines
 
 logger = logging.getLogger("titan_peer")
 

@@ -21,39 +21,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_peer import __version__, dry_run
-from titan_peer.characters import write_every_character
-from titan_peer.checkpoint import Checkpointer
-from titan_peer.checkpoint_saving import CheckpointSaveError
-from titan_peer.collectives import ProcessesFailedError, on_all_processes
-from titan_peer.config import JobConfig, load_config
+from titan_peer import __version__
+from titan_peer.analysis import dry_run
+from titan_peer.analysis.model_size import model_size
+from titan_peer.checkpoint.checkpointer import Checkpointer
+from titan_peer.checkpoint.saving import CheckpointSaveError
+from titan_peer.common.characters import write_every_character
+from titan_peer.common.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
+from titan_peer.common.host_memory import keep_freed_memory
+from titan_peer.common.units import bytes_text
+from titan_peer.config.job import JobConfig
+from titan_peer.config.parse import load_config
+from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
 from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.distributed.collectives import ProcessesFailedError, on_all_processes
+from titan_peer.distributed.faults import leave_word, report_failure
+from titan_peer.distributed.float8 import precompute_scales_after_step
+from titan_peer.distributed.parallelize import World, autocast, compute_dtype, init_world, materialize, parallelize
+from titan_peer.distributed.sharded_init import sharded_init
 from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
-from titan_peer.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
-from titan_peer.expert_balance import add_balance_loss
-from titan_peer.expert_report import UsageReporter, remedies
-from titan_peer.expert_revival import ExpertRevival
-from titan_peer.faults import leave_word, report_failure
-from titan_peer.float8 import precompute_scales_after_step
-from titan_peer.heartbeat import Heartbeat
-from titan_peer.host_memory import keep_freed_memory
-from titan_peer.metrics import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.experts.balance import add_balance_loss
+from titan_peer.experts.report import UsageReporter, remedies
+from titan_peer.experts.revival import ExpertRevival
+from titan_peer.metrics.heartbeat import Heartbeat
+from titan_peer.metrics.logger import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.metrics.profiling import Profiler
 from titan_peer.model import Transformer
-from titan_peer.model_size import model_size
 from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
-from titan_peer.optimizer import Optimizers, local
-from titan_peer.parallelize import World, autocast, compute_dtype, init_world, materialize, parallelize
-from titan_peer.profiling import Profiler
-from titan_peer.resolve import resolve_batch, resolve_vocabulary
-from titan_peer.schedule import learning_rate_factor, schedule_cuts, schedule_phases
-from titan_peer.sharded_init import sharded_init
-from titan_peer.units import bytes_text
+from titan_peer.optim.optimizers import Optimizers, local
+from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 
 logger = logging.getLogger("titan_peer")
 

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from titan_peer.config import Data
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Data
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.pipeline import Batch
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.data_source import DataSource
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SAMPLE = ROOT / "assets/sample_text/train.jsonl"

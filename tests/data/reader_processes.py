@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from corpora import make_loader, take
 
-from titan_peer.data_source import DataSource
+from titan_peer.config.data_source import DataSource
 
 NEW_PROCESS = multiprocessing.get_context("forkserver")
 # The server imports it by name before it knows of pytest's search path.

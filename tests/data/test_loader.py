@@ -15,11 +15,11 @@ import torch
 from corpora import SAMPLE, TOKENIZER, make_loader, sample_texts, take, three_sources, write_jsonl
 from reader_processes import continue_loader, in_new_processes, run_rank
 
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.loader import _reader_states, build_validation_dataloader, merge_streams
 from titan_peer.data.records import RecordReader
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from corpora import sample_texts, write_jsonl, write_parquet
 
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.local_files import local_files
 from titan_peer.data.sources import open_source
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 
 def read(path: object) -> list[str]:

@@ -10,8 +10,8 @@ from corpora import make_loader, sample_texts, take, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.mixing import WeightedDraw
-from titan_peer.data_source import DataSource
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,6 +14,7 @@ from corpora import make_loader, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.packing import (
     PackedSequence,
     PackingFormat,
@@ -23,7 +24,6 @@ from titan_peer.data.packing import (
     make_packer,
 )
 from titan_peer.data.streams import Document
-from titan_peer.data_source import DataSource
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 PAD = 0

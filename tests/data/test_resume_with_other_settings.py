@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from corpora import ROOT, SAMPLE, make_loader, sample_texts, take, write_jsonl, write_parquet
 
-from titan_peer.config import load_config
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.parse import load_config
 from titan_peer.data import identity
 from titan_peer.data.loader import TrainingLoader
 from titan_peer.data.sources import open_source
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 
 def resumed(state: dict[str, Any], sources: list[DataSource], **settings: Any) -> TrainingLoader:

@@ -16,12 +16,12 @@ from corpora import ROOT, make_loader, sample_texts, take, write_jsonl, write_pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_peer.config import load_config
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.parse import load_config
 from titan_peer.data import hub
 from titan_peer.data.records import BadDocument, RecordReader
 from titan_peer.data.sources import Source, open_sources
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 TEXTS = sample_texts(0, 500)
 

@@ -12,13 +12,13 @@ import tokenizers
 from corpora import SAMPLE, TOKENIZER, make_loader
 from tokenizers import AddedToken
 
-from titan_peer.checkpoint_files import TOKENIZER as STORED
-from titan_peer.checkpoint_files import read_tokenizer_files, stored_tokenizer_path
-from titan_peer.config import Data
+from titan_peer.checkpoint.files import TOKENIZER as STORED
+from titan_peer.checkpoint.files import read_tokenizer_files, stored_tokenizer_path
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Data
 from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 
 def write_tokenizer(

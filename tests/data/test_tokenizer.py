@@ -13,13 +13,13 @@ import torch
 from corpora import ROOT, TOKENIZER, make_loader, sample_texts, tokenizer_with_a_gap, write_jsonl
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from titan_peer.config import load_config
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.parse import load_config
+from titan_peer.config.resolve import resolve_vocabulary
 from titan_peer.data import streams
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenizer import TiktokenTokenizer, load_tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
-from titan_peer.resolve import resolve_vocabulary
 
 HARD_TEXTS = [
     "It's 1234567 o'clock,\r\n\r\n  isn't IT'LL ÉTÉ-été 北京 🙂🏽 \t x\n",

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, tokenizer_with_a_gap, write_jsonl
 
-from titan_peer import cli
-from titan_peer.config import load_config
+from titan_peer.analysis.dry_run import resolve
+from titan_peer.commands import main as cli
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.parse import load_config
 from titan_peer.data.records import TokenizedText
 from titan_peer.data.tokenized import TokenizedShard, open_shards, write_shard
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.dry_run import resolve
-from titan_peer.errors import UserError
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--model.tokenizer_path", TOKENIZER]
 
@@ -56,7 +56,16 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
     source = write_jsonl(tmp_path / "a.jsonl", sample_texts() * 4)
     settings = ["--tokens_per_shard", "100000"]
     tokenize(whole, *settings, source=source)
-    command = [sys.executable, "-m", "titan_peer.cli", "data", "tokenize", "--source.path", str(source), *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "titan_peer.commands.main",
+        "data",
+        "tokenize",
+        "--source.path",
+        str(source),
+        *settings,
+    ]
     process = subprocess.Popen([*command, "--tokenizer_path", TOKENIZER, "--output", str(killed)])
     deadline = time.monotonic() + 120
     while not (killed / "shard-00002.tokens").exists() and time.monotonic() < deadline:

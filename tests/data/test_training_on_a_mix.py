@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from corpora import ROOT, SAMPLE, make_loader, write_jsonl
 
-from titan_peer.data_source import DataSource
+from titan_peer.config.data_source import DataSource
 
 
 def sample_part(name: str) -> list[str]:

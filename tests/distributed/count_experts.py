@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_peer.config import load_config
-from titan_peer.expert_usage import Counts, peer_layers
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
+from titan_peer.experts.usage import Counts, peer_layers
 from titan_peer.model import PEER
-from titan_peer.parallelize import init_world
 from titan_peer.train import Trainer
 
 

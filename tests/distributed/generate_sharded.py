@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from titan_peer.config import load_config
-from titan_peer.generate import Generator, SamplingParams
-from titan_peer.parallelize import init_world
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
+from titan_peer.inference.generator import Generator, SamplingParams
 from titan_peer.train import Trainer
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_peer.config import load_config
-from titan_peer.expert_revival import ExpertRevival
-from titan_peer.expert_usage import peer_layers
-from titan_peer.parallelize import init_world
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import init_world
+from titan_peer.experts.revival import ExpertRevival
+from titan_peer.experts.usage import peer_layers
 from titan_peer.train import Trainer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, free_port, run_in_processes
-from test_checkpoint import SMALL
+from small_jobs import SMALL
 
 TIMEOUT_SECONDS = 60  # of a collective; the ends below come much sooner
 JOB = [*SMALL, "--model.tokenizer_path", str(ROOT / "assets/tokenizer"), "--checkpoint.enable", "false"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from processes import ROOT, run_in_processes
 
-from titan_peer.checkpoint_inference import load_model_for_inference
+from titan_peer.checkpoint.inference import load_model_for_inference
 
 GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
 JOB = ["--job.config_file", str(GOLDEN / "small.toml"), "--model.tokenizer_path", str(GOLDEN / "step-2/tokenizer")]
@@ -21,8 +21,8 @@ PATIENCE = 90
 def _trainer(folder: str, *arguments: str) -> Any:
     import torch.distributed as dist
 
-    from titan_peer.config import load_config
-    from titan_peer.parallelize import init_world
+    from titan_peer.config.parse import load_config
+    from titan_peer.distributed.parallelize import init_world
     from titan_peer.train import Trainer
 
     if not dist.is_initialized():
@@ -35,7 +35,7 @@ def _save_what_one_process_cannot_copy(folder: str) -> list[str]:
     """Saves of both kinds with a tensor on rank 1 that holds nothing, then one without it; what is said of each."""
     import torch
 
-    from titan_peer.checkpoint_saving import CheckpointSaveError
+    from titan_peer.checkpoint.saving import CheckpointSaveError
 
     said = []
     for mode in ("async", "disabled"):
@@ -66,7 +66,7 @@ def _load_with_settings_of_ones_own(folder: str) -> str:
     """Rank 1 has another job file, in which an entry of checkpoint.exclude_from_loading is misspelt."""
     import os
 
-    from titan_peer.errors import UserError
+    from titan_peer.common.errors import UserError
 
     own = ["optimiser"] if os.environ["RANK"] == "1" else ["optimizer"]
     settings = ["--checkpoint.load_step", "3", "--checkpoint.exclude_from_loading", *own]
@@ -80,8 +80,8 @@ def _load_with_settings_of_ones_own(folder: str) -> str:
 def _actions_that_fail_on_one() -> list[str]:
     import os
 
-    from titan_peer.collectives import ProcessesFailedError, on_all_processes
-    from titan_peer.errors import UserError
+    from titan_peer.common.errors import UserError
+    from titan_peer.distributed.collectives import ProcessesFailedError, on_all_processes
 
     rank = int(os.environ["RANK"])
 

@@ -19,13 +19,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_peer.collectives import new_gloo_group, one_gloo_thread
-from titan_peer.config import load_config
-from titan_peer.expert_parallel import ExpertParallel, ShardedExperts
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.collectives import new_gloo_group, one_gloo_thread
+from titan_peer.distributed.expert_parallel import ExpertParallel, ShardedExperts
+from titan_peer.distributed.parallelize import apply_expert_parallel, init_world
+from titan_peer.distributed.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.model import Experts, MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients
-from titan_peer.parallelize import apply_expert_parallel, init_world
-from titan_peer.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.train import Trainer
 
 N, E, D, T, K = 10, 2, 12, 6, 5  # ten experts on four processes: three each, the last has one
@@ -296,7 +296,7 @@ def test_no_process_ever_holds_a_whole_table(tmp_path: Path) -> None:
 
 
 def test_a_gloo_group_has_one_thread(on_four: OnFour) -> None:
-    # With PyTorch's two, collectives that end at once free one string twice; see titan_peer.collectives.
+    # With PyTorch's two, collectives that end at once free one string twice; see titan_peer.distributed.collectives.
     assert on_four["threads"] == [[1, 2]] * 4
 
 

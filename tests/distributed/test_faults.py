@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_checkpoint import SMALL, tensors_of
+from small_jobs import SMALL, tensors_of
 from test_train import ROOT, records
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from titan_peer.checkpoint_files import saved_steps, verify
-from titan_peer.launch import first_failure
+from titan_peer.checkpoint.files import saved_steps, verify
+from titan_peer.distributed.launch import first_failure
 
 JOB = [*SMALL, "--checkpoint.interval", 2, "--checkpoint.async_mode", "async", "--lr_scheduler.warmup_steps", 4]
 

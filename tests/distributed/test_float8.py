@@ -8,9 +8,9 @@ import pytest
 import torch
 from processes import losses, train_jobs
 
-from titan_peer.config import Float8
-from titan_peer.errors import UserError
-from titan_peer.float8 import apply_float8
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import Float8
+from titan_peer.distributed.float8 import apply_float8
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 
 JOB = [

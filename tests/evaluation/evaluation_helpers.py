@@ -16,7 +16,7 @@ QUICK += ["--validation.enable", "false", "--metrics.log_freq", "1"]
 
 def titan_peer(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line in the repository; fails unless it ends with `status`."""
-    command = [sys.executable, "-m", "titan_peer.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "titan_peer.commands.main", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, encoding="utf-8")
     assert done.returncode == status, done.stderr
     return done

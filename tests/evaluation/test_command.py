@@ -8,7 +8,7 @@ import logging
 import pytest
 from evaluation_helpers import VALIDATION
 
-from titan_peer import cli
+from titan_peer.commands import main as cli
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ if importlib.util.find_spec("evals") is None:  # importing it asks for an API ke
 
 from evaluation_helpers import QUICK, ROOT, titan_peer
 
-from titan_peer import cli, train
-from titan_peer.config import load_config
+from titan_peer import train
+from titan_peer.commands import main as cli
+from titan_peer.config.parse import load_config
+from titan_peer.distributed.parallelize import World, parallelize
 from titan_peer.evaluation.during_training import PeriodicEvaluation, whole_model
 from titan_peer.evaluation.results import BOOTSTRAP_OF
 from titan_peer.evaluation.suite import generative_evaluations
-from titan_peer.parallelize import World, parallelize
 
 SMALL = [*QUICK, "--model.n_layers", "2", "--training.seq_len", "64", "--training.steps", "6"]
 EVALUATION = """

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 from titan_peer.evaluation.lm_evaluation_harness import BUNDLED_TASKS, TitanPeerLM, tasks
 
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
@@ -127,7 +127,16 @@ def test_an_unknown_task_is_named_with_its_neighbours():
 def test_a_task_whose_data_must_be_downloaded_is_refused_without_a_network(checkpoint, tmp_path: Path):
     """By the library's own offline mode; a machine without network gives the same after some tries."""
     done = subprocess.run(
-        [sys.executable, "-m", "titan_peer.cli", "eval", "--checkpoint", str(checkpoint), "--tasks", "arc_easy"],
+        [
+            sys.executable,
+            "-m",
+            "titan_peer.commands.main",
+            "eval",
+            "--checkpoint",
+            str(checkpoint),
+            "--tasks",
+            "arc_easy",
+        ],
         env={**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ if importlib.util.find_spec("evals") is None:  # importing it asks for an API ke
 
 from evaluation_helpers import titan_peer
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 from titan_peer.evaluation.openai_evals import ModelCompletionFn, OpenAIEval, _package, _Request
 
 

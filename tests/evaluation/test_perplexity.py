@@ -9,11 +9,11 @@ import pytest
 import torch
 from evaluation_helpers import VALIDATION, titan_peer
 
-from titan_peer.config import Data
-from titan_peer.data_source import DataSource
-from titan_peer.evaluation.command import loss_on
+from titan_peer.commands.evaluate import loss_on
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Data
 from titan_peer.evaluation.suite import held_out_batches
-from titan_peer.metrics import HeldOutLoss
+from titan_peer.metrics.logger import HeldOutLoss
 
 SEQ_LEN = 256
 DOCUMENTS = 12

@@ -16,13 +16,13 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from titan_peer.config import load_config
+from titan_peer.commands.tune import gpu_milliseconds, tune
+from titan_peer.config.parse import load_config
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients, backend_report, peer_experts, product_key_retrieve, reference, rowwise_adamw_
 from titan_peer.ops import triton as kernels
 from titan_peer.ops.triton import tuning
-from titan_peer.optimizer import RowwiseAdamW
-from titan_peer.tune import gpu_milliseconds, tune
+from titan_peer.optim.optimizers import RowwiseAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda")

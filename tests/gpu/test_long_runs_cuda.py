@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_checkpoint import steps, tensors_of, trainer
+from small_jobs import steps, tensors_of, trainer
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from titan_peer.train import Trainer

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.ops import backends
-from titan_peer.optimizer import RowwiseAdamW
+from titan_peer.optim.optimizers import RowwiseAdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

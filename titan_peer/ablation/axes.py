@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from titan_peer.ablation.solve import nearest_shape, set_steps
-from titan_peer.config import JobConfig, data_sources, leaf_keys, load_config
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import JobConfig
+from titan_peer.config.parse import data_sources, leaf_keys, load_config
 
 MOST_UNEQUAL = 4
 """How many times the sub-keys of another axis an axis may have where the sizes follow from a number of experts."""

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from titan_peer.ablation.axes import Axis, Point, build_axis, read_key
 from titan_peer.ablation.solve import Cost, Equal, cost, set_steps, solve, tokens_per_step
-from titan_peer.config import JobConfig, check, leaf_keys, load_config
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import JobConfig, check
+from titan_peer.config.parse import leaf_keys, load_config
 
 _OURS = {
     "job.dump_folder": "runs are in --output_dir",

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from titan_peer.ablation.plan import Plan, Run
 from titan_peer.ablation.run import folder_of, status_of
-from titan_peer.sinks import Record, complete_lines
+from titan_peer.metrics.sinks import Record, complete_lines
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from titan_peer.ablation.plan import Run
-from titan_peer.checkpoint_compare import changed_settings, described
-from titan_peer.errors import UserError
-from titan_peer.saved_job import read_saved_job
-from titan_peer.sinks import complete_lines
+from titan_peer.checkpoint.compare import changed_settings, described
+from titan_peer.common.errors import UserError
+from titan_peer.config.saved_job import read_saved_job
+from titan_peer.metrics.sinks import complete_lines
 
 JOB, LOG, STATUS, CHECKPOINTS = "job.toml", "log.txt", "status.json", "checkpoint"
 
@@ -107,7 +107,7 @@ def command(folder: Path, processes: int) -> list[str]:
     module = ["-m", "titan_peer.train", "--job.config_file", str(folder / JOB)]
     if processes == 1:
         return [sys.executable, *module]
-    launcher = ["-m", "titan_peer.launch", "--nproc-per-node", str(processes)]
+    launcher = ["-m", "titan_peer.distributed.launch", "--nproc-per-node", str(processes)]
     return [sys.executable, *launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *module]
 
 

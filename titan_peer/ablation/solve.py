@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from titan_peer.config import JobConfig
+from titan_peer.analysis.model_size import ModelSize, model_size
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import JobConfig
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.errors import UserError
 from titan_peer.model import Transformer
-from titan_peer.model_size import ModelSize, model_size
 
 Equal = Literal["none", "total_parameters", "active_parameters", "flops"]
 TOLERANCE = 0.02

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.local_files import suffix_of
 from titan_peer.data.records import BYTE_ORDER_MARK, BadDocument, Divisible, RecordReader
-from titan_peer.errors import UserError
 
 _MAX_CHUNK_BYTES = 2**20
 _SAMPLE_BYTES, _HEAD_BYTES = 2**20, 2**12

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader
-from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.records import Divisible
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 # So many blocks of a file are read, spread over it, and about so many of all files of a source: a second's work on a disk.
 _BLOCK_BYTES, _BLOCKS_PER_FILE, _BLOCKS = 2**14, 64, 4096

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from titan_peer.command_line import CommandParser
-from titan_peer.config import JobConfig, load_config
+from titan_peer.common.command_line import CommandParser
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import JobConfig
+from titan_peer.config.parse import load_config
 from titan_peer.data.loader import TrainingLoader, build_dataloader
 from titan_peer.data.pipeline import Batch
 from titan_peer.data.special_tokens import describe as describe_borders
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
-from titan_peer.errors import UserError
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 _EXAMPLE = """\

@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_peer.config import Data
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
 from titan_peer.data.pipeline import Batch, PackedStream, Pipeline, collate
 from titan_peer.data.resume import continue_sources, described, order_settings, require_same_order
@@ -36,8 +38,6 @@ from titan_peer.data.sources import open_sources
 from titan_peer.data.special_tokens import missing
 from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 _STATE_FORMAT = 1
 

@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (

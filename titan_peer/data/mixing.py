@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.packing import PackedSequence, Packer
 from titan_peer.data.streams import Document, DocumentStream, State
-from titan_peer.data_source import DataSource
 
 
 class WeightedDraw:

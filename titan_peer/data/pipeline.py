@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from titan_peer.config import Data
+from titan_peer.config.job import Data
 from titan_peer.data.mixing import DocumentMixture, SequenceMixture, WeightedDraw
 from titan_peer.data.packing import PackedSequence, Packer, PackingFormat, make_packer
 from titan_peer.data.sources import Source

@@ -14,15 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from titan_peer.command_line import parse_options
+from titan_peer.common.command_line import parse_options
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.identity import another_reading
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source, open_source
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenized import MANIFEST, dtype_for, is_tokenized, read_manifest, write_shard
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
 

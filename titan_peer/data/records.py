@@ -13,7 +13,7 @@ import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 
 # A stream of its own for less than this would see too few documents to be like the others.
 DOCUMENTS_PER_STREAM = 64

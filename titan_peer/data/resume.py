@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.identity import another_reading
 from titan_peer.data.pipeline import Pipeline
 from titan_peer.data.sources import Source
 from titan_peer.data.streams import State
-from titan_peer.errors import UserError
 
 logger = logging.getLogger("titan_peer")
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource, source_name
 from titan_peer.data import formats, hub, tokenized
 from titan_peer.data.identity import identity_of
 from titan_peer.data.local_files import SUFFIXES, local_files
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader, TokenizedText
-from titan_peer.data_source import DataSource, source_name
-from titan_peer.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

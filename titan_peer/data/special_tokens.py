@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from titan_peer.config import Data
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import Data
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source
 from titan_peer.data.tokenized import TokenizedShard
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.errors import UserError
 
 State = dict[str, Any]
 

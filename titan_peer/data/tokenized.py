@@ -16,8 +16,8 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.records import BadDocument, Divisible, TokenizedText
-from titan_peer.errors import UserError
 
 MANIFEST = "tokenized.json"
 _DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"uint16": np.uint16, "uint32": np.uint32}

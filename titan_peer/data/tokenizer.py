@@ -10,9 +10,9 @@ from typing import Protocol
 import tokenizers
 from tokenizers import AddedToken
 
+from titan_peer.common.errors import UserError
 from titan_peer.data.byte_fallback import ByteRuns
 from titan_peer.data.special_tokens import Specials, SpecialToken, begin_and_end
-from titan_peer.errors import UserError
 
 
 class Tokenizer(Protocol):

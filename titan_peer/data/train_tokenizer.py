@@ -12,11 +12,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from titan_peer.command_line import parse_options
+from titan_peer.common.command_line import parse_options
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source, open_source
-from titan_peer.data_source import DataSource
-from titan_peer.errors import UserError
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from titan_peer.collectives import new_gloo_group, on_all_processes
-from titan_peer.config import JobConfig
+from titan_peer.config.job import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.distributed.collectives import new_gloo_group, on_all_processes
+from titan_peer.distributed.parallelize import World, autocast, compute_dtype
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.results import Result, history_table, plot_history
 from titan_peer.evaluation.suite import (
@@ -36,10 +37,9 @@ from titan_peer.evaluation.suite import (
     run_one,
     run_perplexity,
 )
-from titan_peer.generate import Generator
-from titan_peer.metrics import HeldOutLoss
+from titan_peer.inference.generator import Generator
+from titan_peer.metrics.logger import HeldOutLoss
 from titan_peer.model import ModelArgs, Transformer, rope_table
-from titan_peer.parallelize import World, autocast, compute_dtype
 
 logger = logging.getLogger("titan_peer")
 

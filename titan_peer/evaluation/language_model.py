@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from titan_peer.characters import with_whole_characters
+from titan_peer.common.characters import with_whole_characters
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.generate import Generator, SamplingParams
+from titan_peer.inference.generator import Generator, SamplingParams
 
 logger = logging.getLogger("titan_peer")
 
@@ -28,7 +28,7 @@ class EvaluationStoppedError(Exception):
 
 @dataclass
 class LanguageModel:
-    """What the adapters need, over the decoder of `generate.py`."""
+    """What the adapters need, over the decoder of `inference/generator.py`."""
 
     generator: Generator
     max_new_tokens: int

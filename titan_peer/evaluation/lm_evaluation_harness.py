@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 from titan_peer.evaluation.environment import environment
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.results import Result
-from titan_peer.generate import SamplingParams
+from titan_peer.inference.generator import SamplingParams
 
 try:
     import lm_eval

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from titan_peer.checkpoint_inference import load_model_for_inference
-from titan_peer.config import JobConfig
-from titan_peer.errors import UserError
+from titan_peer.checkpoint.inference import load_model_for_inference
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import JobConfig
+from titan_peer.distributed.parallelize import autocast, compute_dtype
 from titan_peer.evaluation.language_model import LanguageModel
-from titan_peer.generate import Generator
-from titan_peer.parallelize import autocast, compute_dtype
+from titan_peer.inference.generator import Generator
 
 
 def choose_device(name: str) -> torch.device:

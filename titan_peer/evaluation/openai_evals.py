@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_peer.characters import with_whole_characters
-from titan_peer.errors import UserError
+from titan_peer.common.characters import with_whole_characters
+from titan_peer.common.errors import UserError
 from titan_peer.evaluation.batching import RequestBatcher
 from titan_peer.evaluation.environment import environment
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.results import BOOTSTRAP_OF, Result
-from titan_peer.generate import SamplingParams
+from titan_peer.inference.generator import SamplingParams
 
 INSTALL = "pip install 'titan_peer[evals]' && pip install --no-deps evals"
 PREFIX = "titan_peer/"

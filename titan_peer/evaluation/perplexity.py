@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from titan_peer.metrics import HeldOutLoss
+from titan_peer.metrics.logger import HeldOutLoss
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 

@@ -12,14 +12,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from titan_peer.config import Data, Evaluation
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource, source_name
+from titan_peer.config.job import Data, Evaluation
 from titan_peer.data.loader import build_validation_dataloader
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.data_source import DataSource, source_name
-from titan_peer.errors import UserError
 from titan_peer.evaluation.language_model import EvaluationStoppedError, LanguageModel
 from titan_peer.evaluation.results import Result
-from titan_peer.metrics import HeldOutLoss
+from titan_peer.metrics.logger import HeldOutLoss
 
 logger = logging.getLogger("titan_peer")
 

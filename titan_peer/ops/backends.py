@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from titan_peer.errors import UserError
+from titan_peer.common.errors import UserError
 from titan_peer.ops import reference, shapes
 
 logger = logging.getLogger("titan_peer")

@@ -63,7 +63,7 @@ class RowGradients:
         if collector is None:
             raise RuntimeError(
                 "peer_experts(rowwise=True): these tables have no RowGradients; create one and keep it alive, "
-                "as titan_peer.optimizer.RowwiseAdamW does"
+                "as titan_peer.optim.optimizers.RowwiseAdamW does"
             )
         return collector
 

@@ -1,0 +1,113 @@
+"""Learning-rate schedule, parameter groups, clipping over dense and row-wise gradients together."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import built, small_model
+
+from titan_peer.config.job import LRScheduler, Optimizer
+from titan_peer.optim.optimizers import Optimizers
+from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
+
+
+def test_warmup_stable_decay() -> None:
+    config = LRScheduler(warmup_steps=10, decay_ratio=0.4, decay_type="linear", min_lr_factor=0.1)
+    factors = [learning_rate_factor(step, 100, config) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:60] == [1.0] * 51
+    assert factors[79] == pytest.approx(0.55) and factors[99] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[59:], factors[60:]))
+
+
+@pytest.mark.parametrize(("decay_type", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - 0.5**0.5)])
+def test_decay_shapes_at_half_way_and_at_the_end(decay_type: str, half: float) -> None:
+    config = LRScheduler(warmup_steps=0, decay_ratio=1.0, decay_type=decay_type)  # type: ignore[arg-type]
+    assert learning_rate_factor(50, 100, config) == pytest.approx(half)
+    assert learning_rate_factor(100, 100, config) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("decay_ratio", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "sqrt"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 100])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_the_first_step_learns_however_short_the_job(steps, warmup_steps, decay_type, decay_ratio) -> None:
+    config = LRScheduler(warmup_steps=warmup_steps, decay_ratio=decay_ratio, decay_type=decay_type)
+    assert learning_rate_factor(1, steps, config) > 0
+    assert sum(schedule_phases(steps, config)) == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_steps", "decay_ratio", "phases", "said"),
+    [
+        (100, 20, 0.5, (20, 30, 50), ""),
+        (100, 50, 0.5, (50, 0, 50), ""),
+        (20, 100, 0.5, (20, 0, 0), "lr_scheduler.warmup_steps = 100 is more than training.steps = 20"),
+        (100, 80, 0.5, (80, 0, 20), "leaves 20 of training.steps = 100 to the decay"),
+        (100, 100, 0.5, (100, 0, 0), "leaves 0 of training.steps = 100 to the decay"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_cut_and_said(steps, warmup_steps, decay_ratio, phases, said) -> None:
+    config = LRScheduler(warmup_steps=warmup_steps, decay_ratio=decay_ratio)
+    assert schedule_phases(steps, config) == phases
+    cuts = schedule_cuts(steps, config)
+    assert said in "".join(cuts) and bool(cuts) == bool(said)
+
+
+def test_weight_decay_spares_norms_gains_and_expert_tables() -> None:
+    model = built(small_model())
+    optimizers = Optimizers(model, Optimizer(expert_update="dense", weight_decay=0.3, expert_lr_factor=2.0))
+    decay = {id(p): g["weight_decay"] for g in optimizers.adamw.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        spared = "norm" in name or "expert_" in name
+        assert decay[id(parameter)] == (0.0 if spared else 0.3), name
+    optimizers.set_learning_rate(0.5)
+    (tables,) = [
+        g
+        for g in optimizers.adamw.param_groups
+        if any(p is model.layers[1].peer.experts.expert_up for p in g["params"])
+    ]
+    assert tables["lr"] == 1.0
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.01])
+def test_rowwise_and_dense_take_the_same_first_step_and_report_the_same_norm(max_norm: float) -> None:
+    dense_model = built(small_model())
+    row_model = copy.deepcopy(dense_model)
+    tokens = torch.randint(50, (2, 16))
+    norms = []
+    for model, update in ((dense_model, "dense"), (row_model, "rowwise")):
+        optimizers = Optimizers(model, Optimizer(expert_update=update, lr=1e-2))  # type: ignore[arg-type]
+        for half in tokens:  # two micro-batches
+            (model(half[None], labels=half[None]) / 32).backward()
+        norms.append(optimizers.clip_and_step(max_norm))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=1e-6)
+    for (name, dense), row in zip(dense_model.named_parameters(), row_model.parameters()):
+        torch.testing.assert_close(row, dense, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bfloat16_copies_of_the_tables_are_computed_with_and_follow_the_updates() -> None:
+    model = built(small_model(n_layers=2))
+    optimizers = Optimizers(model, Optimizer(expert_compute_dtype="bfloat16", lr=1e-2))
+    experts = model.layers[1].peer.experts
+    before = experts.expert_up.detach().clone()
+    for step in range(3):
+        tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(step))
+        (model(tokens, labels=tokens) / 32).backward()
+        optimizers.clip_and_step(1.0)
+        assert experts.expert_up.dtype == torch.float32
+        for table, copy_ in zip((experts.expert_down, experts.expert_up), experts.compute_copies):
+            assert torch.equal(copy_, table.detach().bfloat16())
+    touched = (experts.expert_up != before).any(-1).any(-1)
+    assert 0 < touched.sum() < len(touched)
+    plain = copy.deepcopy(model)
+    plain.layers[1].peer.experts.compute_copies = None
+    tokens = torch.randint(50, (1, 16), generator=torch.Generator().manual_seed(9))
+    rounded, exact = model(tokens, labels=tokens), plain(tokens, labels=tokens)
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
+    with torch.no_grad():
+        experts.expert_up.zero_()
+    optimizers.refresh_copies()
+    assert not experts.compute_copies[1].any()

@@ -1,0 +1,62 @@
+"""Which checkpoint is meant: one itself, or the newest complete one of a job or of a folder of checkpoints.
+
+Everything that takes a checkpoint from a person finds it here.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+
+from titan_peer.checkpoint.files import CONFIG, MANIFEST, TRAIN_STATE, saved_steps
+from titan_peer.common.errors import UserError
+
+logger = logging.getLogger("titan_peer")
+
+_EXPORTED = "config.json"  # only an exported model has it
+WHAT_TO_GIVE = "a job's folder (its newest checkpoint is taken) or a checkpoint, <job.dump_folder>/checkpoint/step-N"
+
+
+def find_checkpoint(given: Path | str, key: str) -> Path:
+    """The folder `step-N` that `given` means; which one is logged in a line where that was a choice.
+
+    Args:
+        given: a checkpoint; a job's folder; or a folder of checkpoints. Of the last two the newest complete one is taken.
+        key: flag or config key that it was given by, for messages.
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    given = Path(given)
+    if (given / TRAIN_STATE).is_file() and not (given / _EXPORTED).is_file():
+        return given
+    for folder in (given, given / _checkpoint_folder(given)):
+        complete = [step for step in saved_steps(folder) if _is_complete(folder / f"step-{step}")]
+        if complete:
+            newest = folder / f"step-{complete[-1]}"
+            logger.info("%s: its newest checkpoint is %s", given, newest)
+            return newest
+    raise UserError(f"{key} {given}: {_what_it_is(given)}; give {WHAT_TO_GIVE}")
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / TRAIN_STATE).is_file() and (folder / MANIFEST).is_file()
+
+
+def _checkpoint_folder(job_folder: Path) -> str:
+    """checkpoint.folder of the job that wrote to `job_folder`."""
+    try:
+        table = tomllib.loads((job_folder / CONFIG).read_text(encoding="utf-8"))
+        return str(table["checkpoint"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "checkpoint"
+
+
+def _what_it_is(given: Path) -> str:
+    if not given.exists():
+        return "is not there"
+    if not given.is_dir():
+        return "is not a folder"
+    if (given / _EXPORTED).is_file():
+        return "is an exported model (titan-peer import makes a checkpoint of it), not a checkpoint"
+    return "has no complete checkpoint in it"

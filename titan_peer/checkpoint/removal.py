@@ -1,0 +1,102 @@
+"""Removing checkpoints that are no longer wanted, as well as it can be done: it never stands in the way of a save.
+
+What cannot be removed (a mount point, files that somebody keeps open on NFS, a folder without write permission) is said once
+and tried again at every save.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from titan_peer.checkpoint.files import saved_steps
+
+logger = logging.getLogger("titan_peer")
+
+_LEFTOVER = re.compile(r"\.step-(\d+)\.(partial|removed|replaced)(-\w+)?")
+
+
+def hidden_name(step: int, what: str) -> str:
+    """A name nobody has had, for a folder of step N that is `partial`, `removed` or `replaced`; hidden from readers."""
+    return f".step-{step}.{what}-{uuid.uuid4().hex[:12]}"
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give a checkpoint its name back that was moved aside for a newer one of its step, where a kill came in between."""
+    for path, step, what in _leftovers(folder):
+        target = folder / f"step-{step}"
+        if what == "replaced" and not target.exists():
+            path.rename(target)
+            logger.warning("%s was being replaced when the job was killed: it has its name again", target)
+
+
+def _leftovers(folder: Path) -> list[tuple[Path, int, str]]:
+    matches = ((path, _LEFTOVER.fullmatch(path.name)) for path in folder.glob(".step-*"))
+    return [(path, int(match[1]), match[2]) for path, match in matches if match]
+
+
+class Retention:
+    """What stays in a folder of checkpoints, and the removal of the rest. For one process of a job.
+
+    Args:
+        keep_latest_k: newest checkpoints that stay; 0: all.
+        keep_every_n_steps: checkpoints of its multiples stay besides; 0: none.
+    """
+
+    def __init__(self, folder: Path, keep_latest_k: int, keep_every_n_steps: int) -> None:
+        self.folder = folder
+        self.keep_latest_k, self.keep_every_n_steps = keep_latest_k, keep_every_n_steps
+        self._said: set[Path] = set()
+
+    def clear_leftovers(self) -> None:
+        """Remove what kills and failed removals have left under hidden names."""
+        try:
+            restore_replaced(self.folder)
+            for path, _, _ in _leftovers(self.folder):
+                self._remove(path)
+        except Exception as error:
+            self._say(self.folder, f"leftovers could not be looked for: {error}")
+
+    def drop_old(self, step: int) -> None:
+        """Remove the checkpoints up to `step` that are not to stay."""
+        try:
+            steps = [s for s in saved_steps(self.folder) if s <= step]
+        except OSError as error:
+            self._say(self.folder, f"old checkpoints could not be looked for: {error}")
+            return
+        for old in steps[: -self.keep_latest_k] if self.keep_latest_k else []:
+            if not (self.keep_every_n_steps and old % self.keep_every_n_steps == 0):
+                self._drop(self.folder / f"step-{old}", old)
+
+    def _drop(self, checkpoint: Path, step: int) -> None:
+        """Hidden first, so that a kill on the way leaves no half checkpoint under a visible name."""
+        if checkpoint.is_symlink():
+            logger.info("%s is a link: it is removed, and %s is left", checkpoint, checkpoint.readlink())
+            self._remove(checkpoint)
+            return
+        doomed = checkpoint.with_name(hidden_name(step, "removed"))
+        try:
+            checkpoint.rename(doomed)
+        except OSError as error:
+            self._say(checkpoint, f"this old checkpoint cannot be removed and stays: {error}")
+            return
+        self._remove(doomed)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)  # the rest of it, for the space
+            if path.exists():
+                self._say(path, f"cannot be removed and stays for now: {error}")
+
+    def _say(self, path: Path, what: str) -> None:
+        if path not in self._said:
+            self._said.add(path)
+            logger.warning("%s: %s", path, what)

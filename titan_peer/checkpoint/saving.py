@@ -1,0 +1,318 @@
+"""Writing one checkpoint with all processes of a job, whole or not at all, on the training thread or beside it.
+
+Every stage ends with an exchange of results, so that a full disk on one process is a failed save on all of them and
+nobody waits for somebody who has given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import io
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from titan_peer.checkpoint.files import ManifestEntries, manifest_entries, sync, write_manifest
+from titan_peer.checkpoint.removal import hidden_name
+from titan_peer.common.errors import UserError
+from titan_peer.distributed.collectives import ProcessesFailedError, new_gloo_group, on_all_processes
+
+logger = logging.getLogger("titan_peer")
+
+T = TypeVar("T")
+
+# A process may have much more to write than another; a process that has died is noticed at once all the same.
+_SLOWEST_WRITER = datetime.timedelta(minutes=30)
+
+
+_ALIGNMENT = 64  # bytes; also what torch.save aligns numbers to within its archive
+
+
+class CheckpointSaveError(Exception):
+    """A checkpoint could not be written; what was saved before is as it was."""
+
+
+class Ranks:
+    """The processes of a job as savers and loaders see them, with a gloo group that training does not use."""
+
+    def __init__(self) -> None:
+        self.is_alone = not dist.is_initialized()
+        self.group = None if self.is_alone else new_gloo_group(_SLOWEST_WRITER)
+        self.rank = 0 if self.is_alone else dist.get_rank()
+        self.size = 1 if self.is_alone else dist.get_world_size()
+        self.is_first = self.rank == 0
+
+    def all_do(self, action: Callable[[], T]) -> list[T]:
+        """`on_all_processes` over this group.
+
+        Raises:
+            UserError, ProcessesFailedError: on every process.
+        """
+        try:
+            return on_all_processes(action, self.group)
+        except ProcessesFailedError as error:
+            if error.__cause__ is not None and not isinstance(error.__cause__, OSError):
+                # not a disk or a network: a fault of the program, which only this process can tell more of
+                logger.error("rank %d:", self.rank, exc_info=error.__cause__)
+            raise
+
+    def first_does(self, action: Callable[[], T]) -> T:
+        """Run `action` on the first process; all get its result, or what `all_do` raises."""
+        results = self.all_do(lambda: action() if self.is_first else None)
+        return results[0]  # type: ignore[return-value]
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: Callable[[], dict[str, Tensor]], documents: dict[str, bytes], ranks: Ranks
+) -> Path:
+    """Write `folder/step-N`: this process' parts of the tensors and, by the first process, `documents` by file name.
+
+    Args:
+        tensors: makes them; called once and first of all, and may fail on any process.
+    Returns:
+        The complete checkpoint's folder, on every process.
+    Raises:
+        CheckpointSaveError: on every process; nothing of the attempt is left, and nothing saved before is touched.
+    """
+    final, partial = folder / f"step-{step}", None
+    mine: dict[str, Tensor] = {}
+    try:
+        ranks.all_do(lambda: mine.update(tensors()))
+        partial = folder / ranks.first_does(lambda: _make_partial(folder, step))
+        _write_tensors(partial, mine, ranks)
+        written = partial
+        shares = ranks.all_do(lambda: _finish_own_files(written, documents, ranks))
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        ranks.first_does(lambda: _publish(written, final, step, entries))
+    except (ProcessesFailedError, UserError, CheckpointSaveError) as error:
+        if ranks.is_first and partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # its space may be what is missing
+        raise CheckpointSaveError(str(error)) from error
+    return final
+
+
+def _make_partial(folder: Path, step: int) -> str:
+    partial = folder / hidden_name(step, "partial")
+    partial.mkdir(parents=True)
+    return partial.name
+
+
+def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    try:
+        writer = _Writer(partial)
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.is_alone)
+    except CheckpointException as error:
+        causes = (f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
+        raise CheckpointSaveError("; ".join(causes)) from None
+
+
+class _Writer(FileSystemWriter):
+    """Files `__RANK_model_0.distcp`, which is all that inference reads, and `__RANK_state_0.distcp`; tensors begin at multiples
+    of 64 bytes, so that they can be used where they lie."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=False)
+        self.fs = _AligningFileSystem()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        parts: dict[str, list[WriteItem]] = {"model": [], "state": []}
+        for item in plan.items:
+            parts["model" if item.index.fqn.startswith("model.") else "state"].append(item)
+        results: list[WriteResult] = []
+        try:
+            for part, items in parts.items():
+                prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{part}_")
+                if items:
+                    written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
+                    results += written.wait()
+        except Exception as error:
+            # The serializer reports a full disk as a failed write of its own, and what it came from is lost between processes.
+            raise OSError(_with_causes(error)) from None
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(results)
+        return done
+
+
+class _AligningFileSystem(FileSystem):
+    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within what torch.save writes of it."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            yield _AligningStream(stream) if mode == "wb" else stream  # type: ignore[misc]
+
+
+class _AligningStream:
+    """A file that is written to. The library asks for the place before a tensor and after it: who asks twice without having
+    written begins a tensor, and is given an aligned place."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._is_between = file, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: Any) -> int:
+        self._is_between = False
+        return int(self._file.write(data))
+
+    def tell(self) -> int:
+        place = int(self._file.tell())
+        if self._is_between and place % _ALIGNMENT:
+            place += self._file.write(bytes(-place % _ALIGNMENT))
+        self._is_between = True
+        return place
+
+
+def _with_causes(error: BaseException) -> str:
+    lines = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines.append(_first_line(cause))
+        cause = cause.__cause__ or cause.__context__
+    return ", from ".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _finish_own_files(partial: Path, documents: dict[str, bytes], ranks: Ranks) -> ManifestEntries:
+    """Sync and describe what this process has written; the first one adds the documents and the format's index."""
+    mine = list(partial.glob(f"__{ranks.rank}_*"))
+    if ranks.is_first:
+        for name, content in documents.items():
+            path = partial / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            mine.append(path)
+        mine.append(partial / ".metadata")
+    return manifest_entries(partial, mine)
+
+
+def _publish(partial: Path, final: Path, step: int, entries: ManifestEntries) -> None:
+    """Give a written checkpoint its name; an older one of that name is moved aside and gone only after that."""
+    write_manifest(partial, entries)
+    replaced = final.with_name(hidden_name(step, "replaced"))
+    if os.path.lexists(final):
+        final.rename(replaced)
+    try:
+        partial.rename(final)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(final)
+        raise
+    sync(final.parent)
+
+
+class BackgroundSave:
+    """One save at a time beside the training: a thread copies the tensors to host memory, then writes the copies.
+
+    The host memory is kept and used again by the next save; it is as large as the process' part of the state.
+    """
+
+    def __init__(self) -> None:
+        on_gpu = torch.cuda.is_available()
+        # not the DefaultStager around it: that of PyTorch 2.11 can stage once only
+        self._stager = StateDictStager(pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._staged: Future[None] | None = None
+        self._saved: Future[Any] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._saved is not None and not self._saved.done()
+
+    def start(
+        self,
+        tensors: Callable[[], dict[str, Tensor]],
+        changed_by_forward: set[str],
+        write: Callable[[Callable[[], dict[str, Tensor]]], Any],
+    ) -> None:
+        """Call `write` on another thread with what makes copies of the tensors there. None may be running.
+
+        Whatever fails on the way fails inside of `write`, where the other processes hear of it.
+
+        Args:
+            changed_by_forward: names of tensors that the next forward pass writes to; they are copied now. The others
+                must not change before `wait_until_copied` returns.
+        """
+        assert not self.is_running
+        self._staged, self._saved = Future(), Future()
+        staged = self._staged
+        try:
+            originals = {name: t.detach().clone() if name in changed_by_forward else t for name, t in tensors().items()}
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            copy = functools.partial(self._copy, originals, staged)
+        except Exception as error:
+            copy = functools.partial(_raise, error)
+        # a daemon: where a lost process keeps it waiting, the interpreter must be able to end
+        arguments = (copy, write, staged, self._saved)
+        threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True).start()
+
+    def _copy(self, originals: dict[str, Tensor], staged: Future[None]) -> dict[str, Tensor]:
+        try:
+            with torch.cuda.stream(self._stream):  # None: nothing
+                copies: dict[str, Tensor] = self._stager.stage(originals)
+        finally:
+            staged.set_result(None)
+        return copies
+
+    @staticmethod
+    def _run(
+        copy: Callable[[], dict[str, Tensor]],
+        write: Callable[[Callable[[], dict[str, Tensor]]], Any],
+        staged: Future[None],
+        saved: Future[Any],
+    ) -> None:
+        try:
+            saved.set_result(write(copy))
+        except BaseException as error:
+            saved.set_exception(error)
+        finally:
+            if not staged.done():
+                staged.set_result(None)
+
+    def wait_until_copied(self) -> None:
+        """Return when the tensors may change again. Call before the optimizer's step."""
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
+
+    def finish(self, timeout: float | None = None) -> Any:
+        """Wait for the save that is running, if any.
+
+        Returns:
+            What `write` returned, or None where nothing was running.
+        Raises:
+            TimeoutError: it has not ended within `timeout` seconds; CheckpointSaveError and others: what `write` raised.
+        """
+        if self._saved is None:
+            return None
+        result = self._saved.result(timeout)
+        self._saved = None
+        return result
+
+
+def _raise(error: Exception) -> Any:
+    raise error

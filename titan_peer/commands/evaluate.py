@@ -1,0 +1,202 @@
+"""`titan-peer eval`: evaluate a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
+from titan_peer.common.command_line import CommandParser
+from titan_peer.common.errors import UserError
+from titan_peer.config.data_source import DataSource
+from titan_peer.config.job import Evaluation
+from titan_peer.evaluation.language_model import LanguageModel
+from titan_peer.evaluation.load import load_language_model
+from titan_peer.evaluation.perplexity import held_out_loss
+from titan_peer.evaluation.results import Result, result_table
+from titan_peer.evaluation.suite import Batches, generative_evaluations, held_out_batches, run_one, run_perplexity
+from titan_peer.metrics.logger import HeldOutLoss
+
+logger = logging.getLogger("titan_peer")
+
+EXAMPLES = """examples:
+  titan-peer eval --checkpoint outputs/debug_model --perplexity assets/sample_text/validation.jsonl
+  titan-peer eval --checkpoint outputs/debug_model --evals test-match,rectangles --limit 50
+  titan-peer eval --checkpoint outputs/debug_model --tasks sample_text_continuation,sample_text_last_word,sample_text_copy --output results
+  titan-peer eval --checkpoint outputs/debug_model --register_with_oaieval
+
+The table goes to standard output, everything else to standard error. The exit status is 1 if an evaluation failed.
+"""
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Evaluation()
+    parser = CommandParser("eval", "Evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks.", EXAMPLES)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help=WHAT_TO_GIVE)
+    add(
+        "--perplexity",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="held-out text: a file, folder or glob pattern as for [[data.sources]]; may be given several times",
+    )
+    add("--evals", type=_names, default=[], metavar="NAME,...", help="OpenAI evals, such as test-match")
+    add("--evals_registry", default="", metavar="DIR", help="folder of further evals")
+    add("--tasks", type=_names, default=[], metavar="NAME,...", help="lm-eval tasks, such as sample_text_continuation")
+    add("--tasks_folder", default="", metavar="DIR", help="folder of further lm-eval task files")
+    add("--limit", type=int, default=-1, help="samples of an eval or task; -1: all (default)")
+    add("--batch_size", type=int, default=defaults.batch_size, help="sequences at a time (default %(default)s)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        help="tokens of a completion where an eval or task does not say (default %(default)s)",
+    )
+    add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    add(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of matmuls; auto: bfloat16 where the device has it in hardware, as in training (default)",
+    )
+    add("--output", type=Path, metavar="DIR", help="also write results.json, results.md and every sample's record here")
+    add(
+        "--register_with_oaieval",
+        nargs="?",
+        type=Path,
+        const=Path.home() / ".evals",
+        metavar="DIR",
+        help="make the checkpoint known to the oaieval command as titan_peer/<checkpoint>, by a file in DIR (default "
+        "~/.evals, where oaieval looks by itself); evaluates nothing",
+    )
+    return parser
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(args)
+    if options.register_with_oaieval is not None:
+        return _register(options.register_with_oaieval, options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+    settings = Evaluation(
+        perplexity=[_source(text) for text in options.perplexity],
+        evals=options.evals,
+        evals_registry=options.evals_registry,
+        tasks=options.tasks,
+        tasks_folder=options.tasks_folder,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    _check(settings)
+    evaluations = generative_evaluations(settings)
+    for evaluation in evaluations:
+        evaluation.prepare()
+    model, job = load_language_model(
+        checkpoint,
+        device=options.device,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        precision=options.precision,
+    )
+    if evaluations:
+        logger.info(model.generator.decoder.report())
+    if options.output is not None:
+        _make_folder(options.output)
+    held_out = [
+        held_out_batches(
+            source,
+            "--perplexity",
+            model.tokenizer,
+            seq_len=job.training.seq_len,
+            batch_size=settings.batch_size,
+            data=job.data,
+        )
+        for source in settings.perplexity
+    ]
+    results = [
+        run_perplexity(source, partial(loss_on, model, batches))
+        for source, batches in zip(settings.perplexity, held_out)
+    ]
+    results += [run_one(evaluation, model, options.output) for evaluation in evaluations]
+    table = result_table(results)
+    print(table)
+    if options.output is not None:
+        _write(options.output, checkpoint, results, table)
+    return 1 if any(result.error for result in results) else 0
+
+
+def _source(text: str) -> DataSource:
+    """A set that --perplexity names: [NAME=]PATH; what is there under the whole text is a path."""
+    name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+    if not path:
+        raise UserError(f"--perplexity {text}: needs a path, after NAME= if it is to have a name")
+    return DataSource(path=path, name=name)
+
+
+def _check(settings: Evaluation) -> None:
+    if not (settings.perplexity or settings.evals or settings.tasks):
+        raise UserError("nothing to evaluate: give --perplexity, --evals or --tasks")
+    for flag, value in (("--batch_size", settings.batch_size), ("--max_new_tokens", settings.max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if settings.limit < 1 and settings.limit != -1:
+        raise UserError(f"--limit {settings.limit}: must be at least 1, or -1 for all")
+
+
+def loss_on(model: LanguageModel, batches: Batches) -> HeldOutLoss:
+    """The model's loss on held-out batches."""
+    transformer, device = model.generator.model, model.generator.device
+
+    def summed_loss(batch: dict[str, Tensor]) -> Tensor:
+        with model.precision():
+            loss: Tensor = transformer(*(batch[key].to(device) for key in ("tokens", "document_ids", "labels")))
+        return loss
+
+    return held_out_loss(summed_loss, batches)
+
+
+def _register(folder: Path, checkpoint: Path) -> int:
+    from titan_peer.checkpoint.inference import require_sound_model
+    from titan_peer.evaluation.openai_evals import PREFIX, write_registry
+
+    require_sound_model(find_checkpoint(checkpoint, "--checkpoint"))
+    file = write_registry(folder, checkpoint)
+    logger.info("wrote %s", file)
+    name = PREFIX + checkpoint.as_posix().strip("/")
+    elsewhere = "" if folder == Path.home() / ".evals" else f" --registry_path {folder}"
+    logger.info("use it with: OPENAI_API_KEY=unused oaieval%s %s test-match", elsewhere, name)
+    return 0
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
+
+
+def _write(folder: Path, checkpoint: Path, results: Sequence[Result], table: str) -> None:
+    document = {
+        "checkpoint": str(checkpoint),
+        "results": [
+            {key: getattr(r, key) for key in ("kind", "name", "metrics", "samples", "seconds", "error")}
+            for r in results
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(
+        f"# Evaluation of {checkpoint}\n\n{table}\n", encoding="utf-8", errors="backslashreplace"
+    )
+    logger.info("results and records are in %s", folder)

@@ -1,0 +1,45 @@
+"""The job that made a checkpoint or an export, as its config.toml has it, whichever version wrote that."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tomllib
+from pathlib import Path
+
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import JobConfig
+from titan_peer.config.parse import job_from_table
+from titan_peer.config.version import CONFIG_VERSION, KEY, migrated
+
+logger = logging.getLogger("titan_peer")
+
+
+def read_saved_job(file: Path) -> JobConfig:
+    """The job of a saved config.toml.
+
+    Keys of earlier versions are migrated. What this version does not know, or no longer allows, is left out and said in one
+    line, except in [model], which says what the weights mean.
+
+    Raises:
+        UserError: the file cannot be read, or its [model] is not one that this version can build.
+    """
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    written_by = table.get(KEY, 0)
+    left_out: list[str] = []
+    job = job_from_table(migrated(table, str(file), unversioned=0), str(file), left_out)
+    problems = job.model.problems()
+    if problems:
+        raise UserError("\n".join(f"{file}: {problem}" for problem in problems))
+    if left_out:
+        newer = f" (it is of a newer version, {KEY} {written_by})" if written_by > CONFIG_VERSION else ""
+        _say_once(f"{file}{newer}: what this version does not know is left out: {', '.join(left_out)}")
+    return job
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

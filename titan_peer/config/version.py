@@ -1,0 +1,68 @@
+"""The version of a job's keys, and how files of earlier versions are read.
+
+A job is written with `config_version`. Whoever renames, moves or removes a key, or changes what a value means, raises
+CONFIG_VERSION and adds the step from the version before to MIGRATIONS, so that checkpoints saved until then go on to open
+and resume. New keys need nothing: a file that lacks one gets its default, which must be what was done before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from titan_peer.common.errors import UserError
+
+KEY = "config_version"
+CONFIG_VERSION = 1
+"""Of the keys as they are now. Files without the key are of version 0, which had the same keys."""
+
+Migration = Callable[[dict[str, Any]], None]
+"""Changes a job's table in place."""
+
+MIGRATIONS: Mapping[int, Migration] = {}
+"""Version -> what makes a table of it one of the next; a version that is not here has the same keys as the next."""
+
+
+def rename(table: dict[str, Any], old: str, new: str) -> None:
+    """For migrations: the value of the key `old` ("training.steps") under the name `new`, if it is there."""
+    *old_sections, old_name = old.split(".")
+    *new_sections, new_name = new.split(".")
+    path = [table]
+    for name in old_sections:
+        path.append(path[-1].get(name, {}))
+    if old_name not in path[-1]:
+        return
+    value = path[-1].pop(old_name)
+    if old_sections and not path[-1]:
+        del path[-2][old_sections[-1]]
+    section = table
+    for name in new_sections:
+        section = section.setdefault(name, {})
+    section[new_name] = value
+
+
+def migrated(
+    table: Mapping[str, Any],
+    where: str,
+    *,
+    unversioned: int = CONFIG_VERSION,
+    current: int = CONFIG_VERSION,
+    migrations: Mapping[int, Migration] = MIGRATIONS,
+) -> dict[str, Any]:
+    """A job's table with the keys of this version, without `config_version`.
+
+    Args:
+        where: the file, for messages.
+        unversioned: the version of a table that does not say its own; of a job that somebody writes, this one.
+    Raises:
+        UserError: `config_version` is no whole number from 0 on.
+    """
+    result = copy.deepcopy(dict(table))
+    version = result.pop(KEY, unversioned)
+    if type(version) is not int or version < 0:
+        raise UserError(f"{where}: {KEY} = {version!r}: must be a whole number, at least 0")
+    for step in range(version, current):
+        if step in migrations:
+            migrations[step](result)
+    return result

@@ -1,0 +1,142 @@
+"""The collectives used here under one name each: PyTorch 2.13 renamed them, and the old names warn there.
+
+`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients; `all_gather_into` fills a tensor outside
+of graphs. Process groups are made inside `one_gloo_thread`. What can fail on one process goes through `on_all_processes`, so that
+nobody waits in the next collective for a process that has given up.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from titan_peer.common.errors import UserError
+
+T = TypeVar("T")
+
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_all_gather_autograd = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
+_reduce_scatter_autograd = (
+    getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
+)
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenation of all processes' `part` [T, ...] -> [group x T, ...]; the backward pass sums and scatters."""
+    gather = _all_gather_autograd if part.requires_grad else _all_gather
+    return gather(part.contiguous(), 0, group)  # type: ignore[no-any-return]
+
+
+def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of all processes' `whole` [group x T, ...], of which each gets its [T, ...]; the backward pass all-gathers."""
+    return _reduce_scatter_autograd(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
+
+
+def sum_and_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`reduce_scatter` without gradients, inside of compiled graphs or not."""
+    return _reduce_scatter(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
+
+
+def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`all_gather` without gradients, outside of compiled graphs."""
+    whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
+    _all_gather_into(whole, part.contiguous(), group=group)
+    return whole
+
+
+class ProcessesFailedError(Exception):
+    """Something failed on some processes; raised on all of them. Where it failed here, the cause is chained."""
+
+
+def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run `action`, which may fail and must hold no collective, on every process; all get everyone's results.
+
+    Call it on all processes. Results are pickled from process to process: keep them small.
+
+    Args:
+        group: of all processes, with tensors on the CPU; None takes the default one.
+    Returns:
+        The results in the order of ranks; of this process alone where there are no others.
+    Raises:
+        UserError: on every process, when nothing but UserError was raised on any; their messages.
+        ProcessesFailedError: on every process, when another exception was raised on any; the message names ranks and causes.
+    """
+    mine: tuple[T | None, str, bool]
+    cause: Exception | None = None
+    try:
+        mine = (action(), "", False)
+    except Exception as error:
+        cause = error
+        words = str(error).strip() or type(error).__name__
+        if not isinstance(error, UserError | OSError | ProcessesFailedError):
+            words = f"{type(error).__name__}: {words}" if str(error).strip() else words
+        mine = (None, words, isinstance(error, UserError))
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    failures = {rank: (words, by_user) for rank, (_, words, by_user) in enumerate(everyone) if words}
+    if failures and all(by_user for _, by_user in failures.values()):
+        raise UserError("\n".join(dict.fromkeys(words for words, _ in failures.values()))) from cause
+    if failures:
+        raise ProcessesFailedError(
+            "; ".join(f"rank {rank}: {words}" for rank, (words, _) in failures.items())
+        ) from cause
+    return [result for result, _, _ in everyone]
+
+
+class GatherBytes:
+    """FSDP2's all-gather, for `set_custom_all_gather`, of numbers that gloo does not know (float8) as bytes."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        whole, part = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
+        return _all_gather_into(whole, part, group=group, async_op=async_op)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def one_gloo_thread() -> Iterator[None]:
+    """Process groups over gloo that are made inside run their collectives in one thread each, one after another.
+
+    PyTorch gives them two threads, which write the name of the collective just done to one std::string without a lock.
+    Where two collectives of a group end at once, as those of an expert-parallel layer do, its memory is freed twice, and
+    the process dies of it later (seen with PyTorch 2.13).
+    """
+    original = dist.ProcessGroupGloo
+
+    class OneThread(original):  # type: ignore[misc, valid-type]
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+            options = original._Options()  # type: ignore[attr-defined]
+            interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+            devices = [original.create_device(interface=name) for name in interfaces]
+            options._devices = devices or [original.create_default_device()]
+            options._timeout = timeout
+            options._threads = 1
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OneThread  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        distributed_c10d.ProcessGroupGloo = original  # type: ignore[misc]
+
+
+def new_gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """All processes in a group on the CPU that training does not use."""
+    with one_gloo_thread():
+        return dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""float8 matmuls by torchao: which linear layers compute in it, and how FSDP2 gathers their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_peer.common.errors import UserError
+from titan_peer.config.job import Float8
+from titan_peer.model import Transformer
+
+HEAD = "output"  # its weight goes into the chunked loss, and the last layer is the most sensitive one
+
+
+def apply_float8(model: Transformer, config: Float8, *, sharded: bool) -> list[str]:
+    """Make linear layers compute in float8: those of the blocks whose dims fit and whose name no filter names.
+
+    Args:
+        model: may be on the meta device.
+        sharded: FSDP2 will shard the model; without it there is nothing to gather in float8.
+    Returns:
+        The names of the converted layers.
+    Raises:
+        UserError: torchao is not installed, the device cannot, or no layer is left to convert.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise UserError(
+            "float8.enable = true: needs torchao; install it with: pip install 'titan_peer[float8]'"
+        ) from None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9) and not config.emulate:
+        raise UserError(
+            f"float8.enable = true: {torch.cuda.get_device_name()} has no float8 matmul (compute capability 8.9 is "
+            "needed); --float8.emulate true rounds as float8 does and computes in higher precision"
+        )
+    recipe = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(config.recipe_name),
+        emulate=config.emulate,
+        enable_fsdp_float8_all_gather=config.enable_fsdp_float8_all_gather and sharded,
+    )
+    converted: list[str] = []
+
+    def fits(module: nn.Module, name: str) -> bool:
+        ok = isinstance(module, nn.Linear) and name != HEAD and all(size % 16 == 0 for size in module.weight.shape)
+        ok = ok and not any(part in name for part in config.filter_fqns)
+        if ok:
+            converted.append(name)
+        return ok
+
+    convert_to_float8_training(model, config=recipe, module_filter_fn=fits)
+    if not converted:
+        raise UserError(
+            "float8.enable = true: no linear layer of the blocks has both dims a multiple of 16 and a name without "
+            f"float8.filter_fqns = {config.filter_fqns}"
+        )
+    return converted
+
+
+def master_weight(weight: Tensor) -> Tensor:
+    """A weight that FSDP2 gathers in float8 without what torchao wraps it in: the same memory, for checkpoints, which any
+    job can read. Other tensors as they are."""
+    if not isinstance(weight, DTensor) or "torchao.float8.fsdp_utils" not in sys.modules:
+        return weight
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    part = weight.to_local()
+    if not isinstance(part, WeightWithDynamicFloat8CastTensor):
+        return weight
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(
+        part._tensor, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def precompute_scales_after_step(model: Transformer, optimizer: torch.optim.Optimizer, config: Float8) -> None:
+    """Have the scales of all weights that FSDP2 gathers in float8 made at once after each step: one all-reduce for the
+    model instead of one a layer."""
+    if not (config.enable and config.precompute_float8_dynamic_scale_for_fsdp):
+        return
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    optimizer.register_step_post_hook(lambda *_: precompute_float8_dynamic_scale_for_fsdp(model))

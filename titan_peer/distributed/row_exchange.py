@@ -1,0 +1,96 @@
+"""How processes that hold the same experts sum their row-wise table gradients.
+
+A gradient exists as factors (see `titan_peer.ops.RowGradients`), whose size follows the tokens of a step, and could be
+made dense, whose size follows the experts. Whichever moves fewer bytes is exchanged; after it every process has the same
+gradient in the same order, so that all update their tables alike, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_peer.distributed.collectives import all_gather_into
+from titan_peer.ops import RowGradients
+
+
+def factors_move_fewer_bytes(factor_bytes: int, table_bytes: int, replicas: int) -> bool:
+    """Whether all-gathering factors receives less than all-reducing dense gradients.
+
+    An all-gather brings each process (replicas - 1) x factor_bytes, a ring all-reduce 2 x (replicas - 1) / replicas x
+    table_bytes.
+
+    Args:
+        factor_bytes: one process' factors of one optimizer step.
+        table_bytes: the dense gradients of the rows that this process holds, both tables.
+    """
+    return replicas * factor_bytes < 2 * table_bytes
+
+
+def factor_bytes(num_tokens: int, places: int, expert_hidden_size: int, dim: int, element_size: int = 4) -> int:
+    """Bytes of the factors of a pair of tables: int64 indices, float32 dz and hidden, x and dy of `element_size` bytes.
+
+    Args:
+        num_tokens: times a token went through these tables in the step: layers that share them count each.
+        places: experts a token, heads x k.
+    """
+    return num_tokens * (places * (8 + 2 * 4 * expert_hidden_size) + 2 * element_size * dim)
+
+
+def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGroup, *, compact: bool) -> None:
+    """Give every process of the group the row-wise gradients of all, summed.
+
+    Args:
+        group: the processes that hold the same experts.
+        compact: first drop the places of experts that are not here, of which an expert-parallel group has many.
+    """
+    for collector in collectors:
+        if collector.is_empty:
+            continue
+        dense = collector.take_dense()  # all processes have had as many tokens, and have folded them or not
+        if dense is not None:
+            for part in dense[:2]:
+                dist.all_reduce(part, group=group)
+            dist.all_reduce(dense[2], dist.ReduceOp.MAX, group=group)
+            continue
+        indices, dz, hidden, x, dy = collector.factors()
+        if compact:
+            indices, dz, hidden = _compact(indices, dz, hidden, group)
+        tables = (collector.expert_down, collector.expert_up)
+        moved = sum(factor.numel() * factor.element_size() for factor in (indices, dz, hidden, x, dy))
+        table_bytes = sum(4 * table.numel() for table in tables)
+        if factors_move_fewer_bytes(moved, table_bytes, group.size()):
+            collector.replace(*(all_gather_into(factor, group) for factor in (indices, dz, hidden, x, dy)))
+        else:
+            _all_reduce_dense(collector, group)
+
+
+def _compact(indices: Tensor, dz: Tensor, hidden: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, K] -> [T, K'], present places first, with the smallest K' that serves every token of every process."""
+    present = indices >= 0
+    most = present.sum(1).max().clamp_min(1)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    places = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, : int(most)]
+    wide = places.unsqueeze(-1).expand(-1, -1, dz.shape[2])
+    return indices.gather(1, places), dz.gather(1, wide), hidden.gather(1, wide)
+
+
+def _all_reduce_dense(collector: RowGradients, group: dist.ProcessGroup) -> None:
+    """Sum as dense tables, then keep the rows that any process has used as factors again: a gradient row [E, D] is E
+    tokens, each with one expert, of weight 1 in one hidden neuron."""
+    num_experts, expert_hidden_size, _ = collector.expert_down.shape
+    indices = collector.factors()[0]
+    used = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)
+    used[torch.where(indices < 0, num_experts, indices).flatten()] = 1  # the last entry takes the absent places
+    dist.all_reduce(used, group=group)
+    rows = used[:-1].nonzero().squeeze(1)
+    vectors = []
+    for which, table in (("down", collector.expert_down), ("up", collector.expert_up)):
+        gradient = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+        collector.write_dense(which, gradient)  # type: ignore[arg-type]
+        dist.all_reduce(gradient, group=group)
+        vectors.append(gradient[rows].flatten(0, 1))  # [R * E, D]
+    weights = torch.eye(expert_hidden_size, device=rows.device).repeat(rows.numel(), 1).unsqueeze(1)  # [R * E, 1, E]
+    indices = rows.repeat_interleave(expert_hidden_size).unsqueeze(1)  # [R * E, 1]
+    collector.replace(indices, weights, weights, *vectors)

@@ -1,0 +1,73 @@
+"""A remedy for uneven usage: an auxiliary loss, the KL divergence from uniform of a batch's gate-weighted usage.
+
+It is the unevenness that is reported (arXiv 2407.04153, section 3.3), of the tokens at hand and in differentiable form, so
+its gradient lowers the gates of the experts that have too much and raises those of the others that were retrieved; through
+the scores it moves queries and sub-keys. Experts that nothing retrieves get no gradient: for those, see expert_revival.py.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_peer.experts.usage import Route, peer_layers
+from titan_peer.model import PEER, Transformer
+
+
+def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
+    """log N + sum_n p_n log p_n with p the experts' shares of the gates.
+
+    Work and memory follow the pairs, not the experts: gates are summed along the runs of the sorted indices.
+
+    Args:
+        indices: int64, any shape; places of negative index (padding) have no share.
+        gates: the same shape; not negative.
+    Returns:
+        0-d, dtype of gates, nats; differentiable in gates.
+    """
+    experts, order = indices.flatten().sort()
+    is_first = torch.cat([experts.new_zeros(1, dtype=torch.bool), experts[1:] != experts[:-1]])
+    present = torch.where(indices < 0, 0, gates).flatten()
+    sums = torch.zeros_like(present).index_add(0, is_first.cumsum(0), present[order])
+    tiny = torch.finfo(sums.dtype).tiny
+    shares = sums / sums.sum().clamp_min(tiny)  # nothing but padding: no shares, and no gradient
+    return math.log(num_experts) + (shares * shares.clamp_min(tiny).log()).sum()
+
+
+class _AddLoss(torch.autograd.Function):
+    """Gates as they are; the backward pass adds the gradient of `loss` to what comes from the model's own loss."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, loss: Tensor) -> Tensor:
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad.new_ones(())
+
+
+def _balanced_route(
+    peer: PEER, route: Route, num_experts: int, weight: float, x: Tensor, is_token: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    indices, gates = route(x, is_token)
+    if peer.training:
+        gates = _AddLoss.apply(gates, weight * unevenness(indices, gates, num_experts))
+    return indices, gates
+
+
+def add_balance_loss(model: Transformer, coeff: float, micro_batches: int) -> None:
+    """Have training also minimise coeff x the sum over PEER layers of their unevenness.
+
+    Each process' micro-batch has its own; what is minimised is the mean over micro-batches and processes.
+
+    Args:
+        micro_batches: of a process in an optimizer step.
+    """
+    for _, peer in peer_layers(model):
+        peer.route = partial(  # type: ignore[method-assign]
+            _balanced_route, peer, peer.route, model.args.peer.num_experts, coeff / micro_batches
+        )

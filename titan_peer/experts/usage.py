@@ -1,0 +1,240 @@
+"""Which experts are used: counting on device, and the statistics of what was counted.
+
+A PEER layer's `route` is replaced from outside by one that also hands its indices and gates to an operator, which adds them
+to counters on the device: tokens x heads x k additions a layer, no synchronisation, nothing of the size of the table. The
+counters are read, summed over processes and cleared only when a report is due. Each process counts its own tokens over all
+experts, so sharded expert tables change nothing.
+
+Shapes: T tokens, H heads, k experts a head, N experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_peer.metrics.sinks import Histogram
+from titan_peer.model import PEER, Transformer
+
+DEAD_AFTER = 10.0
+"""An expert is dead when uniform usage would have used it this often since its last use (by chance: e^-10)."""
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
+"""Of the experts of a layer, by load."""
+LOAD_EDGES = (0.0, *(2.0**power for power in range(-6, 15)))
+"""Bins of the histogram of loads, in multiples of uniform usage; unused experts are in the first."""
+
+Route = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def peer_layers(model: Transformer) -> Iterator[tuple[int, PEER]]:
+    """The PEER modules with the number of their block, whatever the blocks are wrapped in."""
+    for layer, block in enumerate(model.layers):
+        for module in block.modules():
+            if isinstance(module, PEER):
+                yield layer, module
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+@torch.library.custom_op("titan_peer::count_experts", mutates_args=("counts", "gate_sums"))
+def count_experts(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Tensor) -> None:
+    """Add the experts of T tokens to the counters of a layer.
+
+    Args:
+        counts: int32 [H, N]; a head takes an expert at most once a token, so there is room for 2**31 tokens.
+        gate_sums: float32 [H, N].
+        indices: int64 [T, H, k]; negative ones (padding) are not counted.
+        gates: [T, H, k].
+    """
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass: activation checkpointing repeats the forward
+        return
+    heads, num_experts = counts.shape
+    first = torch.arange(0, heads * num_experts, num_experts, device=indices.device)
+    places = (indices.clamp_min(0) + first[:, None]).flatten()
+    present = (indices >= 0).flatten()
+    counts.view(-1).scatter_add_(0, places, present.to(counts.dtype))
+    gate_sums.view(-1).scatter_add_(0, places, torch.where(present, gates.flatten().to(gate_sums.dtype), 0))
+
+
+@count_experts.register_fake
+def _(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Tensor) -> None:
+    return None
+
+
+def _counted_route(
+    peer: PEER,
+    route: Route,
+    in_training: bool,
+    counts: Tensor,
+    gate_sums: Tensor,
+    x: Tensor,
+    is_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`PEER.route`, counted."""
+    indices, gates = route(x, is_token)
+    if peer.training == in_training:
+        count_experts(counts, gate_sums, indices, gates.detach())
+    return indices, gates
+
+
+@dataclass
+class Counts:
+    """What one PEER layer used in a window, all processes together."""
+
+    counts: Tensor
+    """int64 [H, N]: times a head took an expert."""
+    gate_sums: Tensor
+    """float32 [H, N]: the gates it gave it, summed."""
+    idle: Tensor
+    """float32 [N]: how often uniform usage would have used an expert since its last use."""
+
+    @property
+    def expected(self) -> float:
+        """Uses of an expert in the window if usage were uniform."""
+        return float(self.counts.sum()) / self.counts.shape[1]
+
+
+class ExpertUsage:
+    """Counts the experts that a model's PEER layers use, from now on.
+
+    Made when the model is on its device and before its first forward pass.
+
+    Args:
+        in_training: count when the model is in training mode, and not in evaluation; False: the other way round.
+    """
+
+    def __init__(self, model: Transformer, *, in_training: bool = True) -> None:
+        self._counters: dict[int, tuple[Tensor, Tensor]] = {}
+        self._idle: dict[int, Tensor] = {}
+        num_experts = model.args.peer.num_experts
+        for layer, peer in peer_layers(model):
+            device = peer.wq.weight.device
+            shape = (peer.num_heads, num_experts)
+            counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            gate_sums = torch.zeros(shape, dtype=torch.float32, device=device)
+            self._counters[layer] = counts, gate_sums
+            self._idle[layer] = torch.zeros(num_experts, device=device)
+            peer.route = partial(  # type: ignore[method-assign]
+                _counted_route, peer, peer.route, in_training, counts, gate_sums
+            )
+
+    def read(self) -> dict[int, Counts]:
+        """What was counted since the last call, by layer, summed over processes; the counters start anew.
+
+        Called by every process.
+        """
+        window = {}
+        for layer, (counts, gate_sums) in self._counters.items():
+            total, gates = counts.long(), gate_sums.clone()
+            counts.zero_()
+            gate_sums.zero_()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(total)
+                dist.all_reduce(gates)
+            used = total.sum(0) > 0
+            idle = self._idle[layer]
+            idle.add_(total.sum() / total.shape[1]).masked_fill_(used, 0.0)
+            window[layer] = Counts(total, gates, idle.clone())
+        return window
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How evenly the gates of a window lie on the experts."""
+
+    share_used: float
+    """Experts used at least once, of all."""
+    unevenness: float
+    """KL divergence of the gate-weighted usage from the uniform distribution, nats (arXiv 2407.04153, section 3.3)."""
+    gini: float
+    """Gini coefficient of the gate-weighted usage: 0 all equal, towards 1 all on one expert."""
+
+
+@dataclass(frozen=True)
+class HotExpert:
+    expert: int
+    load: float
+    """Its gates, in multiples of the uniform share."""
+    count: int
+
+
+@dataclass(frozen=True)
+class LayerUsage:
+    """The report of one PEER layer."""
+
+    layer: int
+    num_experts: int
+    expected: float
+    """Uses of an expert in the window if usage were uniform; far below 1, a small share used says little."""
+    whole: Spread
+    heads: list[Spread]
+    dead: int
+    """Experts that uniform usage would have used `DEAD_AFTER` times since their last use."""
+    hot: list[HotExpert]
+    """The most loaded experts, descending."""
+    histogram: Histogram
+    """Of the experts' loads, in multiples of the uniform share of gates."""
+    percentiles: list[float]
+    """The load at each of PERCENTILES."""
+    ranks: list[int]
+    loads_at_ranks: list[float]
+    """The rank-frequency curve: loads at some ranks (1: the most loaded), evenly spaced on a logarithmic axis."""
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by name, for a record."""
+        prefix = f"expert_usage/layer_{self.layer}"
+        found = {f"{prefix}/{name}": value for name, value in vars(self.whole).items()}
+        found[f"{prefix}/dead"] = self.dead
+        found[f"{prefix}/max_load"] = self.hot[0].load
+        for head, spread in enumerate(self.heads):
+            found |= {f"{prefix}/head_{head}/{name}": value for name, value in vars(spread).items()}
+        return found
+
+
+def _spread(counts: Tensor, gate_sums: Tensor) -> tuple[Spread, Tensor]:
+    """Of counts and gate sums [N]; also the shares of the gates, ascending, float64 [N]."""
+    shares, num_experts = gate_sums.double().sort().values, gate_sums.numel()
+    shares = shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    unevenness = math.log(num_experts) + float(torch.xlogy(shares, shares).sum()) if shares.any() else 0.0
+    ranks = torch.arange(1, num_experts + 1, dtype=torch.float64, device=shares.device)
+    gini = float(2 * (ranks * shares).sum() / num_experts) - (num_experts + 1) / num_experts if shares.any() else 0.0
+    return Spread(float((counts > 0).double().mean()), max(unevenness, 0.0), max(gini, 0.0)), shares
+
+
+def layer_usage(layer: int, window: Counts, *, num_hot: int = 10) -> LayerUsage:
+    """The statistics of a layer's window."""
+    counts, gate_sums = window.counts.sum(0), window.gate_sums.sum(0)
+    num_experts = counts.numel()
+    whole, ascending = _spread(counts, gate_sums)
+    loads = ascending * num_experts
+    top = gate_sums.topk(min(num_hot, num_experts)).indices.tolist()
+    scale = num_experts / max(float(gate_sums.sum()), torch.finfo(torch.float32).tiny)
+    places = [min(round(p / 100 * (num_experts - 1)), num_experts - 1) for p in PERCENTILES]
+    ranks = sorted({round(num_experts ** (i / 199)) for i in range(200)})
+    edges = torch.tensor(LOAD_EDGES[1:-1], dtype=torch.float64, device=loads.device)
+    bins = torch.bincount(torch.bucketize(loads, edges, right=True), minlength=len(LOAD_EDGES) - 1)
+    return LayerUsage(
+        layer=layer,
+        num_experts=num_experts,
+        expected=window.expected,
+        whole=whole,
+        heads=[_spread(c, g)[0] for c, g in zip(window.counts, window.gate_sums)],
+        dead=int((window.idle >= DEAD_AFTER).sum()),
+        hot=[HotExpert(e, float(gate_sums[e]) * scale, int(counts[e])) for e in top],
+        histogram=Histogram(LOAD_EDGES, bins.tolist()),
+        percentiles=loads[torch.tensor(places, device=loads.device)].tolist(),
+        ranks=ranks,
+        loads_at_ranks=loads[num_experts - torch.tensor(ranks, device=loads.device)].tolist(),
+    )

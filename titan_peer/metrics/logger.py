@@ -1,0 +1,316 @@
+"""What a step reports, on the console and to every sink (`sinks.py`), and the loss plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from titan_peer.common.host_memory import peak_resident_bytes
+from titan_peer.config.job import JobConfig
+from titan_peer.distributed.collectives import all_gather_into
+from titan_peer.metrics.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
+
+logger = logging.getLogger("titan_peer")
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets).
+_PEAK_FLOPS = {
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory taken so far, GiB: reserved by the allocator on CUDA, resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return peak_resident_bytes() / 2**30
+
+
+@dataclass
+class Progress:
+    """A progress bar on a terminal; nothing in a log file."""
+
+    total_steps: int
+    first_step: int
+    _bar: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            logger.info(line)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+class HeldOutLoss(NamedTuple):
+    """Sums over held-out text."""
+
+    loss_sum: float  # nats
+    tokens: float  # learnt tokens
+    num_bytes: float  # UTF-8 bytes they stand for
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.tokens, 1)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss_sum / math.log(2) / max(self.num_bytes, 1)
+
+    def record(self, prefix: str) -> Record:
+        return {
+            f"{prefix}loss": self.loss,
+            f"{prefix}perplexity": self.perplexity,
+            f"{prefix}bits_per_byte": self.bits_per_byte,
+        }
+
+
+class MetricsLogger:
+    """Turns a step's numbers into one console line and one record in every sink (first process only).
+
+    Args:
+        training_flops_per_token: for MFU, the share of the device's bf16 peak that the model's own FLOPs make up.
+        num_devices: devices the tokens are spread over.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        dump_folder: Path,
+        *,
+        device: torch.device,
+        num_devices: int,
+        training_flops_per_token: int,
+        total_steps: int,
+        resumed_step: int,
+        enabled: bool,
+    ) -> None:
+        config = job.metrics
+        self.config, self.device, self.num_devices = config, device, num_devices
+        self.flops_per_token, self.total_steps = training_flops_per_token, total_steps
+        self.peak_flops = peak_flops(device)
+        self.sinks: list[Sink] = []
+        self.progress: Progress | None = None
+        if enabled:
+            self.sinks.append(JsonlSink(dump_folder / "metrics.jsonl", resumed_step))
+            if config.enable_tensorboard:
+                self.sinks.append(TensorBoardSink(dump_folder / "tensorboard", job.to_toml(), resumed_step))
+            if config.enable_wandb:
+                self.sinks.append(
+                    WandbSink(
+                        dump_folder,
+                        dataclasses.asdict(job),
+                        resumed_step=resumed_step,
+                        mode=config.wandb_mode,
+                        group=config.wandb_group,
+                        checkpoints=config.wandb_checkpoints,
+                    )
+                )
+            self.progress = Progress(total_steps, resumed_step)
+        self.start_step, self.start_time = resumed_step, time.perf_counter()
+        self._window_start, self._window_tokens, self._window_first_step = self.start_time, 0, resumed_step
+        self._waited_seconds = 0.0
+        self._sink_errors: set[str] = set()
+
+    def count(self, tokens: int) -> None:
+        """Count a finished step's tokens (all processes together)."""
+        self._window_tokens += tokens
+        if self.progress is not None:
+            self.progress.advance()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective of a training step in which this process waits for the slowest one."""
+        start = time.perf_counter()
+        yield
+        self._waited_seconds += time.perf_counter() - start
+
+    def _straggler(self, seconds: float, steps: int) -> Record:
+        """Which process had the most seconds a step of its own, not spent in `waiting`, and how many more than the median
+        one. Called by every process."""
+        if not dist.is_initialized():
+            return {}
+        own = torch.tensor([(seconds - self._waited_seconds) / steps], dtype=torch.float64)
+        self._waited_seconds = 0.0
+        with self.waiting():
+            of_all = all_gather_into(own)
+        slowest = int(of_all.argmax())
+        excess = (of_all[slowest] - of_all.median()).item()
+        return {
+            "slowest_rank": slowest,
+            "slowest_rank_seconds": round(of_all[slowest].item(), 4),
+            "slowest_rank_excess_seconds": round(excess, 4),
+        }
+
+    def due(self, step: int) -> bool:
+        return step == self.start_step + 1 or step % self.config.log_freq == 0 or step == self.total_steps
+
+    def log_step(
+        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, data: Record | None = None
+    ) -> None:
+        """Report a step; speed is over the steps since the last report."""
+        now = time.perf_counter()
+        seconds = now - self._window_start
+        tokens_per_second = self._window_tokens / seconds
+        steps = max(step - self._window_first_step, 1)
+        seconds_per_step = seconds / steps
+        record: Record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "tokens_seen": tokens_seen,
+            "seconds_per_step": round(seconds_per_step, 4),
+            "peak_memory_gib": round(peak_memory_gib(self.device), 3),
+            "elapsed_seconds": round(now - self.start_time, 2),
+            **(data or {}),
+        }
+        line = (
+            f"step {step:>6}/{self.total_steps}  loss {loss:8.4f}  grad_norm {grad_norm:8.4f}  lr {lr:.3e}  "
+            f"{tokens_per_second:10,.0f} tokens/s  memory {record['peak_memory_gib']:.2f} GiB"
+        )
+        if self.peak_flops is not None:
+            mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.num_devices)
+            record["mfu"] = round(mfu, 5)
+            line += f"  mfu {100 * mfu:.1f}%"
+        straggler = self._straggler(seconds, steps)
+        record.update(straggler)
+        if straggler:
+            line += f"  slowest rank {straggler['slowest_rank']} +{straggler['slowest_rank_excess_seconds']:.3f} s"
+        line += f"  left {_duration(seconds_per_step * (self.total_steps - step))}"
+        self._emit(record, line)
+        self._window_start, self._window_tokens, self._window_first_step = now, 0, step
+
+    def log_validation(self, step: int, *, overall: HeldOutLoss, sets: dict[str, HeldOutLoss], seconds: float) -> None:
+        """Report the loss over all held-out text and on each set of it."""
+        record: Record = {"step": step, **overall.record("validation_")}
+        line = (
+            f"step {step:>6}/{self.total_steps}  validation_loss {overall.loss:.4f}  "
+            f"perplexity {overall.perplexity:.2f}  bits/byte {overall.bits_per_byte:.4f}"
+        )
+        for name, held_out in sets.items():
+            record.update(held_out.record(f"validation/{name}_"))
+            if len(sets) > 1:
+                line += f"  {name} {held_out.loss:.4f}"
+        self._emit(record, f"{line}  ({seconds:.1f} s)")
+
+    def log_evaluation(self, step: int, record: Record, seconds: float) -> None:
+        """Report what the evaluations of a step found, names and all."""
+        self._emit({"step": step, **record}, f"step {step:>6}/{self.total_steps}  evaluated in {seconds:.1f} s")
+
+    def exclude(self, seconds: float) -> None:
+        """Take time that was not training (validation, checkpoints) out of the speed of the current window."""
+        self._window_start += seconds
+
+    def log_record(self, record: Record) -> None:
+        """Numbers of a step that have no console line of their own."""
+        self._tell(lambda sink: sink.write(record))
+
+    def log_histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        self._tell(lambda sink: sink.histogram(step, name, histogram))
+
+    def log_image(self, step: int, name: str, png: Path) -> None:
+        self._tell(lambda sink: sink.image(step, name, png))
+
+    def log_checkpoint(self, step: int, folder: Path) -> None:
+        """A checkpoint is complete in `folder`."""
+        self._tell(lambda sink: sink.checkpoint(step, folder))
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Tell every sink of something a person should look at now."""
+        self._tell(lambda sink: sink.alert(step, title, text))
+
+    def print(self, line: str) -> None:
+        """A line on the console of the first process, above the progress bar."""
+        if self.progress is not None:
+            self.progress.print(line)
+
+    def _emit(self, record: Record, line: str) -> None:
+        self.log_record(record)
+        self.print(line)
+
+    def _tell(self, report: Callable[[Sink], None]) -> None:
+        """Report to every sink. One that fails, such as a service that is away, must not end the training: it is on the first
+        process only, and the others would wait for it."""
+        for sink in self.sinks:
+            try:
+                report(sink)
+            except Exception as error:
+                words = f"{type(sink).__name__}: {type(error).__name__}: {error}"
+                if words not in self._sink_errors:
+                    logger.error("a report was lost by %s", words)
+                self._sink_errors.add(words)
+
+    def close(self) -> None:
+        self._tell(lambda sink: sink.close())
+        if self.progress is not None:
+            self.progress.close()
+
+
+def plot_loss(metrics_file: Path, output: Path, title: str) -> None:
+    """Training and validation loss against steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = complete_lines(metrics_file)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation (held out)", "o--")):
+        points: Sequence[tuple[float, float]] = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1.5, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)

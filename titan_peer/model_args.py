@@ -1,0 +1,159 @@
+"""Every number of the architecture, with its bounds. Without torch, so that a job can be read and checked at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from titan_peer.common.bounds import Range, out_of_range
+
+
+@dataclass
+class MLAArgs:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    n_heads: Annotated[int, Range(1)] = 8
+    """Attention heads."""
+    q_lora_rank: Annotated[int, Range(0)] = 0
+    """Rank of the query compression; 0 projects queries directly from the model dim."""
+    kv_lora_rank: Annotated[int, Range(1)] = 128
+    """Rank of the joint key/value compression; this many numbers a token and layer are cached in decoding."""
+    qk_nope_head_dim: Annotated[int, Range(1)] = 32
+    """Dim a head of the part of queries and keys without rotary positions."""
+    qk_rope_head_dim: Annotated[int, Range(1)] = 16
+    """Dim a head of the part of queries and keys with rotary positions (keys share one such part); even."""
+    v_head_dim: Annotated[int, Range(1)] = 32
+    """Dim a head of the values."""
+    rope_theta: Annotated[float, Range(1, above=True)] = 10000.0
+    """Base of the rotary frequencies."""
+    rope_factor: Annotated[float, Range(1)] = 1.0
+    """YaRN: context extension factor; 1.0 leaves rotary positions unscaled."""
+    original_seq_len: Annotated[int, Range(1)] = 4096
+    """YaRN: context length of the model before extension."""
+    beta_fast: Annotated[float, Range(0, above=True)] = 32.0
+    """YaRN: dims that turn more often than this over the original context are not interpolated."""
+    beta_slow: Annotated[float, Range(0, above=True)] = 1.0
+    """YaRN: dims that turn less often than this over the original context are fully interpolated."""
+    mscale: Annotated[float, Range(0)] = 1.0
+    """YaRN: attention temperature factor put on the rotated parts."""
+    mscale_all_dim: Annotated[float, Range(0)] = 1.0
+    """YaRN: attention temperature factor put on the whole softmax scale (DeepSeek-V3 sets both to 1)."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass
+class PEERArgs:
+    """Product-key expert retrieval (arXiv 2407.04153, section 2)."""
+
+    num_experts: Annotated[int, Range(1)] = 16384
+    """Experts of a layer, N."""
+    product_key_dim: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [128, 128])
+    """Sub-keys of each product-key axis; any number of axes of any sizes whose product is num_experts."""
+    num_heads: Annotated[int, Range(1)] = 4
+    """Retrieval heads, H; each has its own queries."""
+    num_experts_per_tok: Annotated[int, Range(1)] = 8
+    """Experts a head retrieves for a token, k."""
+    expert_hidden_size: Annotated[int, Range(1)] = 1
+    """Hidden neurons of an expert, E (the paper uses single-neuron experts)."""
+    query_dim: Annotated[int, Range(1)] = 128
+    """Dim of a head's query; split evenly over the axes."""
+    query_norm: Literal["batch", "rms", "none"] = "batch"
+    """Normalisation of queries before retrieval (the paper uses batch norm, which spreads usage)."""
+    norm_query: bool = False
+    """Scale every query's axis part to unit length."""
+    norm_keys: bool = False
+    """Scale every sub-key to unit length (with norm_query: cosine scores)."""
+    gates: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    """How a head's k scores become gates; softmax is over the k retrieved experts."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    """Activation of an expert's hidden neurons."""
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Probability of dropping a retrieved expert in training."""
+    keys_per_head: bool = True
+    """Each head has its own sub-keys; false shares one set."""
+    share_experts: bool = False
+    """All PEER layers use one pair of expert tables (each keeps its own queries and sub-keys)."""
+
+
+@dataclass
+class ModelArgs:
+    """Every number of the architecture."""
+
+    vocab_size: Annotated[int, Range(0)] = 0
+    """Entries of the vocabulary; 0 takes the tokenizer's."""
+    dim: Annotated[int, Range(1)] = 256
+    """Model dim, D."""
+    n_layers: Annotated[int, Range(1)] = 4
+    """Blocks."""
+    n_dense_layers: Annotated[int, Range(0)] = 1
+    """The first blocks, which have a dense feed-forward instead of PEER."""
+    peer_every_n_layers: Annotated[int, Range(0)] = 1
+    """After the dense blocks, every n-th block has PEER, the first of them included; 0 means none."""
+    peer_layers: list[Annotated[int, Range(0)]] = field(default_factory=list)
+    """Which blocks (from 0) have PEER; when given, n_dense_layers and peer_every_n_layers are not used."""
+    ffn_hidden_dim: Annotated[int, Range(1)] = 768
+    """Hidden dim of the dense SwiGLU feed-forward."""
+    max_seq_len: Annotated[int, Range(1)] = 4096
+    """Longest sequence for which rotary positions are prepared."""
+    norm_eps: Annotated[float, Range(0, above=True)] = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as output head."""
+    init_std: Annotated[float, Range(0, above=True)] = 0.02
+    """Standard deviation of the initial weights of projections and embeddings."""
+    mla: MLAArgs = field(default_factory=MLAArgs)
+    """Attention."""
+    peer: PEERArgs = field(default_factory=PEERArgs)
+    """Experts."""
+
+    def has_peer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) has PEER in place of the dense feed-forward."""
+        if self.peer_layers:
+            return layer in self.peer_layers
+        after_dense = layer - self.n_dense_layers
+        return self.peer_every_n_layers > 0 and after_dense >= 0 and after_dense % self.peer_every_n_layers == 0
+
+    def problems(self) -> list[str]:
+        """What makes this architecture impossible: one line a problem, naming key, value and what is allowed."""
+        found = list(out_of_range(self, "model."))
+
+        def require(ok: bool, key: str, value: object, allowed: str) -> None:
+            if not ok:
+                found.append(f"model.{key} = {value}: {allowed}")
+
+        mla, peer = self.mla, self.peer
+        outside = [layer for layer in self.peer_layers if layer >= self.n_layers]
+        require(not outside, "peer_layers", self.peer_layers, f"entries must be from 0 to {self.n_layers - 1}")
+        require(mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", mla.qk_rope_head_dim, "must be even")
+        require(
+            mla.beta_slow <= mla.beta_fast,
+            "mla.beta_slow",
+            mla.beta_slow,
+            f"must be at most model.mla.beta_fast = {mla.beta_fast}",
+        )
+        if any(self.has_peer(layer) for layer in range(self.n_layers)):
+            axes = peer.product_key_dim
+            require(bool(axes), "peer.product_key_dim", axes, "at least one axis is needed")
+            require(
+                math.prod(axes) == peer.num_experts,
+                "peer.product_key_dim",
+                axes,
+                f"its product {math.prod(axes):,} must equal model.peer.num_experts = {peer.num_experts:,}",
+            )
+            require(
+                peer.num_experts_per_tok <= peer.num_experts,
+                "peer.num_experts_per_tok",
+                peer.num_experts_per_tok,
+                f"must be at most model.peer.num_experts = {peer.num_experts:,}",
+            )
+            require(
+                bool(axes) and peer.query_dim % len(axes) == 0,
+                "peer.query_dim",
+                peer.query_dim,
+                f"must be a multiple of the number of axes of model.peer.product_key_dim, {len(axes)}",
+            )
+        return found
