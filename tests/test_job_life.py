@@ -15,7 +15,7 @@ import pytest
 from small_jobs import SMALL
 
 from titan_peer import train
-from titan_peer.checkpoint.files import saved_steps
+from titan_peer.checkpoint.folder import saved_steps
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world

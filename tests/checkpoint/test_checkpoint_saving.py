@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_peer.checkpoint.files import CONFIG, TRAIN_STATE, SafeReader, saved_steps, stored_shapes, sync, verify
+from titan_peer.checkpoint.files import SafeReader, stored_shapes, sync, verify
+from titan_peer.checkpoint.folder import CONFIG, TRAIN_STATE, saved_steps
 from titan_peer.checkpoint.removal import Retention, restore_replaced
 from titan_peer.checkpoint.saving import CheckpointSaveError, Ranks, write_checkpoint
 

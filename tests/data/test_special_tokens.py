@@ -12,8 +12,8 @@ import tokenizers
 from corpora import SAMPLE, TOKENIZER, make_loader
 from tokenizers import AddedToken
 
-from titan_peer.checkpoint.files import TOKENIZER as STORED
 from titan_peer.checkpoint.files import read_tokenizer_files, stored_tokenizer_path
+from titan_peer.checkpoint.folder import TOKENIZER as STORED
 from titan_peer.common.errors import UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Data

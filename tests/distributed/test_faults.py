@@ -20,7 +20,8 @@ from small_jobs import SMALL, tensors_of
 from test_train import ROOT, records
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from titan_peer.checkpoint.files import saved_steps, verify
+from titan_peer.checkpoint.files import verify
+from titan_peer.checkpoint.folder import saved_steps
 from titan_peer.distributed.launch import first_failure
 
 JOB = [*SMALL, "--checkpoint.interval", 2, "--checkpoint.async_mode", "async", "--lr_scheduler.warmup_steps", 4]

@@ -33,19 +33,16 @@ from titan_peer.checkpoint.compare import (
     require_same_tokenizer,
 )
 from titan_peer.checkpoint.files import (
-    CONFIG,
-    TOKENIZER,
-    TRAIN_STATE,
     DamagedCheckpointError,
     SafeReader,
     misfits,
     read_tensors,
     read_tokenizer_files,
-    saved_steps,
     stored_shapes,
     stored_tokenizer_path,
     verify,
 )
+from titan_peer.checkpoint.folder import CONFIG, TOKENIZER, TRAIN_STATE, saved_steps
 from titan_peer.checkpoint.removal import Retention, restore_replaced
 from titan_peer.checkpoint.saving import BackgroundSave, CheckpointSaveError, Ranks, write_checkpoint
 from titan_peer.common.errors import UserError

@@ -9,7 +9,7 @@ import logging
 import tomllib
 from pathlib import Path
 
-from titan_peer.checkpoint.files import CONFIG, MANIFEST, TRAIN_STATE, saved_steps
+from titan_peer.checkpoint.folder import CONFIG, MANIFEST, TRAIN_STATE, saved_steps
 from titan_peer.common.errors import UserError
 
 logger = logging.getLogger("titan_peer")

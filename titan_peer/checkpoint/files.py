@@ -16,7 +16,6 @@ import math
 import mmap
 import os
 import pickle
-import re
 import struct
 import warnings
 import zipfile
@@ -31,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from titan_peer.checkpoint.folder import MANIFEST, TOKENIZER
 from titan_peer.data.special_tokens import SETTINGS_FILES
 
 logger = logging.getLogger("titan_peer")
@@ -39,8 +39,6 @@ logger = logging.getLogger("titan_peer")
 # has Python forget which warnings it has shown, and saves run on a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
-MANIFEST, TRAIN_STATE, CONFIG, TOKENIZER = "manifest.json", "train_state.json", "config.toml", "tokenizer"
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
 
 _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -54,14 +52,6 @@ ManifestEntries = dict[str, dict[str, int]]
 
 class DamagedCheckpointError(Exception):
     """A checkpoint folder whose files are not what its manifest says."""
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
 
 
 # --------------------------------------------------------------------------------------------------------------------

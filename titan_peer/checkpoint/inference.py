@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from titan_peer.checkpoint.choice import find_checkpoint
 from titan_peer.checkpoint.files import (
-    CONFIG,
     DamagedCheckpointError,
     NotMappableError,
     SafeReader,
@@ -22,6 +21,7 @@ from titan_peer.checkpoint.files import (
     stored_tokenizer_path,
     verify,
 )
+from titan_peer.checkpoint.folder import CONFIG
 from titan_peer.common.errors import UserError
 from titan_peer.common.host_memory import prefer_huge_pages
 from titan_peer.config.job import JobConfig

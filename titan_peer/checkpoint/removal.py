@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from titan_peer.checkpoint.files import saved_steps
+from titan_peer.checkpoint.folder import saved_steps
 
 logger = logging.getLogger("titan_peer")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
-from titan_peer.checkpoint.files import TRAIN_STATE
+from titan_peer.checkpoint.folder import TRAIN_STATE
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.common.command_line import CommandParser
 from titan_peer.common.errors import UserError

@@ -1,4 +1,4 @@
-"""This process' memory on the host: how much it has had, what a step frees stays for the next, large pages for tables."""
+"""This process' memory on the host: its peak, keeping what a step frees for the next one, large pages for tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import mmap
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEPT_BYTES = 2**30
@@ -19,9 +21,9 @@ _HUGE_PAGE_BYTES = 2**21
 def keep_freed_memory() -> bool:
     """Have malloc keep up to 1 GiB of freed memory, in pieces of up to 32 MiB, for the next step.
 
-    By default glibc gives memory of this size back to the system, by luck of the order of calls at every step; the system
-    then clears each page anew. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults and 20 ms of a step
-    of 120 ms.
+    By default glibc may return memory of this size to the kernel at every step, depending on the order of calls; the
+    kernel then clears each page again. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults and 20 ms of
+    a step of 120 ms.
 
     Returns:
         Whether the C library has these settings (glibc has).
@@ -35,13 +37,13 @@ def keep_freed_memory() -> bool:
 
 
 def prefer_huge_pages(tensor: Tensor) -> bool:
-    """Ask the system for pages of 2 MiB for a new tensor on the CPU, before it is filled.
+    """Ask the kernel for pages of 2 MiB for a new tensor on the CPU, before it is filled.
 
-    Rows of a large table are read at random: with pages of 4 KiB nearly every row costs a walk through the page tables
-    besides. Measured for 16 tokens x 128 rows of 1 KiB from two tables of 1 GiB: 0.63 ms instead of 0.75.
+    Rows of a large table are read at random: with pages of 4 KiB, nearly every row also costs a walk through the page
+    tables. Measured for 16 tokens x 128 rows of 1 KiB from two tables of 1 GiB: 0.63 ms instead of 0.75.
 
     Returns:
-        Whether the system took the wish; it may still have no such pages.
+        Whether the kernel accepted the request; it may still have no such pages to give.
     """
     if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
@@ -54,8 +56,10 @@ def prefer_huge_pages(tensor: Tensor) -> bool:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process has had in RAM. Not ru_maxrss where Linux says better: that also counts what the parent had
-    when it started this process."""
+    """The most memory this process has had in RAM, in bytes.
+
+    Linux's VmHWM is used where there is one: ru_maxrss also counts what the parent had when it started this process.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="utf-8").splitlines():

@@ -22,7 +22,8 @@ from titan_peer.common.errors import UserError
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.inference.decoder import Decoder
 from titan_peer.inference.latent_cache import BLOCK_SIZE, CacheBatch, LatentCache, blocks_for
-from titan_peer.inference.sampling import Sampler, SamplingParams
+from titan_peer.inference.sampling import Sampler
+from titan_peer.inference.sampling_params import SamplingParams
 from titan_peer.inference.text_stream import TextStream
 from titan_peer.model import Transformer
 

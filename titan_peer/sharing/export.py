@@ -24,13 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.checkpoint.choice import find_checkpoint
-from titan_peer.checkpoint.files import (
-    CONFIG,
-    TRAIN_STATE,
-    manifest_entries,
-    stored_tokenizer_path,
-    write_manifest,
-)
+from titan_peer.checkpoint.files import manifest_entries, stored_tokenizer_path, write_manifest
+from titan_peer.checkpoint.folder import CONFIG, TRAIN_STATE
 from titan_peer.checkpoint.inference import load_model_for_inference, require_sound_model
 from titan_peer.common.command_line import parse_options
 from titan_peer.common.errors import UserError

@@ -16,15 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.checkpoint.checkpointer import Checkpointer
-from titan_peer.checkpoint.files import (
-    CONFIG,
-    MANIFEST,
-    TRAIN_STATE,
-    DamagedCheckpointError,
-    misfits,
-    read_tokenizer_files,
-    verify,
-)
+from titan_peer.checkpoint.files import DamagedCheckpointError, misfits, read_tokenizer_files, verify
+from titan_peer.checkpoint.folder import CONFIG, MANIFEST, TRAIN_STATE
 from titan_peer.checkpoint.saving import CheckpointSaveError
 from titan_peer.common.command_line import parse_options
 from titan_peer.common.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from titan_peer import __version__
 from titan_peer.analysis.model_size import model_size
-from titan_peer.checkpoint.files import TRAIN_STATE
+from titan_peer.checkpoint.folder import TRAIN_STATE
 from titan_peer.config.job import JobConfig
 from titan_peer.model import Transformer
 

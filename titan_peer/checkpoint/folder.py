@@ -1,0 +1,18 @@
+"""Names of what a checkpoint folder holds, and the steps that are there. Without torch, so that a wrong path is found at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MANIFEST, TRAIN_STATE, CONFIG, TOKENIZER = "manifest.json", "train_state.json", "config.toml", "tokenizer"
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
