@@ -25,7 +25,7 @@ from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
 from titan_peer.experts.plots import draw
 from titan_peer.experts.usage import count_experts, peer_layers
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 
 def trainer(options: argparse.Namespace, folder: Path, count: bool) -> Trainer:

@@ -9,7 +9,7 @@ import pytest
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
 from titan_peer.sharing.export import export_checkpoint
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = f"""

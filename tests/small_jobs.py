@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]

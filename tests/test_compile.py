@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_jobs import SMALL
 
-from titan_peer import train
+from titan_peer import train, trainer
 from titan_peer.checkpoint.folder import saved_steps
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
@@ -138,14 +138,14 @@ def test_a_batch_with_nothing_to_learn_is_not_taken_for_the_end_of_the_data(
 
 
 def test_the_last_step_is_logged_when_the_job_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.Trainer.train_step
+    original = trainer.Trainer.train_step
 
     def told_in_step_3(self, batches):
         if self.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", told_in_step_3)
+    monkeypatch.setattr(trainer.Trainer, "train_step", told_in_step_3)
     assert run(tmp_path, "--metrics.log_freq", 1000) == 0
     assert steps(tmp_path / "metrics.jsonl") == [1, 3]
     assert (tmp_path / "checkpoint" / "step-3").is_dir()
@@ -187,7 +187,7 @@ def test_a_second_job_with_the_same_folder_of_checkpoints_is_refused(
 def test_a_job_whose_folder_was_taken_over_stops_writing(tmp_path: Path) -> None:
     config = load_config([*SMALL, "--job.dump_folder", str(tmp_path)])
     lock = JobLock(config)
-    job = train.Trainer(config, init_world(config.parallelism), lock)
+    job = trainer.Trainer(config, init_world(config.parallelism), lock)
     lock._locks[0]._lost_to = "process 7 on elsewhere"
     with pytest.raises(UserError, match="process 7 on elsewhere has taken it over"):
         job.train()

@@ -18,7 +18,8 @@ from titan_peer.checkpoint.files import NotMappableError, SafeReader, map_tensor
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.common.errors import UserError
 from titan_peer.model import Experts
-from titan_peer.train import Trainer, main
+from titan_peer.train import main
+from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 

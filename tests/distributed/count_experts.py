@@ -19,7 +19,7 @@ from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
 from titan_peer.experts.usage import Counts, peer_layers
 from titan_peer.model import PEER
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 
 def main(folder: Path, arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 
 def main(output: Path, prompts: list[str], arguments: list[str]) -> None:

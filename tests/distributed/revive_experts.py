@@ -16,7 +16,7 @@ from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import init_world
 from titan_peer.experts.revival import ExpertRevival
 from titan_peer.experts.usage import peer_layers
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 
 def main(file: str, arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ def _trainer(folder: str, *arguments: str) -> Any:
 
     from titan_peer.config.parse import load_config
     from titan_peer.distributed.parallelize import init_world
-    from titan_peer.train import Trainer
+    from titan_peer.trainer import Trainer
 
     if not dist.is_initialized():
         init_world(load_config(JOB).parallelism)

@@ -26,7 +26,7 @@ from titan_peer.distributed.parallelize import apply_expert_parallel, init_world
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.model import Experts, MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 N, E, D, T, K = 10, 2, 12, 6, 5  # ten experts on four processes: three each, the last has one
 

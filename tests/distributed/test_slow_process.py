@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from processes import free_port, losses, run_in_processes
 
-from titan_peer import train
+from titan_peer import train, trainer
 
 JOB = [
     *("--job.config_file", "train_configs/debug_model.toml", "--training.steps", 6, "--metrics.log_freq", 3),
@@ -37,18 +37,18 @@ class SlowLoader:
         return getattr(self.loader, name)
 
 
-class SlowTrainer(train.Trainer):
+class SlowTrainer(trainer.Trainer):
     def _training_loader(self) -> Any:
         loader = super()._training_loader()
         return SlowLoader(loader) if self.world.rank == 1 else loader
 
 
 def _train(slow: list[str], plain: list[str], offloaded: list[str], ports: list[int]) -> None:
-    for arguments, port, trainer in zip(
-        (slow, plain, offloaded), ports, (SlowTrainer, train.Trainer, train.Trainer), strict=True
+    for arguments, port, kind in zip(
+        (slow, plain, offloaded), ports, (SlowTrainer, trainer.Trainer, trainer.Trainer), strict=True
     ):
         os.environ["MASTER_PORT"] = str(port)
-        train.Trainer = trainer  # type: ignore[misc]
+        trainer.Trainer = kind  # type: ignore[misc]
         assert train.main(arguments) == 0
 
 

@@ -20,7 +20,7 @@ from titan_peer.experts.balance import add_balance_loss, unevenness
 from titan_peer.experts.revival import counterparts, find_dead_keys
 from titan_peer.experts.usage import DEAD_AFTER, peer_layers
 from titan_peer.model import ModelArgs, PEERArgs, Transformer
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 

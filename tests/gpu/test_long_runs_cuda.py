@@ -10,7 +10,7 @@ import torch
 from small_jobs import steps, tensors_of, trainer
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

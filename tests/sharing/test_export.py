@@ -28,7 +28,7 @@ from titan_peer.distributed.parallelize import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
 from titan_peer.sharing.export import export_checkpoint
 from titan_peer.sharing.import_model import import_model
-from titan_peer.train import Trainer
+from titan_peer.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)

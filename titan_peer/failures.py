@@ -1,0 +1,69 @@
+"""Why a job ends before its time: said to the user and to the launcher, and turned into an exit status.
+
+torch is imported where it is needed, since a mistake in the arguments is answered by this file before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from titan_peer.common.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
+
+
+class NonFiniteLossError(Exception):
+    """The loss or the gradient's norm is NaN or infinite."""
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0 of the job, as the launcher has said in the environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_status(failure: BaseException) -> int:
+    """Say why the job ends, on standard error and to the launcher; returns the exit status.
+
+    What every process knows is printed by the first process only.
+    """
+    match failure:
+        case UserError():
+            _tell(failure, str(failure).splitlines())
+            return USER_ERROR_STATUS
+        case NonFiniteLossError():
+            _tell(failure, [str(failure)])
+            return NOT_FINITE_STATUS
+    _tell_of_a_fault(failure)
+    return 1
+
+
+def _tell(failure: Exception, lines: list[str]) -> None:
+    if is_first_process():
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+    else:
+        from titan_peer.distributed.faults import leave_word
+
+        leave_word(failure)
+
+
+def _tell_of_a_fault(failure: BaseException) -> None:
+    """The same for what went wrong on some process or with the machine."""
+    from titan_peer.checkpoint.saving import CheckpointSaveError
+    from titan_peer.distributed.collectives import ProcessesFailedError
+    from titan_peer.distributed.faults import leave_word, report_failure
+
+    match failure:
+        case CheckpointSaveError():
+            if is_first_process():
+                print(f"error: the job ends without its last checkpoint: {failure}", file=sys.stderr)
+        case ProcessesFailedError():
+            if failure.__cause__ is not None:  # it went wrong on this process
+                traceback.print_exception(failure.__cause__)
+            leave_word(failure)
+            if is_first_process():
+                print(f"error: {failure}", file=sys.stderr)
+        case _:
+            traceback.print_exception(failure)
+            if isinstance(failure, Exception):
+                report_failure(failure)

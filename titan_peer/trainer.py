@@ -1,0 +1,593 @@
+"""The Trainer: builds the parts of a job and runs the loop."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_peer import __version__
+from titan_peer.analysis import dry_run
+from titan_peer.analysis.model_size import model_size
+from titan_peer.checkpoint.checkpointer import Checkpointer
+from titan_peer.common.errors import UserError
+from titan_peer.common.host_memory import keep_freed_memory
+from titan_peer.common.units import bytes_text
+from titan_peer.config.job import JobConfig
+from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
+from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
+from titan_peer.data.special_tokens import describe
+from titan_peer.data.tokenizer import load_tokenizer
+from titan_peer.distributed.collectives import on_all_processes
+from titan_peer.distributed.float8 import precompute_scales_after_step
+from titan_peer.distributed.parallelize import World, autocast, compute_dtype, init_world, materialize, parallelize
+from titan_peer.distributed.sharded_init import sharded_init
+from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
+from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
+from titan_peer.evaluation.perplexity import held_out_loss
+from titan_peer.experts.balance import add_balance_loss
+from titan_peer.experts.report import UsageReporter, remedies
+from titan_peer.experts.revival import ExpertRevival
+from titan_peer.failures import NonFiniteLossError, exit_status, is_first_process
+from titan_peer.metrics.heartbeat import Heartbeat
+from titan_peer.metrics.logger import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.metrics.profiling import Profiler
+from titan_peer.model import Transformer
+from titan_peer.ops import backend_report, set_table_gradient
+from titan_peer.ops.attention import attention_backend
+from titan_peer.ops.cross_entropy import IGNORE_INDEX
+from titan_peer.optim.optimizers import Optimizers, local
+from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
+
+logger = logging.getLogger("titan_peer")
+
+MAX_EMPTY_BATCHES = 1000  # without anything to learn, in turn
+SAVE_GRACE_SECONDS = 15  # that a job which fails waits for a checkpoint being written
+
+
+class EndOfDataError(Exception):
+    """The sources have ended (data.sources[i].max_epochs) before training.steps."""
+
+
+class Trainer:
+    """One training job on this process.
+
+    Args:
+        lock: of job.dump_folder, on the first process; None: the caller keeps other jobs out of it.
+    Raises (from the constructor, before any step, on every process):
+        UserError: the job is invalid, or a file it names cannot be read.
+        ProcessesFailedError: something else went wrong, on this process or another.
+    """
+
+    def __init__(self, config: JobConfig, world: World, lock: JobLock | None = None) -> None:
+        self.config, self.world, self.device, self.lock = config, world, world.device, lock
+        training = config.training
+        self.dump_folder = Path(config.job.dump_folder)
+        self._make_reproducible()
+
+        self.accumulation_steps = resolve_batch(training, world.world_size)
+        on_all_processes(self._open_data)
+        self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
+
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        self.size = model_size(model, training.seq_len)
+        model.loss_chunk_size = training.loss_chunk_size
+        parallelize(model, config, world)
+        materialize(model, self.device, offload=training.enable_cpu_offload)
+        with sharded_init(config.debug.seed):
+            model.init_weights()
+        self.model = model
+        tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
+        self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
+        precompute_scales_after_step(model, self.optimizers.adamw, config.float8)
+        self.dtype = compute_dtype(training.mixed_precision_param, self.device)
+        self.precision = autocast(self.device, self.dtype)
+
+        self.step, self.tokens_seen = 0, 0
+        self.checkpointer = Checkpointer(config, model, self.optimizers)
+        if config.checkpoint.enable:
+            self._resume()
+        on_all_processes(self._begin_reports)
+        self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
+        if training.expert_balance_coeff:
+            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps)
+        self.revival: ExpertRevival | None = None
+        if training.reinit_dead_experts_freq:
+            self.revival = ExpertRevival(
+                model, self.optimizers, freq=training.reinit_dead_experts_freq, seed=config.debug.seed
+            )
+        self.expert_usage: UsageReporter | None = None
+        if config.metrics.log_expert_usage:
+            on_all_processes(self._begin_expert_usage)
+        self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
+        self.stop_signal, self.stop_time = 0, 0.0
+        self._unreported: dict[str, Any] = {}
+        """What the last step gave, as long as it is not logged."""
+
+    # ---- set-up
+
+    def _make_reproducible(self) -> None:
+        seed = self.config.debug.seed
+        torch.manual_seed(seed)
+        random.seed(seed)
+        set_table_gradient(self.config.optimizer.table_gradient)
+        if self.config.debug.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def _open_data(self) -> None:
+        self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        resolve_vocabulary(self.config.model, self.tokenizer.vocab_size)
+        self.loader = self._training_loader()
+        self.validation_loader = self._validation_loader() if self.config.validation.enable else None
+
+    def _training_loader(self) -> Any:
+        training = self.config.training
+        return build_dataloader(
+            data=self.config.data,
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            local_batch_size=training.local_batch_size,
+            dp_rank=self.world.rank,
+            dp_world_size=self.world.world_size,
+            seed=self.config.debug.seed,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _validation_loader(self) -> Any:
+        validation = self.config.validation
+        return build_validation_dataloader(
+            sources=validation.sources,
+            tokenizer=self.tokenizer,
+            seq_len=self.config.training.seq_len,
+            local_batch_size=validation.local_batch_size,
+            dp_rank=self.world.rank,
+            dp_world_size=self.world.world_size,
+            data=self.config.data,
+        )
+
+    def _begin_expert_usage(self) -> None:
+        self.expert_usage = UsageReporter(
+            self.model,
+            self.metrics,
+            self.dump_folder / EXPERT_USAGE,
+            freq=self.config.metrics.expert_usage_freq,
+            total_steps=self.config.training.steps,
+            resumed_step=self.step,
+            is_first=self.world.is_first,
+            remedies=remedies(self.config),
+        )
+
+    def _begin_reports(self) -> None:
+        if self.world.is_first and self.step < self.config.training.steps:  # else nothing will be reported
+            try:
+                begin_reports(self.config, self.checkpointer.saved_step)
+            except OSError as error:
+                raise cannot_be_written(self.config, error) from None
+        self.metrics = MetricsLogger(
+            self.config,
+            self.dump_folder,
+            device=self.device,
+            num_devices=self.world.world_size,
+            training_flops_per_token=self.size.training_flops,
+            total_steps=self.config.training.steps,
+            resumed_step=self.step,
+            enabled=self.world.is_first,
+        )
+
+    def _resume(self) -> None:
+        state = self.checkpointer.load()
+        self.optimizers.refresh_copies()
+        if state is None:
+            return
+        self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
+        if "data" in state:
+            on_all_processes(lambda: self.loader.load_state_dict(state["data"]))
+        logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
+
+    def banner(self) -> str:
+        """What will run, for a person."""
+        config, training = self.config, self.config.training
+        mla = config.model.mla
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        batch = (
+            f"{training.global_batch_size} x {training.seq_len} tokens a step"
+            f" ({self.accumulation_steps} micro-batches a process)"
+        )
+        n_peer = sum(config.model.has_peer(layer) for layer in range(config.model.n_layers))
+        lines = [
+            f"titan_peer {__version__}, torch {torch.__version__}: {config.job.description or config.job.config_file}",
+            f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
+            f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
+            f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
+            f"device     {self.world.world_size} x {device}, compute {str(self.dtype).removeprefix('torch.')}, "
+            f"compile {'on' if config.compile.enable else 'off'}",
+            f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, self.dtype.itemsize)}",
+            f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
+            f"batch      {batch}, {self._steps_line()}",
+            f"rate       {self._rate_line()}",
+            f"memory     {self._memory_line()}",
+            f"output     {self.dump_folder}",
+        ]
+        return "\n".join(lines)
+
+    def _steps_line(self) -> str:
+        steps = self.config.training.steps
+        return f"steps {self.step + 1} to {steps}" if self.step < steps else f"all {steps} steps done"
+
+    def _rate_line(self) -> str:
+        config = self.config
+        warmup, constant, decay = schedule_phases(config.training.steps, config.lr_scheduler)
+        shape = config.lr_scheduler.decay_type
+        return f"{config.optimizer.lr:g}; steps: {warmup} warm-up, {constant} constant, {decay} {shape} decay"
+
+    def _memory_line(self) -> str:
+        parameters = sum(local(p).nbytes for p in self.model.parameters())
+        moments = sum(local(t).nbytes for _, t in self.optimizers.named_state())
+        return (
+            f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)} per process; "
+            "titan-peer estimate says what a step takes"
+        )
+
+    # ---- the loop
+
+    def train(self) -> int:
+        """Train to the last step or a signal; returns the process's exit status."""
+        config = self.config
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self._on_signal)
+        if config.training.gc_freq:
+            gc.disable()
+        if self.world.is_first:
+            logger.info(self.banner())
+            for cut in schedule_cuts(config.training.steps, config.lr_scheduler):
+                logger.warning("warning: %s", cut)
+        if self.step >= config.training.steps:
+            self._say_nothing_to_do()
+            self._close(together=True)
+            return 0
+        try:
+            with self.profiler:
+                self._loop()
+        except BaseException as error:
+            self._let_running_save_end(error)
+            self._close(together=isinstance(error, NonFiniteLossError))
+            raise
+        self._close(together=True)
+        self._finish()
+        return 0
+
+    def _loop(self) -> None:
+        config = self.config
+        batches = iter(self.loader)
+        self.model.train()
+        while self.step < config.training.steps:
+            self.step += 1
+            self.heartbeat.beat(f"step {self.step}")
+            if self.lock is not None:
+                self.lock.require_mine()
+            try:
+                loss, grad_norm, lr, stop = self.train_step(batches)
+            except EndOfDataError:
+                self._end_early()
+                break
+            self._require_finite(loss, grad_norm, lr)
+            self._unreported = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+            if self.metrics.due(self.step) or stop:
+                self._log_step()
+            if self.expert_usage is not None and self.expert_usage.due(self.step):
+                self.expert_usage.report(self.step)
+            if self.revival is not None and self.revival.due(self.step):
+                for line in self.revival.revive(self.step):
+                    self.metrics.print(line)
+            is_last = self.step == config.training.steps
+            if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
+                self.validate()
+            if config.checkpoint.enable and (is_last or stop or self.step % config.checkpoint.interval == 0):
+                self.save_checkpoint(last=is_last, wait=is_last or stop)
+            if self.evaluation is not None and self.evaluation.due(self.step, is_last) and not stop:
+                self.evaluate(self.evaluation)
+            if config.training.gc_freq and self.step % config.training.gc_freq == 0:
+                gc.collect(1)
+            self.profiler.step(self.step)
+            if stop and not is_last:
+                self._say_how_to_resume()
+                break
+        self.checkpointer.finish()
+        self._report_saved()
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, float, bool]:
+        """One optimizer step over the global batch.
+
+        Returns:
+            Loss (nats a learnt token, mean over the global batch), gradient norm before clipping, learning rate, and
+            whether any process has been told to stop.
+        """
+        config, n_processes = self.config, self.world.world_size
+        micro_batches, learnt_tokens = self._global_batch(batches)
+        loss_sum = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches):
+            self._synchronise_gradients_only_on(last=i == len(micro_batches) - 1)
+            with self.precision():
+                micro_loss = self.model(*self._inputs(batch))
+            # FSDP averages gradients over processes: n_processes makes that the sum the global mean needs
+            (micro_loss * (n_processes / learnt_tokens)).backward()
+            loss_sum += micro_loss.detach()
+
+        lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
+        self.optimizers.set_learning_rate(lr)
+        self.optimizers.exchange_expert_gradients()
+        self.checkpointer.wait_until_copied()
+        grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
+
+        sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])
+        with self.metrics.waiting():
+            sums = self._sum_over_processes(sums)
+        tokens = config.training.global_batch_size * config.training.seq_len
+        self.tokens_seen += tokens
+        self.metrics.count(tokens)
+        return (sums[0] / learnt_tokens).item(), grad_norm.item(), lr, bool(sums[1] > 0)
+
+    def _log_step(self) -> None:
+        """Report the last step, unless that has been done. Called by every process."""
+        numbers, self._unreported = self._unreported, {}
+        if numbers:
+            statistics = self.loader.statistics()
+            self.metrics.log_step(self.step, **numbers, tokens_seen=self.tokens_seen, data=statistics)
+
+    def validate(self) -> None:
+        """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
+        assert self.validation_loader is not None
+        self.heartbeat.beat(f"validation after step {self.step}")
+        start = time.perf_counter()
+        self._read_held_out(self.validation_loader)
+        found = {
+            name: self._held_out_loss(batches, self.config.validation.steps)
+            for name, batches in self.validation_loader.sets.items()
+        }
+        seconds = time.perf_counter() - start
+        self.metrics.log_validation(
+            self.step,
+            overall=HeldOutLoss(*map(sum, zip(*found.values()))),
+            sets=found,
+            seconds=seconds,
+        )
+        self.metrics.exclude(seconds)
+
+    def _read_held_out(self, loader: ValidationLoader) -> None:
+        """Read what a validation takes, before the first collective in it."""
+        steps = self.config.validation.steps
+        found = on_all_processes(lambda: {name: batches.read_ahead(steps) for name, batches in loader.sets.items()})
+        for rank, numbers in enumerate(found):
+            if numbers != found[0]:
+                raise UserError(
+                    f"validation.sources: rank 0 reads {found[0]} batches and rank {rank} {numbers}; "
+                    "all processes must see the same files"
+                )
+
+    def evaluate(self, evaluation: PeriodicEvaluation) -> None:
+        """Run the job's evaluations on the current weights, and report them."""
+        self.heartbeat.beat(f"evaluation after step {self.step}")
+        start = time.perf_counter()
+        results = evaluation.run(self.step, self.model, self._held_out_loss, should_stop=lambda: self.stop_signal != 0)
+        seconds = time.perf_counter() - start
+        self.metrics.log_evaluation(self.step, metrics_record(results), seconds)
+        if self.world.is_first:
+            evaluation.write_report(self.dump_folder / METRICS)
+        self.metrics.exclude(seconds)
+
+    def _held_out_loss(self, batches: Iterable[dict[str, Tensor]], max_batches: int = -1) -> HeldOutLoss:
+        """That of the training model on this process's batches, all processes together."""
+
+        def summed_loss(batch: dict[str, Tensor]) -> Tensor:
+            with self.precision():
+                return self.model(*self._inputs(batch))
+
+        self.model.eval()
+        # Compiling a second, inference-only graph on a CPU takes longer than it saves.
+        stance = "force_eager" if self.device.type == "cpu" else "default"
+        try:
+            with torch.compiler.set_stance(stance):
+                return held_out_loss(summed_loss, batches, self._sum_over_processes, max_batches)
+        finally:
+            self.model.train()
+
+    def save_checkpoint(self, *, last: bool, wait: bool) -> None:
+        self.heartbeat.beat(f"saving the checkpoint of step {self.step}")
+        start = time.perf_counter()
+        state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
+        model_only = last and self.config.checkpoint.last_save_model_only
+        self.checkpointer.save(self.step, state, wait=wait, model_only=model_only)
+        self._report_saved()
+        self.metrics.exclude(time.perf_counter() - start)
+
+    def _report_saved(self) -> None:
+        for step, folder in self.checkpointer.newly_saved():
+            self.metrics.log_checkpoint(step, folder)
+
+    # ---- one call down
+
+    def _global_batch(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], float]:
+        """This process's micro-batches of the next step, and how many tokens all processes learn from in it.
+
+        Batches with tokens but nothing to learn (documents of one token each) are passed over.
+
+        Raises:
+            EndOfDataError: no process has a token left.
+            UserError: the data cannot be read on some process, or have nothing to learn batch after batch.
+        """
+        for _ in range(MAX_EMPTY_BATCHES):
+            micro_batches, failure = self._read(batches)
+            learnt = -math.inf if failure else sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
+            present = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)  # padding's are negative
+            counts = torch.tensor([float(learnt), float(present)], dtype=torch.float64)
+            with self.metrics.waiting():
+                learnt_tokens, present_tokens = self._sum_over_processes(counts).tolist()
+            if learnt_tokens < 0:
+                on_all_processes(lambda failure=failure: _raise(failure))  # type: ignore[misc]
+            if learnt_tokens > 0:
+                return micro_batches, learnt_tokens
+            if present_tokens == 0:
+                raise EndOfDataError
+            logger.warning("step %d: a batch in which no token has one to predict is passed over", self.step)
+        raise UserError(f"data.sources: {MAX_EMPTY_BATCHES} batches in turn in which no token has one to predict")
+
+    def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], Exception | None]:
+        """The step's micro-batches; or why there are none, which all processes are to hear, not only this one."""
+        try:
+            return [next(batches) for _ in range(self.accumulation_steps)], None
+        except Exception as failure:
+            return [], failure
+
+    def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
+        return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
+
+    def _synchronise_gradients_only_on(self, last: bool) -> None:
+        if self.world.mesh is not None:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.world.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _require_finite(self, loss: float, grad_norm: float, lr: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach().sum()).item()]
+        message = (
+            f"step {self.step}: loss = {loss}, gradient norm = {grad_norm}, learning rate = {lr:.3e}, "
+            f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
+            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
+            f"{self.checkpointer.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
+        )
+        self.metrics.alert(self.step, "loss or gradient is not finite", message)
+        raise NonFiniteLossError(message)
+
+    def _on_signal(self, signal_number: int, _frame: Any) -> None:
+        # A launcher passes on what a scheduler has sent to every process already: only a second Ctrl-C is meant to end at once.
+        if self.stop_signal and signal_number == signal.SIGINT and time.monotonic() - self.stop_time > 1:
+            signal.signal(signal_number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal_number)
+        if not self.stop_signal:
+            self.stop_signal, self.stop_time = signal_number, time.monotonic()
+
+    def _end_early(self) -> None:
+        """The step that found no data is none; what the steps before it made is validated and saved."""
+        self.step -= 1
+        self._log_step()
+        if self.world.is_first:
+            logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
+        if self.validation_loader is not None and self.step % self.config.validation.freq:
+            self.validate()
+        self.checkpointer.finish()
+        if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
+            self.save_checkpoint(last=True, wait=True)
+
+    def _say_nothing_to_do(self) -> None:
+        if self.world.is_first:
+            steps = self.config.training.steps
+            logger.info(
+                "nothing to do: the checkpoint is of step %d, and training.steps = %d; more steps go on from there, "
+                "--checkpoint.load_step 0 starts anew",
+                self.step,
+                steps,
+            )
+
+    def _say_how_to_resume(self) -> None:
+        if self.world.is_first:
+            word = f"stopped at step {self.step} of {self.config.training.steps}"
+            if self.config.checkpoint.enable:
+                word += "; the same command resumes from here"
+            logger.info(word)
+
+    def _let_running_save_end(self, failure: BaseException) -> None:
+        """The checkpoint that is being written may still become whole, unless it waits for a lost process."""
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # so that a launcher which has seen the loss need not wait for this
+        try:
+            self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
+        except TimeoutError:
+            # A thread inside a collective cannot be interrupted, and leaving with it alive can abort the interpreter.
+            status = exit_status(failure)
+            sys.stderr.flush()
+            os._exit(status)
+        except Exception as error:  # the same lost process, most likely; the failure that led here is raised on
+            logger.error("the checkpoint that was being written is lost: %s", error)
+
+    def _close(self, *, together: bool) -> None:
+        """End what has been begun; not `together`: this process, or another, has failed, and there are no collectives."""
+        self.heartbeat.close()
+        if self.expert_usage is not None:
+            self.expert_usage.close(self.step if together else None)
+        self.metrics.close()
+
+    def _finish(self) -> None:
+        if not self.world.is_first:
+            return
+        plot = self.dump_folder / LOSS_PLOT
+        try:
+            plot_loss(self.dump_folder / METRICS, plot, self.config.job.description or "loss")
+        except OSError as error:
+            logger.error("the loss plot could not be written: %s", error)
+        logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def run_job(config: JobConfig) -> int:
+    """Run a valid job on this process, or trace a step of it (comm.mode = "fake_backend"); returns the exit status."""
+    try:
+        if config.comm.mode == "fake_backend":
+            if is_first_process():
+                print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", 1))))
+            return 0
+        keep_freed_memory()
+        return _train(config)
+    except Exception as failure:
+        return exit_status(failure)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train(config: JobConfig) -> int:
+    world = init_world(config.parallelism)
+    lock = _lock_dump_folder(config, world)
+    try:
+        return Trainer(config, world, lock).train()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock_dump_folder(config: JobConfig, world: World) -> JobLock | None:
+    """Reserve job.dump_folder for this job; the first process holds the lock for all."""
+
+    def lock() -> JobLock | None:
+        try:
+            return JobLock(config) if world.is_first else None
+        except OSError as error:
+            raise cannot_be_written(config, error) from None
+
+    taken: list[JobLock | None] = []
+    on_all_processes(lambda: taken.append(lock()))
+    return taken[0]
