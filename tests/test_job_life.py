@@ -170,7 +170,7 @@ def test_a_second_job_with_the_same_folder_of_checkpoints_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = tmp_path / "shared"
-    holder = "import sys; from titan_peer.config.job import load_config; from titan_peer.dump_folder import JobLock\n"
+    holder = "import sys; from titan_peer.config.parse import load_config; from titan_peer.dump_folder import JobLock\n"
     holder += "lock = JobLock(load_config(sys.argv[1:])); print('has it', flush=True); sys.stdin.read()"
     folders = ["--checkpoint.folder", str(shared), "--job.dump_folder"]
     command = [sys.executable, "-c", holder, *SMALL, *folders, str(tmp_path / "a")]
