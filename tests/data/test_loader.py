@@ -77,9 +77,7 @@ def test_streams_that_are_read_several_times_are_said(caplog: pytest.LogCaptureF
     caplog.set_level("INFO", "titan_peer")
     logging.getLogger("titan_peer").propagate = True
     make_loader([DataSource(str(SAMPLE)), DataSource(str(few), name="few")], world=4)
-    said = (
-        "data.num_streams = 2 (the most that few has documents for) is no multiple of processes x data.num_workers = 4"
-    )
+    said = "data.num_streams = 2 (the most that few has documents for) is not a multiple of processes x data.num_workers = 4"
     assert said in caplog.text
     caplog.clear()
     make_loader([DataSource(str(SAMPLE))], world=4)

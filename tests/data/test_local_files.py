@@ -87,7 +87,7 @@ def test_parts_are_of_the_kind_that_their_folder_names(tmp_path: Path) -> None:
     assert read(tmp_path) == ["row"]
     (tmp_path / "loose").mkdir()
     write_jsonl(tmp_path / "loose/part-00000", ["row"])
-    with pytest.raises(UserError, match="no such file, folder with"):
+    with pytest.raises(UserError, match="is not a file, a folder with"):
         read(tmp_path / "loose")
 
 
@@ -119,10 +119,10 @@ def test_json_that_is_not_in_lines_is_named_with_a_command_that_mends_it(
             open_source(DataSource(str(tmp_path / name), on_bad_document="skip"), "data.sources[0]")
         what = "one JSON array" if isinstance(records, list) else "one JSON object over several lines"
         assert str(caught.value).startswith(
-            f"data.sources[0]: {tmp_path / name}: is {what}, and must have an object in each"
+            f"data.sources[0]: {tmp_path / name}: is {what}, but must have one object per line"
         )
     (tmp_path / "a.json").write_text(whole, encoding="utf-8")
-    command = str(caught.value).partition("makes such a file of it: ")[2].replace("b.json.gz", "a.json")
+    command = str(caught.value).partition("this converts it: ")[2].replace("b.json.gz", "a.json")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, env=environment)
     assert read(tmp_path / "b.jsonl") == ["one\ntwo", "three"][: 1 + isinstance(records, list)]
@@ -141,7 +141,7 @@ def test_json_that_is_not_in_lines_is_named_with_a_command_that_mends_it(
 )
 def test_what_stands_in_place_of_a_text_is_said(value: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": {value}}}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=rf"a.jsonl:1: has {word} under text_key = 'text', and must have text there"):
+    with pytest.raises(UserError, match=rf"a.jsonl:1: has {word} under text_key = 'text', but must have text there"):
         read(tmp_path / "a.jsonl")
 
 

@@ -177,7 +177,7 @@ def test_another_reading_of_the_same_files_is_refused(
     with pytest.raises(UserError) as caught:
         resumed(loader.state_dict(), [DataSource(path, **second)], **BYTES)
     assert "data.sources[0]" + message in str(caught.value)
-    assert "give that, or another data.sources[0].name" in str(caught.value)
+    assert "go back to that, or give another data.sources[0].name" in str(caught.value)
 
 
 @pytest.mark.parametrize("cure", [{"on_bad_document": "skip"}, {"max_document_bytes": 10**6}])
@@ -258,7 +258,7 @@ def test_of_a_large_file_a_later_edit_between_the_samples_is_said(
                 make_loader([source], **BYTES, num_workers=0).load_state_dict(state)
         else:
             resumed(state, [source], **BYTES)
-            assert "a goes on in its pass 0, after 0 tokens; a file has been written since" in said.text
+            assert "a continues in epoch 0, after 0 tokens; a file was written to after the save" in said.text
         path.write_bytes(before)
 
 
@@ -300,7 +300,7 @@ def test_moved_files_of_a_source_without_a_name_go_on_in_their_order(
         said.clear()
         moved = resumed(state, [DataSource(str(new)), other], mix_by=mix_by, **BYTES)
         assert take(moved, 30) == expected[: 30 * 8]
-        assert f"data: {new} goes on in its pass 0, after " in said.text
+        assert f"data: {new} continues in epoch 0, after " in said.text
         assert f"; the checkpoint calls the same files {old}" in said.text
         again = resumed(moved.state_dict(), [DataSource(str(new)), other], mix_by=mix_by, **BYTES)
         assert take(again, 30) == expected[30 * 8 :]
@@ -318,12 +318,12 @@ def test_a_resume_says_of_every_source_whether_it_goes_on(
     said.clear()
     resumed(loader.state_dict(), [two[0], other, renamed], **BYTES)
     lines = [record.getMessage() for record in said.records if record.getMessage().startswith("data: ")]
-    begins = "begins at its beginning: the checkpoint has no source of that"
+    begins = "starts from its beginning: the checkpoint has no source with that"
     assert lines == [
-        f"data: a goes on in its pass 0, after {tokens:,} tokens",
+        f"data: a continues in epoch 0, after {tokens:,} tokens",
         f"data: {other.path} {begins} path or content",
         f"data: begin anew {begins} name",
-        "data: b of the checkpoint is gone from the job",
+        "data: b is in the checkpoint but not in the job",
     ]
 
 

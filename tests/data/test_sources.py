@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "no text": (
         lambda f: bad_jsonl(f, b'{"text": 3}\n'),
-        "a.jsonl:4: has a number under text_key = 'text', and must have text there",
+        "a.jsonl:4: has a number under text_key = 'text', but must have text there",
     ),
     "empty": (lambda f: bad_jsonl(f, b'{"text": " "}\n'), "a.jsonl:4: is an empty document"),
     "encoding": (lambda f: bad_jsonl(f, b'{"text": "caf\xe9"}\n'), "a.jsonl:4: is not UTF-8"),
@@ -187,7 +187,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "gzip cut off": (cut_off_gzip, "the file is damaged or cut off from here on: Compressed file ended"),
     "zstd cut off": (cut_off_zst, "the file is damaged or cut off from here on: Truncated"),
-    "parquet cut off": (cut_off_parquet, "a.parquet: is not a whole Parquet file"),
+    "parquet cut off": (cut_off_parquet, "a.parquet: is not a complete Parquet file"),
     "parquet damaged": (damaged_parquet, "the row group is damaged from here on"),
     "text encoding": (text_in_latin_1, "a.txt: is not UTF-8"),
 }
@@ -253,7 +253,7 @@ def test_suffixes_in_capitals_are_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [lambda f: f / "none.jsonl", lambda f: f / "*.jsonl", lambda f: f])
 def test_no_matching_file_is_named(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.sources\[0\].path = .*: no such file, folder with .jsonl"):
+    with pytest.raises(UserError, match=r"data.sources\[0\].path = .*: is not a file, a folder with .jsonl"):
         opened(make(tmp_path))
 
 
@@ -285,7 +285,7 @@ def test_impossible_keys_of_a_source_are_named(keys: str, message: str, tmp_path
 
 def test_two_sources_of_one_name_are_refused(corpora: dict[str, Path]) -> None:
     path = str(corpora["jsonl"])
-    with pytest.raises(UserError, match=r"data.sources\[1\].name = .*: is the name of sources\[0\] already"):
+    with pytest.raises(UserError, match=r"data.sources\[1\].name = .*: is already the name of sources\[0\]"):
         open_sources([DataSource(path), DataSource(path)], "data")
 
 
@@ -378,7 +378,9 @@ def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub, "FIRST_PAUSE", 1000.0)  # offline by the user's own setting: trying again cannot help
     with pytest.raises(UserError) as caught:
         open_sources([DataSource("nobody/nothing", subset="en")], "data")
-    message = "data.sources[0].path = nobody/nothing (subset en, split train): is no local file or folder, and cannot"
+    message = (
+        "data.sources[0].path = nobody/nothing (subset en, split train): is not a local file or folder, and cannot"
+    )
     assert str(caught.value).startswith(message)
 
 

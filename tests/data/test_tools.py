@@ -142,15 +142,15 @@ def test_tokenizing_killed_at_any_write_and_begun_again_makes_the_same_and_loses
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source.text_key", "body"], "holds what was made with source.text_key = 'text', not 'body'"),
-        (["--source.template", "{{ body }}"], "holds what was made with source.template = 'another key', not"),
+        (["--source.text_key", "body"], "holds shards made with source.text_key = 'text', not 'body'"),
+        (["--source.template", "{{ body }}"], "holds shards made with source.template = 'another key', not"),
         (
             ["--source.max_document_bytes", "99"],
-            "holds what was made with source.max_document_bytes = 33554432, not 99",
+            "holds shards made with source.max_document_bytes = 33554432, not 99",
         ),
         (
             ["--source.on_bad_document", "error"],
-            "holds what was made with source.on_bad_document = 'skip', not 'error'",
+            "holds shards made with source.on_bad_document = 'skip', not 'error'",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_another_reading_into_a_finished_folder_is_refused(
     assert message in capsys.readouterr().err
     source.write_text(source.read_text(encoding="utf-8").replace("another", "changed"), encoding="utf-8")
     assert tokenize(tmp_path / "out", *skip, source=source) == 2
-    assert "holds what was made with another source, or one that has changed" in capsys.readouterr().err
+    assert "holds shards made with another source, or with one that has changed since" in capsys.readouterr().err
 
 
 def test_a_folder_of_a_version_that_did_not_keep_the_reading_is_used_and_that_is_said(
@@ -182,7 +182,7 @@ def test_a_folder_of_a_version_that_did_not_keep_the_reading_is_used_and_that_is
     content["source"] = {key: content["source"][key] for key in ("path", "fingerprint")}
     manifest.write_text(json.dumps(content), encoding="utf-8")
     assert tokenize(tmp_path / "out", source=source) == 0
-    assert "by a version that did not keep how the files were read" in caplog.text
+    assert "by a version that did not store how the files were read" in caplog.text
     copy = write_jsonl(tmp_path / "b.jsonl", ["one text"])
     assert tokenize(tmp_path / "out", source=copy) == 2
 
@@ -198,7 +198,7 @@ def test_ids_beyond_the_number_of_entries_are_stored_as_they_are(tmp_path: Path)
 
 def test_an_id_that_does_not_fit_is_never_written(tmp_path: Path) -> None:
     for ids in ([1, 70_000], [-1]):
-        with pytest.raises(UserError, match=f"gave the ids {min(ids)} to {max(ids)}, which uint16 does not hold"):
+        with pytest.raises(UserError, match=f"gave the ids {min(ids)} to {max(ids)}, which do not fit into uint16"):
             write_shard(tmp_path, "shard-00000", [TokenizedText(np.array(ids, np.int32), 5)], "uint16")
 
 
@@ -221,14 +221,14 @@ def test_shards_with_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, ca
     ):
         make_loader([DataSource(str(tmp_path / "out"))], tokenizer=str(tokenizer))
     assert tokenize(tmp_path / "out", *arguments, source=source) == 2
-    assert "holds what was made with numbers too small for the tokenizer's ids" in capsys.readouterr().err
+    assert "holds shards made with numbers too small for the tokenizer's ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokenizer_path", "byte"], "holds what was made with another tokenizer"),
-        (["--source.path", str(SAMPLE.with_name("validation.jsonl"))], "holds what was made with another source"),
+        (["--tokenizer_path", "byte"], "holds shards made with another tokenizer"),
+        (["--source.path", str(SAMPLE.with_name("validation.jsonl"))], "holds shards made with another source"),
         (["--tokens_per_shard", "0"], "--tokens_per_shard 0: must be at least 1"),
         (["--source.path", ""], "--source.path: must be given"),
     ],
@@ -245,7 +245,7 @@ def test_damaged_shards_and_other_tokenizers_are_named(tmp_path: Path, capsys: p
     tokenize(tmp_path)
     job = ["data", "inspect", *DEBUG, "--data.sources.0.path", str(tmp_path), "--output", str(tmp_path / "out")]
     assert cli.main([*job, "--model.tokenizer_path", "byte"]) == 2
-    assert "was tokenised by another tokenizer than model.tokenizer_path" in capsys.readouterr().err
+    assert "was tokenised with another tokenizer than model.tokenizer_path" in capsys.readouterr().err
     tokens = tmp_path / "shard-00000.tokens"
     tokens.write_bytes(tokens.read_bytes()[:-1000])
     assert cli.main(job) == 2
@@ -312,4 +312,4 @@ def test_a_vocabulary_too_small_or_larger_than_the_text_allows_is_said(
     assert cli.main([*words, "--vocab_size", "100"]) == 2
     assert "--vocab_size 100: must be at least 258" in capsys.readouterr().err
     assert cli.main([*words, "--vocab_size", "300"]) == 0
-    assert "261 entries, not 300: the text has no more to merge" in capsys.readouterr().out
+    assert "261 entries, not 300: the text has no more pairs to merge" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 """Tokenizers that write characters outside their vocabulary as bytes, one token per byte (Llama 2, Mistral, Gemma).
 
-The `tokenizers` library decodes a run of such tokens as a whole: one incomplete or wrong character anywhere in it, and every
-byte of the run becomes a replacement character. A completion that is still growing, or was cut by its length, is then lost
-up to the last token that is no byte. Here only the broken character becomes one, as with byte-level tokenizers.
+The `tokenizers` library decodes a run of such tokens as a whole: one incomplete or invalid character anywhere in the run
+turns every byte of it into a replacement character. A completion that is still growing, or was cut off at its length limit,
+then loses everything back to the last token that is not a byte. Here only the broken character is replaced, as with
+byte-level tokenizers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import tokenizers
 
 
 class ByteRuns:
-    """The byte tokens of a tokenizer; none if its decoder does not make bytes of them.
+    """The byte tokens of a tokenizer; empty if its decoder does not turn them into bytes.
 
     Args:
-        tokenizer: is not kept up to date with tokens added later.
+        tokenizer: tokens that are added to it later are not taken into account.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -29,7 +30,7 @@ class ByteRuns:
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def mended(self, ids: Sequence[int]) -> list[int]:
-        """Ids of the same text in which every run of byte tokens is UTF-8: U+FFFD stands for each broken character."""
+        """Ids of the same text in which every run of byte tokens is valid UTF-8: each broken character becomes U+FFFD."""
         if self._byte_of.keys().isdisjoint(ids):
             return list(ids)
         mended: list[int] = []
@@ -37,7 +38,9 @@ class ByteRuns:
         for i in ids:
             if i in self._byte_of:
                 run.append(self._byte_of[i])
-            elif i not in self._special and self._tokenizer.id_to_token(i) is not None:  # others leave no text
+            elif (
+                i not in self._special and self._tokenizer.id_to_token(i) is not None
+            ):  # all other ids decode to no text
                 mended += self._ids_of(run)
                 mended.append(i)
                 run.clear()
@@ -45,7 +48,7 @@ class ByteRuns:
 
     def _ids_of(self, run: bytearray) -> list[int]:
         valid = run.decode(errors="replace").encode()
-        # a vocabulary without the bytes of U+FFFD keeps the run as it is
+        # without tokens for the bytes of U+FFFD, the run stays as it is
         if not all(byte in self._id_of for byte in valid):
             valid = bytes(run)
         return [self._id_of[byte] for byte in valid]

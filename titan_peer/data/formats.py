@@ -18,10 +18,10 @@ _SAMPLE_BYTES, _HEAD_BYTES = 2**20, 2**12
 
 
 def open_file(path: Path, reader: RecordReader, key: str) -> Divisible:
-    """The reader of a file by its suffix.
+    """Open a file with the reader for its suffix.
 
     Raises:
-        UserError: it cannot be opened, a library for its format is missing, or it is JSON that is not in lines.
+        UserError: the file cannot be opened, a library for its format is missing, or it is JSON but not JSONL.
     """
     try:
         suffix = suffix_of(path)
@@ -48,7 +48,7 @@ def _require_lines(head: bytes, path: Path, key: str) -> None:
         return
     command = f'python -c "import json, sys; [print(json.dumps(r)) {each}]"'
     raise UserError(
-        f"{key}: {path}: is {what}, and must have an object in each line; this makes such a file of it: "
+        f"{key}: {path}: is {what}, but must have one object per line; this converts it: "
         f"{command} < {path.name} > {path.name.split('.')[0]}.jsonl"
     )
 
@@ -97,7 +97,7 @@ class TextFile:
 
 
 def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
-    """The next line, cut off after `limit` bytes, and its full length: a huge line is passed over, not held."""
+    """The next line, cut off after `limit` bytes, and its full length: a huge line is skipped, not held in memory."""
     line = file.readline(limit + 1)
     length = len(line)
     if length > limit and not line.endswith(b"\n"):
@@ -113,7 +113,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 class JsonLines:
-    """A plain JSONL file; a chunk is a stretch of bytes and owns the lines that begin in it, so nothing needs an index."""
+    """A plain JSONL file; a chunk is a range of bytes and owns the lines that begin in it, so no index is needed."""
 
     kind: Literal["text", "records", "tokens"] = "records"
 
@@ -147,7 +147,7 @@ class JsonLines:
     def _records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
         position, end = chunk * self.chunk_bytes, min((chunk + 1) * self.chunk_bytes, self.size)
         with self.path.open("rb") as file:
-            if position > 0:  # to the first line that begins in here, if one does
+            if position > 0:  # go to the first line that begins in this chunk, if there is one
                 file.seek(position - 1)
                 rest = file.readline(end - position + 1)
                 if not rest.endswith(b"\n"):
@@ -169,7 +169,7 @@ class JsonLines:
             document: str | BadDocument = self.reader.too_large(length, "")
         else:
             document = self.reader.from_json(line, "")
-        if isinstance(document, BadDocument):  # only now is its line number worth counting
+        if isinstance(document, BadDocument):  # counting its line number reads the file, so only now
             return BadDocument(f"{self.path}:{self._line_number(position)}", document.reason)
         return document
 
@@ -183,9 +183,9 @@ class JsonLines:
 
 
 class CompressedJsonLines:
-    """JSONL in gzip or zstd. It can only be read from its beginning: chunk i of n is every n-th line from the i-th on."""
+    """JSONL in gzip or zstd. It can be read only from its beginning, so chunk i of n is every n-th line from the i-th on."""
 
-    # Text of the web takes about a third of its bytes; only the number of streams depends on it.
+    # Web text compresses to about a third of its size; only the number of streams depends on this estimate.
     _RATIO = 3
     kind: Literal["text", "records", "tokens"] = "records"
 
@@ -202,7 +202,7 @@ class CompressedJsonLines:
                 sample = file.read(_SAMPLE_BYTES)
             self.head, sampled, lines = sample[:_HEAD_BYTES], len(sample), sample.count(b"\n")
         except (EOFError, OSError, zlib.error):
-            pass  # whoever reads it says so
+            pass  # reading its records reports the error
         self._documents = max(lines, 1) * max(self._RATIO * self.size / max(sampled, 1), 1)
 
     @property
@@ -213,13 +213,13 @@ class CompressedJsonLines:
         return self._documents
 
     def divide(self, num_chunks: int) -> None:
-        # Each chunk decompresses the whole file, so no more of them than there are streams to read it.
+        # Each chunk decompresses the whole file, so there are no more chunks than streams to read them.
         self.num_chunks = -(-num_chunks // 16)
 
     def _open(self) -> IO[bytes]:
         if self.path.name.endswith(".gz"):
             return cast(IO[bytes], gzip.open(self.path, "rb"))
-        # pyarrow, unlike zstandard, tells a file that was cut off from one that ends
+        # pyarrow, unlike zstandard, distinguishes a truncated file from a complete one
         return io.BufferedReader(self._pyarrow.input_stream(str(self.path), compression="zstd"), 2**18)
 
     def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
@@ -262,7 +262,7 @@ class ParquetFile:
                 self._groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
                 self._columns = [c for c in reader.columns if c in file.schema_arrow.names]
         except (self._pyarrow.ArrowInvalid, self._pyarrow.ArrowException, OSError) as error:
-            self.damage = f"is not a whole Parquet file: {error}"
+            self.damage = f"is not a complete Parquet file: {error}"
         self.size = sum(self._groups)
         self.divide(1)
 

@@ -16,13 +16,13 @@ logger = logging.getLogger("titan_peer")
 T = TypeVar("T")
 
 _ROWS_AT_A_TIME = 256
-# whose errors, if no answer of a server came with them, are of the connection
+# An error of one of these libraries that carries no response from a server is a connection error.
 _NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
 def with_retries(request: Callable[[], T], what: str, retries: int) -> T:
-    """`request()`, repeated after a pause that doubles when the network fails it; the last failure is raised."""
+    """The result of `request()`, repeated after network errors with pauses that double; the last error is raised."""
     for attempt in range(retries + 1):
         try:
             return request()
@@ -42,7 +42,7 @@ def _pause(what: str, error: Exception, failures: int, retries: int) -> None:
 
 
 def _is_network_error(error: BaseException) -> bool:
-    """Whether trying again may help: connections, timeouts, overloaded servers; not a dataset that does not exist."""
+    """Whether trying again may help: for connection errors, timeouts and overloaded servers, not for a missing dataset."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
@@ -64,16 +64,16 @@ def open_dataset(
     """The shards of a split.
 
     Raises:
-        UserError: the library is missing, or the dataset, subset, split or column is not there or cannot be reached.
+        UserError: the library is missing, or the dataset, subset, split or column does not exist or cannot be reached.
     """
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"{key}.path = {path}: is no local file or folder; to read it as a Hugging Face dataset install the library: "
+            f"{key}.path = {path}: is not a local file or folder; to read it as a Hugging Face dataset install the library: "
             "pip install 'titan_peer[data]'"
         ) from None
-    logger.info("%s.path = %s: is no local file or folder; opening the Hugging Face dataset of that name", key, path)
+    logger.info("%s.path = %s: is not a local file or folder; opening the Hugging Face dataset of that name", key, path)
     try:
         dataset = with_retries(
             lambda: datasets.load_dataset(path, subset or None, split=split, streaming=streaming),
@@ -83,7 +83,7 @@ def open_dataset(
     except Exception as error:
         shown = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise UserError(
-            f"{key}.path = {path} (subset {subset or 'none'}, split {split}): is no local file or folder, and cannot be "
+            f"{key}.path = {path} (subset {subset or 'none'}, split {split}): is not a local file or folder, and cannot be "
             f"opened as a Hugging Face dataset: {shown}"
         ) from None
     if dataset.column_names is not None:
@@ -99,7 +99,7 @@ def open_dataset(
 
 
 class DownloadedDataset:
-    """A split on disk, memory-mapped: any row at once."""
+    """A split on disk, memory-mapped: any row can be read directly."""
 
     kind: Literal["text", "records", "tokens"] = "records"
     files: Sequence[Path] = ()
@@ -125,7 +125,7 @@ class DownloadedDataset:
 
 
 class StreamedShard:
-    """One shard of a streamed split. Its rows come in order only: a resume goes through the shard's earlier rows."""
+    """One shard of a streamed split. Rows can be read only in order, so a resume goes through the shard's earlier rows."""
 
     kind: Literal["text", "records", "tokens"] = "records"
     files: Sequence[Path] = ()
@@ -140,7 +140,7 @@ class StreamedShard:
         return DOCUMENTS_PER_STREAM
 
     def divide(self, num_chunks: int) -> None:
-        # A part re-reads the whole shard; only when there are fewer shards than streams is that worth it.
+        # Every chunk reads the whole shard again, which is worth it only if there are fewer shards than streams.
         self.num_chunks = -(-num_chunks // 16)
 
     def records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
@@ -158,12 +158,12 @@ class StreamedShard:
                 failures += 1
 
     def _rows(self, chunk: int, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row of the shard, record) of the chunk's records from the `done`-th on."""
+        """(row in the shard, record) for the chunk's records from the `done`-th on."""
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.index)
         first = 0
         for table in shard.with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
             rows = [r for r in range(first, first + len(table)) if r % self.num_chunks == chunk]
             rows = [r for r in rows if r // self.num_chunks >= done]
-            if rows:  # tables that were read before are passed over without making Python objects of them
+            if rows:  # tables from before the resume are skipped without converting them to Python
                 yield from zip(rows, table.take([r - first for r in rows]).to_pylist())
             first += len(table)

@@ -1,4 +1,4 @@
-"""What a source holds and how it is read: what must be the same for a place in it, or tokens made of it, to hold good."""
+"""A source's content and how it is read: a saved place in it, or tokens made from it, are valid only while both stay equal."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.data.records import Divisible
 
-# So many blocks of a file are read, spread over it, and about so many of all files of a source: a second's work on a disk.
+# A sampled block's size, the most blocks per file (spread over it) and about how many per source: a second on a disk.
 _BLOCK_BYTES, _BLOCKS_PER_FILE, _BLOCKS = 2**14, 64, 4096
-# Of a source with very many files, so many are read; the sizes of all count.
+# If a source has more files than this, only this many are sampled; the sizes of all files are included.
 _SAMPLED_FILES = 4096
 
 
 def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dict[str, Any]:
-    """What JSON can hold of a source, wherever its files lie.
+    """A source's identity, in types that JSON has; it does not depend on where the files lie.
 
-    content   the same for the same bytes, as far as they are sampled
-    modified  nanoseconds, when the files were last written to: tells of changes that the samples miss; 0: no local files
-    reading   the keys that decide which documents come out of them
+    content   a hash, equal for files with equal bytes, as far as they are sampled
+    modified  the newest modification time in nanoseconds: shows changes that the samples miss; 0 without local files
+    reading   the keys that decide which documents are made from the files, and their values
 
     Raises:
-        UserError: a file cannot be read any more.
+        UserError: a file can no longer be read.
     """
     files = [file for part in parts for file in part.files]
     digest = hashlib.blake2b(digest_size=8)
@@ -47,7 +47,7 @@ def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dic
 
 
 def _add_content(digest: hashlib.blake2b, file: Path, size: int, blocks: int) -> None:
-    """Add a file that is no larger than the blocks, or that many of its blocks, the first and the last among them."""
+    """Hash the whole file if it is no larger than `blocks` blocks, else that many blocks, including the first and last."""
     with file.open("rb") as opened:
         if size <= blocks * _BLOCK_BYTES:
             digest.update(opened.read())
@@ -66,9 +66,10 @@ def _reading(config: DataSource, parts: Sequence[Divisible]) -> dict[str, Any]:
 
 
 def another_reading(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """A key that makes other documents of the same files than it did, or None.
+    """A key whose change makes other documents from the same files, or None.
 
-    What stops at a bad document may go on by leaving it out, or with a larger max_document_bytes: none was left out before.
+    A job that stopped at a bad document may go on with on_bad_document = "skip" or a larger max_document_bytes: it had
+    skipped none before.
     """
     for key in ("template", "text_key"):
         if saved.get(key) != now.get(key):

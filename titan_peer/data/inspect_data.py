@@ -1,4 +1,4 @@
-"""`titan-peer data inspect`: what a job would be trained on, before it is."""
+"""`titan-peer data inspect`: shows what a job would be trained on, before it starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 _EXAMPLE = """\
-Any key of the job may be given besides, as for run_train.sh.
+Any key of the job may be given as well, as for run_train.sh.
 
 example:
   titan-peer data inspect --job.config_file train_configs/debug_model.toml --sequences 2 --output outputs/inspect
@@ -42,7 +42,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
         "--documents", type=int, default=2000, help="documents of each source to measure (default: 2000)"
     )
     parser.add_argument(
-        "--output", default="", help="folder for document_lengths.png, a histogram (default: none is written)"
+        "--output", default="", help="folder for document_lengths.png, a histogram (default: not written)"
     )
     options, job = parser.parse_known_args(args)
     for name in ("sequences", "batches", "documents"):
@@ -84,7 +84,7 @@ def document_lengths(loader: TrainingLoader, limit: int) -> dict[str, list[int]]
 
 
 def lengths_table(lengths: dict[str, list[int]], seq_len: int) -> Iterator[str]:
-    """A line per source: how many tokens its documents have, and how many of them do not fit a sequence."""
+    """One line per source: its documents' lengths in tokens, and the share of them that does not fit a sequence."""
     width = max(6, *map(len, lengths))
     yield f"{'source':<{width}}  {'documents':>9}  {'median':>9}  {'90 %':>9}  {'longest':>9}  longer than {seq_len:,}"
     for name, values in lengths.items():
@@ -95,7 +95,7 @@ def lengths_table(lengths: dict[str, list[int]], seq_len: int) -> Iterator[str]:
 
 
 def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> None:
-    """Histogram of tokens a document, one line a source, as a PNG."""
+    """Histogram of tokens per document, one line per source, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,7 +111,7 @@ def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> N
             values, bins=bins, weights=np.full(len(values), 100 / len(values)), histtype="step", label=label, lw=1.5
         )
     axes.axvline(seq_len, color="0.4", linestyle=":", label=f"training.seq_len = {seq_len:,}")
-    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents (%)", title="Length of documents by source")
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents (%)", title="Length of documents by source")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(output, dpi=120)
@@ -119,7 +119,7 @@ def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> N
 
 
 def shares_table(loader: TrainingLoader) -> Iterator[str]:
-    """A line a source: what was asked for and what came."""
+    """One line per source: the share that was asked for and the actual one."""
     sources, statistics = loader.pipeline.sources, loader.statistics()
     total = sum(source.config.weight for source in sources)
     width = max(6, *(len(source.name) for source in sources))

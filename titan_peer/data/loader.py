@@ -1,10 +1,10 @@
-"""Batches for a process, out of one sequence of sequences that does not depend on the number of processes or workers.
+"""Batches for one process, from one order of sequences that does not depend on the number of processes or workers.
 
-The documents are read by a fixed number of streams (`data.num_streams`), each with a mix, shuffle and packing of its own.
-Sequence i of the job is the next one of stream i modulo the number of streams. A reader (a process, or a worker of one)
-makes every n-th sequence, so it reads only its own streams where the number of readers divides the number of streams; else
-some streams are read by several readers, each of which throws away what is not its. The state is the place of every
-stream after the last whole global batch, whoever read it: any number of processes and workers can go on from it.
+The documents are read by a fixed number of streams (`data.num_streams`), each with its own mix, shuffle and packing.
+Sequence i of the job is the next one of stream i modulo the number of streams. Each of n readers (a process, or one of its
+workers) makes every n-th sequence. If n divides the number of streams, a reader reads only its own streams; otherwise some
+streams are read by several readers, each of which discards the others' sequences. The state is the place of every stream
+after the last whole global batch, whichever reader read it, so any number of processes and workers can continue from it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger("titan_peer")
 
 
 class ReadSequence(NamedTuple):
-    """What a reader hands over."""
+    """What a reader yields."""
 
     stream: int
     sequence: PackedSequence
@@ -53,13 +53,13 @@ class ReadSequence(NamedTuple):
 
 
 class ReadError(NamedTuple):
-    """A UserError on its way out of a worker process."""
+    """The message of a UserError, passed out of a worker process."""
 
     message: str
 
 
 class SequenceReader(IterableDataset[ReadSequence | ReadError]):
-    """The sequences of one process, or of one worker of it.
+    """The sequences of one process, or of one of its workers.
 
     Args:
         first: number of the first sequence, counted over all processes.
@@ -89,7 +89,7 @@ class SequenceReader(IterableDataset[ReadSequence | ReadError]):
             if str(which) in self.start:
                 self._streams[which].load_state_dict(self.start[str(which)])
         stream = self._streams[which]
-        while stream.position < position:  # those are other readers'
+        while stream.position < position:  # sequences of other readers
             stream.next()
         sequence = stream.next() or self.pipeline.format.empty()
         return ReadSequence(which, sequence, stream.skipped())
@@ -98,11 +98,11 @@ class SequenceReader(IterableDataset[ReadSequence | ReadError]):
         return {str(which): stream.state_dict() for which, stream in self._streams.items()}
 
     def load_state_dict(self, state: dict[str, State]) -> None:
-        raise NotImplementedError("a reader begins from the states it was made with")
+        raise NotImplementedError("a reader starts from the states given to its constructor")
 
 
 def merge_streams(states: Sequence[dict[str, State]]) -> dict[str, State]:
-    """The states of all streams, from readers that may have come differently far in some of them."""
+    """The state of every stream, each from the reader that is furthest along in it."""
     merged: dict[str, State] = {}
     for state in states:
         for which, stream in state.items():
@@ -114,8 +114,8 @@ def merge_streams(states: Sequence[dict[str, State]]) -> dict[str, State]:
 class TrainingLoader:
     """Endless micro-batches of one process.
 
-    A global batch is the next `global_batch_size` sequences of the job, dealt to the processes in turn. When the sources
-    have ended (data.sources[i].max_epochs), batches are padding from there on.
+    A global batch is the next `global_batch_size` sequences of the job, dealt to the processes in turn. After all sources
+    have ended (data.sources[i].max_epochs), batches contain only padding.
 
     Raises (from next):
         UserError: a document or file is bad, or the network has failed for good.
@@ -137,12 +137,12 @@ class TrainingLoader:
         self.sequences_seen = 0  # by all processes, up to the last whole global batch
         self._micro_step = 0
         self._start(0, {}, {})
-        # Before the libraries' own hooks, which would wait for the workers and then kill them with an error.
+        # Runs before the libraries' own hooks, which would wait for the workers and then kill them with an error.
         atexit.register(_close, weakref.ref(self))
 
     def _start(self, sequences_seen: int, streams: dict[str, State], sources: dict[str, State]) -> None:
         self.sequences_seen, self._start_streams = sequences_seen, streams
-        self._before = sources  # totals of each, by all processes
+        self._before = sources  # totals per source over all processes
         shape = (self.pipeline.num_streams, len(self.pipeline.sources))
         self._tokens = np.zeros(shape[1], dtype=np.int64)  # by this process, since the start
         self._skipped = np.zeros(shape, dtype=np.int64)
@@ -151,7 +151,7 @@ class TrainingLoader:
         self._items: Iterator[ReadSequence | ReadError] = iter(())
 
     def _open(self) -> StatefulDataLoader:
-        """Start reading; worker processes begin here, once the place to begin from is known."""
+        """Start reading. Worker processes start here, once the place to begin from is known."""
         reader = SequenceReader(
             self.pipeline, self.dp_rank, self.dp_world_size, self.sequences_seen, self._start_streams
         )
@@ -166,9 +166,9 @@ class TrainingLoader:
                 prefetch_factor=self.data.prefetch_factor * self.local_batch_size if workers else None,
                 multiprocessing_context="fork" if workers else None,
                 worker_init_fn=_prepare_worker if workers else None,
-                # a state is asked for after whole global batches only
+                # the state is read only after whole global batches
                 snapshot_every_n_steps=self.global_batch_size // self.dp_world_size,
-                # its own, since the loader draws from it at every start: a resumed job's random state would differ
+                # a generator of its own: the loader draws from it at every start, which would change the global random state
                 generator=torch.Generator(),
             )
 
@@ -199,7 +199,7 @@ class TrainingLoader:
         return collate(sequences, self.pin_memory)
 
     def _totals(self) -> dict[str, dict[str, int]]:
-        """Of each source, over the whole job and all processes: tokens, the pass it is in, bad documents left out."""
+        """Per source, over the whole job and all processes: tokens, current epoch, bad documents skipped."""
         tokens = torch.from_numpy(self._tokens.copy())
         latest = torch.from_numpy(np.stack([self._skipped, self._epochs]))
         if self.dp_world_size > 1:
@@ -211,14 +211,14 @@ class TrainingLoader:
             before = self._before.get(source.name, {"tokens": 0, "epoch": 0, "skipped": 0})
             totals[source.name] = {
                 "tokens": before["tokens"] + int(tokens[i]),
-                # a stream that has not been read since a resume has not told its part of these yet
+                # streams that have not been read since a resume have not reported these yet
                 "epoch": max(before["epoch"], epochs[i]),
                 "skipped": max(before["skipped"], skipped[i]),
             }
         return totals
 
     def statistics(self) -> dict[str, float | int]:
-        """Of each source: tokens so far, their share, the pass it is in, bad documents left out. Called by every process."""
+        """Per source: tokens so far, their share, current epoch, bad documents skipped. Every process must call it."""
         record: dict[str, float | int] = {}
         totals = self._totals()
         all_tokens = sum(entry["tokens"] for entry in totals.values())
@@ -230,9 +230,9 @@ class TrainingLoader:
     def state_dict(self) -> State:
         """The place of every stream after the last global batch; the same for all processes, each of which must call it.
 
-        A few hundred bytes a stream and source, whatever has been read.
+        It takes a few hundred bytes per stream and source, however much has been read.
         """
-        assert self._micro_step == 0, "a state is of whole global batches"
+        assert self._micro_step == 0, "the state can be read only after a whole global batch"
         streams = merge_streams([self._start_streams, *_reader_states(self._loader)])
         if self.dp_world_size > 1:
             streams = merge_streams(gather(streams))
@@ -250,22 +250,22 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after what was seen, on any number of processes and workers, also with other weights or more sources.
+        """Continue after what was seen, on any number of processes and workers, also with other weights or more sources.
 
         Raises:
-            UserError: the data are not those of the checkpoint, or a setting was changed that places depend on.
+            UserError: the data are not those of the checkpoint, or a setting was changed that the saved places depend on.
         """
         self._settle_streams(state)
         for key in ("packing", "mix_by"):
             if getattr(self.data, key) != state[key]:
                 raise UserError(
                     f"data.{key} = {getattr(self.data, key)!r}: the checkpoint was made with {state[key]!r}, and its place "
-                    "in the data means nothing otherwise"
+                    "in the data is valid only with that"
                 )
         seq_len = self.pipeline.format.seq_len
         if self.data.packing == "best_fit" and seq_len != state["seq_len"]:
             raise UserError(
-                f'training.seq_len = {seq_len}: with data.packing = "best_fit" a job goes on only with the checkpoint\'s '
+                f'training.seq_len = {seq_len}: with data.packing = "best_fit" a job can resume only with the checkpoint\'s '
                 f"{state['seq_len']}"
             )
         require_same_order(state.get("settings", {}), self.pipeline)
@@ -278,7 +278,9 @@ class TrainingLoader:
             raise UserError("the checkpoint's place in the data was saved by another version and cannot be used")
         saved, chosen = state["num_streams"], self.data.num_streams
         if chosen not in (0, saved):
-            raise UserError(f"data.num_streams = {chosen}: the checkpoint was made with {saved}; give that, or 0")
+            raise UserError(
+                f"data.num_streams = {chosen}: the checkpoint was made with {saved}; set it to that, or to 0"
+            )
         if saved != self.pipeline.num_streams:
             self.pipeline.num_streams = saved
             for source in self.pipeline.sources:
@@ -296,9 +298,9 @@ def _unchanged(item: Any) -> Any:
 
 
 def _prepare_worker(_worker_id: int) -> None:
-    """One thread a worker: there are several of them, and torch's and the tokenizer's pools do not survive the fork.
+    """One thread per worker: there are several of them, and the thread pools of torch and the tokenizer do not survive a fork.
 
-    Ctrl-C reaches the workers too; it is for the training process to save and to end them.
+    Ctrl-C reaches the workers too, but it is the training process that saves and ends them.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -307,7 +309,7 @@ def _prepare_worker(_worker_id: int) -> None:
 
 
 def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
-    """The states that the readers of this process had after the last sequence that was taken from each."""
+    """The states of this process's readers after the last sequence taken from each."""
     if loader is None:
         return []
     state = loader.state_dict()
@@ -333,9 +335,9 @@ def gather(value: Any) -> list[Any]:
 
 
 class ValidationSet:
-    """One pass over a held-out source in its own order; every process gets equally many batches, the last ones padded.
+    """One pass over a held-out source in its own order; every process gets the same number of batches, the last ones padded.
 
-    What has been read is kept, so that later validations neither read nor tokenise.
+    What has been read is kept in memory, so that later validations neither read nor tokenise again.
     """
 
     def __init__(self, sequences: PackedStream, format: PackingFormat, batch_size: int, rank: int, world: int) -> None:
@@ -344,13 +346,13 @@ class ValidationSet:
         self._failure: Exception | None = None
 
     def read_ahead(self, max_batches: int) -> int:
-        """Read the first `max_batches` batches, -1: all, if that has not been done; how many there are.
+        """Read the first `max_batches` batches (-1: all) unless they have been read; return how many of them there are.
 
         Raises:
             UserError: a document or file is bad, or the network has failed for good.
         """
         while max_batches < 0 or len(self._batches) < max_batches:
-            if self._failure is not None:  # what was read before it must not pass for the whole set
+            if self._failure is not None:  # what was read before the failure is not the whole set
                 raise self._failure
             try:
                 batch = next(self._unread, None)
@@ -413,13 +415,13 @@ def build_dataloader(
     sources, num_streams = open_sources(data.sources, "data", data.num_streams, data.network_retries, readers)
     pipeline = Pipeline(sources, tokenizer, data, seq_len=seq_len, seed=seed, num_streams=num_streams)
     for source in sources:
-        _ = source.identity  # as it is now: the files may change while the job runs
+        _ = source.identity  # computed now: the files may change while the job runs
     if num_streams % readers:
         smallest = min(sources, key=lambda source: source.sensible_streams(readers))
         why = f" (the most that {smallest.name} has documents for)" if not data.num_streams else ""
         logger.info(
-            "data.num_streams = %d%s is no multiple of processes x data.num_workers = %d: some documents are tokenised by "
-            "several of them",
+            "data.num_streams = %d%s is not a multiple of processes x data.num_workers = %d: some documents are tokenised "
+            "by several of them",
             num_streams,
             why,
             readers,

@@ -1,6 +1,6 @@
-"""Which files a source on this machine consists of: one rule for folders and glob patterns.
+"""Which files a local source consists of: one rule for folders and glob patterns.
 
-Links are followed, but not into a folder that they lie in. Files and folders whose names begin with a dot (`._a.jsonl`,
+Symbolic links are followed, except into a folder that contains the link. Files and folders whose names begin with a dot (`._a.jsonl`,
 `.ipynb_checkpoints`) are not data unless the path names them. A folder called `corpus.jsonl` is read as the parts of one file.
 """
 
@@ -24,7 +24,7 @@ SUFFIXES = (
 
 
 def suffix_of(path: Path) -> str:
-    """Which of SUFFIXES a file is to be read as; empty: none. A `part-` of a folder may have its suffix from the folder."""
+    """The one of SUFFIXES by which a file is read, or "". A file `part-...` without a suffix takes its folder's."""
     known = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
     if not known and path.name.startswith("part-") and not path.suffix:
         known = next(
@@ -48,7 +48,10 @@ def local_files(source: DataSource, key: str) -> list[Path]:
     except OSError as error:
         raise UserError(f"{key}.path = {source.path}: {error.filename}: cannot be read: {error.strerror}") from None
     if not found:
-        raise UserError(f"{key}.path = {source.path}: no such file, folder with {', '.join(SUFFIXES)}, or match")
+        raise UserError(
+            f"{key}.path = {source.path}: is not a file, a folder with {', '.join(SUFFIXES)} files, or a pattern that "
+            "matches any"
+        )
     unknown = [p for p in found if not suffix_of(p)]
     if unknown:
         raise UserError(
@@ -58,7 +61,7 @@ def local_files(source: DataSource, key: str) -> list[Path]:
 
 
 _Folders = tuple[tuple[int, int], ...]
-"""Device and inode of the folders on the way to one, itself included."""
+"""Device and inode of a folder and of the folders on the way to it."""
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -67,7 +70,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _entered(folder: Path, above: _Folders) -> _Folders | None:
-    """The way with `folder` at its end; None if it has been there."""
+    """`above` with `folder` added at the end; None if it contains `folder` already."""
     identity = _identity(folder)
     return None if identity in above else (*above, identity)
 
@@ -85,9 +88,9 @@ def _files_in(folder: Path, above: _Folders) -> Iterator[Path]:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    """Files that a pattern matches, and those in folders that are called like a file and match.
+    """Files that a pattern matches, and the files in matching folders that are named like a data file.
 
-    As the library's glob, which follows links round and round, though.
+    The same as the standard library's glob, except that this does not follow links in circles.
     """
     path = Path(pattern)
     parts = [*path.parts, "*"] if path.name == "**" else list(path.parts)

@@ -1,12 +1,12 @@
 """Weighted mixes of sources.
 
-By tokens (what people mean by a mix): each source is packed into sequences of its own, and sequences are drawn so that each
-source's part of the tokens is its weight. Drawing documents and packing them afterwards would let the shares drift with
-the documents' lengths. By documents: documents are drawn, so that each source's part of the documents is its weight, and
-packed together.
+By tokens (the usual meaning of a mix): each source is packed into its own sequences, and sequences are drawn so that each
+source's share of the tokens is its weight. Drawing documents and packing them afterwards would let the shares drift with
+the documents' lengths. By documents: documents are drawn so that each source's share of the documents is its weight, and
+are then packed together.
 
-The draw is always the source that is farthest behind its weight, so shares are off by at most one draw a stream at any
-time; a seeded head start for each source and stream keeps the streams from drawing the same source at the same time.
+Each draw takes the source that is furthest behind its weight, so shares are off by at most one draw per stream at any
+time; a seeded head start per source and stream keeps the streams from drawing the same source at the same time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from titan_peer.data.streams import Document, DocumentStream, State
 
 
 class WeightedDraw:
-    """Which of several named things comes next, so that amounts stay in proportion to weights.
+    """Decides which of several named things comes next, so that amounts stay in proportion to weights.
 
     Args:
-        head_start: for each, an amount it is taken to be behind at the beginning.
+        head_start: for each, the amount by which it counts as behind at the beginning.
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], head_start: Sequence[float]) -> None:
@@ -32,7 +32,7 @@ class WeightedDraw:
         self.ended = [False] * len(names)
 
     def draw(self) -> int | None:
-        """Of those that have a weight and have not ended, the one that is farthest behind its part; None: there is none."""
+        """The one furthest behind its share, of those that have a weight and have not ended; None if there is none."""
         active = [i for i, weight in enumerate(self.weights) if weight > 0 and not self.ended[i]]
         if not active:
             return None
@@ -43,7 +43,7 @@ class WeightedDraw:
         self.amounts[which] += amount
 
     def drop(self, which: int) -> None:
-        """Go on without one; the others keep their proportions from here on."""
+        """Continue without one of them; the others keep their proportions from here on."""
         self.ended[which] = True
         self.amounts = [0.0] * len(self.names)
         self.head_start = [0.0] * len(self.names)
@@ -60,7 +60,7 @@ class WeightedDraw:
         }
 
     def load_state_dict(self, state: State, ended: Collection[str]) -> None:
-        """Go on, without those in `ended`; with others, or with other weights, the count of shares begins anew."""
+        """Continue without those in `ended`. If names, weights or `ended` have changed, counting shares starts again at 0."""
         self.ended = [name in ended for name in self.names]
         weights = {name: entry["weight"] for name, entry in state.items()}
         if weights == dict(zip(self.names, self.weights)) and {n for n in state if _has_ended(state[n])} == set(ended):
@@ -69,12 +69,12 @@ class WeightedDraw:
 
 
 def _has_ended(entry: State) -> bool:
-    """Of a part, at the save; older states tell it from a weight of 0 by the weight only."""
+    """Whether a part had ended at the save. Older states have only `active`, which is also false for a weight of 0."""
     return bool(entry["ended"]) if "ended" in entry else not entry["active"] and entry["weight"] > 0
 
 
 class Part(Protocol):
-    """What is mixed: DocumentStreams or Packers."""
+    """What a mixture draws from: DocumentStreams or Packers."""
 
     def next(self) -> Any: ...
 
@@ -84,7 +84,7 @@ class Part(Protocol):
 
 
 class Mixture:
-    """Draws from sources' parts; ends when all have, or when one has whose at_end is "stop"."""
+    """Draws from the sources' parts; ends when all of them have ended, or one with at_end = "stop" has."""
 
     def __init__(self, parts: Sequence[Part], draw: WeightedDraw, sources: Sequence[DataSource]) -> None:
         self.parts, self.draw, self.sources = parts, draw, sources
@@ -108,7 +108,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on with the sources of the same names; one that is new, or may be read more often now, takes part again."""
+        """Continue the sources of the same names; a source that is new, or has a larger max_epochs now, takes part again."""
         ended = {name for name, entry in state["draw"].items() if _has_ended(entry)}
         for name, part, source in zip(self.draw.names, self.parts, self.sources):
             if name in state["parts"]:
@@ -120,7 +120,7 @@ class Mixture:
 
 
 def _epoch(part: State) -> int:
-    """The pass that a part's documents were in, for states that do not say how many there were to be."""
+    """The epoch that a part's documents were in, for states that do not store max_epochs."""
     return int(part["documents"]["epoch"] if "documents" in part else part["epoch"])
 
 

@@ -1,12 +1,12 @@
 """Documents -> sequences of equal length.
 
-concat    documents one after the other, cut every seq_len tokens; no padding but at the end of the last epoch
-best_fit  documents longer than seq_len are cut into pieces; pieces are fitted whole into sequences, the fullest that has
-          room first (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830); what stays free is padding
-pad       one document, or piece of a longer one, a sequence
+concat    documents one after the other, cut every seq_len tokens; padding only at the end of the last epoch
+best_fit  documents longer than seq_len are cut into pieces; each piece goes whole into the fullest sequence that has room
+          for it (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830); the rest of a sequence is padding
+pad       one document, or one piece of a longer document, per sequence
 
 In each mode every token of every document is the input of exactly one position. A position's label is the next token of
-its document, also where that token is the first of the next sequence.
+its document, even if that token is in the next sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
 PackingMode = Literal["concat", "best_fit", "pad"]
 
-# best_fit looks at this many sequences' worth of documents at a time.
+# best_fit packs this many sequences' worth of documents at a time.
 _SEQUENCES_AT_A_TIME = 64
 
 
@@ -59,7 +59,7 @@ class PackingFormat(NamedTuple):
     num_sources: int
     pad_token: int
     mask_borders: bool = True
-    """The last token of a document has no label; else its label is the next document's first token."""
+    """If true, the last token of a document has no label; otherwise its label is the next document's first token."""
 
     def sequence(self, pieces: Sequence[Piece], following: int | None = None) -> PackedSequence:
         """The pieces one after the other, padded to seq_len.
@@ -81,7 +81,7 @@ class PackingFormat(NamedTuple):
             labels[begin : begin + len(known)] = known
             document_ids[begin:end] = number
             positions[begin:end] = np.arange(stop - start)
-            # a document's first token is never a label that tells of it: its bytes are spread evenly over the others
+            # a document's first token is never one of its labels, so its bytes are spread evenly over the other tokens
             num_bytes += document.num_bytes * len(known) / max(len(document.tokens) - 1, 1)
             source_tokens[document.source] += stop - start
             epochs[document.source] = max(epochs[document.source], document.epoch)
@@ -104,11 +104,11 @@ class InOrderPacker:
         self._before = documents.state_dict()  # the place before the current document
         self._current: Document | None = None
         self._offset = 0  # tokens of it that are packed already
-        # With mask_borders false the document after the last must be looked at; it is the current one then.
+        # With mask_borders false the document after the last must be looked at; it then becomes the current one.
         self._ended = False
 
     def next(self) -> PackedSequence | None:
-        """The next sequence, or None at the end and ever after."""
+        """The next sequence, or None after the last one."""
         pieces: list[Piece] = []
         free = self.format.seq_len
         while free and self._have_document():
@@ -128,7 +128,7 @@ class InOrderPacker:
         return self.format.sequence(pieces, following)
 
     def _have_document(self) -> bool:
-        """Have a current document with tokens left; False at the end."""
+        """Make sure that the current document has tokens left; False at the end."""
         while self._current is None or self._offset >= len(self._current.tokens):
             self._before, self._offset = self.documents.state_dict(), 0
             self._current = self.documents.next()
@@ -147,7 +147,7 @@ class InOrderPacker:
 
 
 class BestFitPacker:
-    """best_fit: some dozens of sequences at a time, out of as many documents as make that many tokens."""
+    """best_fit: packs _SEQUENCES_AT_A_TIME sequences at a time, from as many documents as fill them."""
 
     def __init__(self, documents: Documents, format: PackingFormat) -> None:
         self.documents, self.format = documents, format
@@ -156,7 +156,7 @@ class BestFitPacker:
         self._done = 0  # of the bins
 
     def next(self) -> PackedSequence | None:
-        """The next sequence, or None at the end and ever after."""
+        """The next sequence, or None after the last one."""
         if self._done == len(self._bins):
             self._fill()
             if not self._bins:
@@ -189,7 +189,7 @@ class BestFitPacker:
 def best_fit_decreasing(pieces: Sequence[Piece], capacity: int) -> list[list[Piece]]:
     """Put pieces into bins of `capacity` tokens, the longest first, each into the fullest bin that has room for it.
 
-    The bins, and the pieces in each, come in the order in which their pieces were given.
+    The bins, and the pieces in each, keep the order in which the pieces were given.
     """
     order = sorted(range(len(pieces)), key=lambda i: (-len(pieces[i]), i))
     bins: list[list[int]] = []

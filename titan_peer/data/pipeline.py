@@ -36,7 +36,7 @@ def collate(sequences: Sequence[PackedSequence], pin_memory: bool = False) -> Ba
 
 
 class Pipeline:
-    """Makes the streams of a job: what one stream is, apart from its number."""
+    """Makes the streams of a job, and holds what they share."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class PackedStream:
         return self.sequences.next()
 
     def skipped(self) -> NDArray[np.int64]:
-        """Bad documents left out, of each source."""
+        """Bad documents skipped, int64 [sources]."""
         return np.array([d.skipped for d in self.documents])
 
     def state_dict(self) -> State:

@@ -33,7 +33,7 @@ _TEXTS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 512, 2**22
 class TokenizeOptions:
     """Tokenise a source into memory-mapped shards, which a job reads with data.sources.0.path = the output folder.
 
-    The same command again goes on after the last whole shard. Begin and end tokens are not stored; the job adds them.
+    The same command again continues after the last complete shard. Begin and end tokens are not stored; the job adds them.
 
     Example:
       titan-peer data tokenize --source.path assets/sample_text/train.jsonl --output outputs/tokens
@@ -42,11 +42,11 @@ class TokenizeOptions:
     output: str
     """Folder for the shards."""
     source: DataSource = field(default_factory=lambda: DataSource(""))
-    """What to tokenise; weight and epochs have no meaning here."""
+    """What to tokenise; weight and epochs have no effect here."""
     tokenizer_path: str = "assets/tokenizer"
     """As model.tokenizer_path of a job."""
     tokens_per_shard: int = 100_000_000
-    """A shard is closed when it has as many; until then its tokens are held in memory, 4 bytes each."""
+    """A shard is written when it has this many tokens; until then they are held in memory, 4 bytes each."""
 
 
 def documents_from(source: Source, chunk: int, record: int) -> Iterator[tuple[int, int, Any]]:
@@ -58,7 +58,7 @@ def documents_from(source: Source, chunk: int, record: int) -> Iterator[tuple[in
 
 
 class Tokenization:
-    """The shards of one output folder, as far as they have been made."""
+    """The shards of one output folder that have been made so far."""
 
     def __init__(self, options: TokenizeOptions, source: Source, tokenizer: Tokenizer) -> None:
         self.options, self.source, self.tokenizer = options, source, tokenizer
@@ -84,29 +84,29 @@ class Tokenization:
             ("numbers too small for the tokenizer's ids", "dtype"),
         ):
             if found[key] != self.manifest[key]:
-                raise self._refusal(f"what was made with {what}")
+                raise self._refusal(f"shards made with {what}")
         self._require_same_source(found)
         self.manifest = found
         if not found["complete"]:
-            logger.info("going on after %d whole shards", len(found["shards"]))
+            logger.info("continuing after %d complete shards", len(found["shards"]))
 
     def _require_same_source(self, found: dict[str, Any]) -> None:
         then, now = found["source"], self.manifest["source"]
-        # versions that did not keep the content knew a source by its path
+        # versions that did not store the content identified a source by its path
         same = [key for key in ("fingerprint", "content" if "content" in then else "path") if then[key] == now[key]]
         if len(same) < 2:
-            raise self._refusal("what was made with another source, or one that has changed,")
+            raise self._refusal("shards made with another source, or with one that has changed since")
         if "reading" not in then:
             logger.warning(
-                "%s was made by a version that did not keep how the files were read (text_key, template, "
-                "max_document_bytes): taken to be as it is now",
+                "%s was made by a version that did not store how the files were read (text_key, template, "
+                "max_document_bytes); assuming that it was as now",
                 self.folder,
             )
             return
         if then["modified"] < now["modified"]:
             logger.warning(
-                "%s: a file of the source has been written since: its size and the parts of it that are compared are as "
-                "they were",
+                "%s: a file of the source was written to after the shards were made, but its size and the parts of it that "
+                "are compared have not changed",
                 self.folder,
             )
         key = another_reading(then["reading"], now["reading"])
@@ -115,7 +115,7 @@ class Tokenization:
             key = "on_bad_document"
         if key is not None:
             said = f"{then['reading'].get(key, 'another key')!r}, not {now['reading'].get(key)!r}"
-            raise self._refusal(f"what was made with source.{key} = {said}")
+            raise self._refusal(f"shards made with source.{key} = {said}")
 
     def _refusal(self, what: str) -> UserError:
         return UserError(f"--output {self.folder}: holds {what}; give a new folder")
@@ -145,7 +145,7 @@ class Tokenization:
                     skipped += 1
                     continue
                 if isinstance(document, TokenizedText):
-                    raise UserError(f"--source.path {self.options.source.path}: is tokenised already")
+                    raise UserError(f"--source.path {self.options.source.path}: is already tokenised")
                 texts.append(document)
                 characters += len(document)
                 if len(texts) < _TEXTS_AT_A_TIME and characters < _CHARACTERS_AT_A_TIME:
@@ -164,7 +164,7 @@ class Tokenization:
         self._write_manifest()
 
     def _close(self, shard: list[TokenizedText], following: dict[str, int], skipped: int) -> None:
-        """Write a shard, then say in the manifest that it is there."""
+        """Write a shard, then list it in the manifest."""
         name = f"shard-{len(self.manifest['shards']):05}"
         entry = write_shard(self.folder, name, shard, self.manifest["dtype"])
         self.manifest["shards"].append(entry)
@@ -185,7 +185,7 @@ def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options = parse_options(TokenizeOptions, args, "data tokenize", inspect.getdoc(TokenizeOptions) or "")
     if not options.source.path:
-        raise UserError("--source.path: must be given: what is to be tokenised")
+        raise UserError("--source.path: must be given; it names the text to tokenise")
     if options.tokens_per_shard < 1:
         raise UserError(f"--tokens_per_shard {options.tokens_per_shard}: must be at least 1")
     tokenizer = load_tokenizer(options.tokenizer_path)

@@ -1,4 +1,4 @@
-"""A record (a line, a row, a file) becomes the text of a document, or a BadDocument that says where and why not."""
+"""Turn a record (a line, a row or a file) into the text of a document, or into a BadDocument with place and reason."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from titan_peer.common.errors import UserError
 
-# A stream of its own for less than this would see too few documents to be like the others.
+# A stream with fewer documents than this would not be representative of the source.
 DOCUMENTS_PER_STREAM = 64
 
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 class BadDocument(NamedTuple):
-    """A record that is no document."""
+    """A record that is not a valid document."""
 
     where: str
     """File and line, or file and row."""
@@ -33,7 +33,7 @@ class BadDocument(NamedTuple):
 
 
 class TokenizedText(NamedTuple):
-    """A document that was tokenised before, without begin and end tokens."""
+    """A document that was tokenised in advance, without begin and end tokens."""
 
     ids: NDArray[np.int32]
     num_bytes: int
@@ -43,9 +43,9 @@ class Divisible(Protocol):
     """A file (or shard) that can be cut into chunks."""
 
     size: int
-    """Bytes or rows, whatever its kind counts."""
+    """In bytes or rows, depending on the format."""
     kind: Literal["text", "records", "tokens"]
-    """What the files hold: a document each, records with keys, or documents that were tokenised before."""
+    """What the files hold: one document each, records with keys, or documents that were tokenised in advance."""
 
     @property
     def files(self) -> Sequence[Path]:
@@ -55,7 +55,7 @@ class Divisible(Protocol):
     def approximate_documents(self) -> float: ...
 
     def divide(self, num_chunks: int) -> None:
-        """Cut it into about `num_chunks` chunks, or as few or many as its format allows."""
+        """Cut it into about `num_chunks` chunks, as closely as its format allows."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class Divisible(Protocol):
 
 
 def _word(value: object) -> str:
-    """What JSON calls a value that is no text."""
+    """The name of a JSON value that is not a text."""
     names: dict[type, str] = {bool: f"the value {str(value).lower()}", dict: "an object", list: "a list"}
     if value is None:
         return "null"
@@ -75,12 +75,12 @@ def _word(value: object) -> str:
 
 
 class RecordReader:
-    """Makes texts of records.
+    """Turns records into texts.
 
     Args:
         text_key: the key that holds the text; not used with a template.
         template: a Jinja template over the record's keys, or "".
-        key: the source's place in the job file.
+        key: the source's place in the job file, such as "data.sources[0]", for error messages.
     Raises:
         UserError: the template is not valid.
     """
@@ -104,7 +104,7 @@ class RecordReader:
         if len(line) > self.max_bytes:
             return self.too_large(len(line), where)
         try:
-            # some editors begin a file with the mark; files that were joined have it at any line
+            # some editors put this mark at the start of a file; in concatenated files it can start any line
             record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
         except UnicodeDecodeError as error:
             return BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
@@ -130,7 +130,7 @@ class RecordReader:
 
     def _no_text(self, record: Mapping[str, Any]) -> str:
         if self.text_key in record:
-            return f"has {_word(record[self.text_key])} under text_key = {self.text_key!r}, and must have text there"
+            return f"has {_word(record[self.text_key])} under text_key = {self.text_key!r}, but must have text there"
         found = ", ".join(map(repr, list(record)[:8])) or "none"
         return f"has no text under text_key = {self.text_key!r}; its keys: {found}"
 
@@ -142,7 +142,7 @@ class RecordReader:
         if not text.isascii():
             try:
                 text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no UTF-8 text can hold
+            except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair, which UTF-8 cannot encode
                 return BadDocument(where, f"is not valid Unicode ({error.reason})")
         return text
 

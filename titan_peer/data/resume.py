@@ -1,4 +1,4 @@
-"""How a job goes on in its data from a checkpoint: what must be as it was, and which source goes on where."""
+"""How a job continues in its data from a checkpoint: which settings must be equal, and where each source continues."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def order_settings(pipeline: Pipeline) -> State:
         "data.shuffle": data.shuffle,
         "data.shuffle_buffer_size": data.shuffle_buffer_size if data.shuffle else None,
         "debug.seed": pipeline.seed if data.shuffle else None,
-        # without such a token the keys have no effect
+        # the keys have no effect if the tokenizer has no such token
         "data.add_bos": data.add_bos and encoder.tokenizer.bos_id is not None,
         "data.add_eos": data.add_eos and encoder.tokenizer.eos_id is not None,
     }
 
 
 def require_same_order(saved: State, pipeline: Pipeline) -> None:
-    """Raise UserError if a place in the data would mean another one with the settings of now.
+    """Raise UserError if a saved place in the data would mean another place with the current settings.
 
     Args:
-        saved: `order_settings` at the save; empty in states of versions that did not keep them.
+        saved: `order_settings` at the save; empty in states of versions that did not store them.
     """
     now = order_settings(pipeline)
     for key, value in saved.items():
         if now[key] != value and None not in (now[key], value):
             raise UserError(
-                f"{key} = {_word(now[key])}: the checkpoint was made with {_word(value)}, and its place in the data means "
-                "nothing otherwise"
+                f"{key} = {_word(now[key])}: the checkpoint was made with {_word(value)}, and its place in the data is "
+                "valid only with that"
             )
 
 
@@ -55,18 +55,18 @@ def _word(value: object) -> str:
 
 
 def described(source: Source) -> State:
-    """What a checkpoint says of a source, beside how much of it was read."""
+    """What a checkpoint stores about a source, besides how much of it was read."""
     return {"fingerprint": source.fingerprint(), "seed": source.seed, **source.identity}
 
 
 def continue_sources(state: State, sources: Sequence[Source]) -> State:
-    """Match a job's sources with those of a loader's state, and say of each whether it goes on.
+    """Match a job's sources with those of a loader's state, and log for each whether it continues.
 
-    Sources are known by their names. One without a name, which would be called by its path, is also known by its content:
-    files that were moved go on in the order they had.
+    Sources are identified by their names. One without a name, whose path serves as its name, is also identified by its
+    content, so that files which were moved continue in the order they had.
 
     Returns:
-        the state, with the names of now.
+        the state, with the current names.
     Raises:
         UserError: a source's files, or the way they are read, are not those of the checkpoint.
     """
@@ -77,7 +77,7 @@ def continue_sources(state: State, sources: Sequence[Source]) -> State:
         name = source.name if source.name in saved else None if source.config.name else _moved(source, saved, free)
         if name is None:
             known_by = "name" if source.config.name else "path or content"
-            lines.append(f"{source.name} begins at its beginning: the checkpoint has no source of that {known_by}")
+            lines.append(f"{source.name} starts from its beginning: the checkpoint has no source with that {known_by}")
             continue
         _require_same(source, saved[name])
         if name != source.name:
@@ -85,14 +85,14 @@ def continue_sources(state: State, sources: Sequence[Source]) -> State:
             called[name] = source.name
         source.reorder(saved[name].get("seed", source.seed))
         lines.append(_going_on(source, name, saved[name]))
-    lines += [f"{name} of the checkpoint is gone from the job" for name in free]
+    lines += [f"{name} is in the checkpoint but not in the job" for name in free]
     for line in lines:
         logger.info("data: %s", line)
     return _renamed(state, called)
 
 
 def _moved(source: Source, saved: Mapping[str, State], free: Sequence[str]) -> str | None:
-    """The name that a source without one had when its files lay elsewhere."""
+    """The saved name of an unnamed source whose files have been moved; None if there is no such source."""
     now = described(source)
 
     def is_same(entry: State) -> bool:
@@ -105,7 +105,7 @@ def _moved(source: Source, saved: Mapping[str, State], free: Sequence[str]) -> s
 
 
 def _require_same(source: Source, saved: State) -> None:
-    """Raise UserError unless a place in the source still means what it did; older states know less of it."""
+    """Raise UserError unless a saved place in the source is still valid; older states store less to compare."""
     now, key = described(source), source.key
     if saved["fingerprint"] != now["fingerprint"] or saved.get("content", now["content"]) != now["content"]:
         raise UserError(
@@ -116,22 +116,22 @@ def _require_same(source: Source, saved: State) -> None:
     if reading is not None:
         raise UserError(
             f"{key}.{reading} = {now['reading'].get(reading)!r}: the checkpoint was made with "
-            f"{saved['reading'].get(reading, 'another key')!r}, which makes other documents of the same files; give that, or "
-            f"another {key}.name to read them from their beginning"
+            f"{saved['reading'].get(reading, 'another key')!r}, which makes other documents from the same files; go back to "
+            f"that, or give another {key}.name to read them from their beginning"
         )
 
 
 def _going_on(source: Source, name: str, saved: State) -> str:
-    line = f"{source.name} goes on in its pass {saved['epoch']}, after {saved['tokens']:,} tokens"
+    line = f"{source.name} continues in epoch {saved['epoch']}, after {saved['tokens']:,} tokens"
     if name != source.name:
         line += f"; the checkpoint calls the same files {name}"
     if saved.get("modified", source.identity["modified"]) < source.identity["modified"]:
-        line += "; a file has been written since: its size and the parts of it that are compared are as they were"
+        line += "; a file was written to after the save, but its size and the parts of it that are compared have not changed"
     return line
 
 
 def _renamed(state: State, called: Mapping[str, str]) -> State:
-    """A loader's state with other names of sources."""
+    """A loader's state with its sources renamed: `called` maps old names to new ones."""
 
     def renamed(by_name: Mapping[str, State]) -> State:
         return {called.get(name, name): value for name, value in by_name.items()}

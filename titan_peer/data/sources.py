@@ -1,8 +1,8 @@
-"""Where documents come from: `DataSource` is what a job says of one (data_source.py), `Source` reads it.
+"""Where documents come from: a job describes a source in a `DataSource` (config/data_source.py), and `Source` reads it.
 
 A source is cut into chunks that can each be read without reading the others (a stretch of a JSONL file, a row group of a
-Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without going
-through what came before.
+Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without reading
+what came before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_STREAMS = 8
 
 
 def _is_hub_id(path: str) -> bool:
-    """Whether it can only be a dataset's name: no data file's, and not one in a folder that is here."""
+    """Whether a path can only be a dataset's name: not a data file's name, and not in a folder that exists."""
     is_local = (
         path.lower().endswith(SUFFIXES)
         or Path(path).exists()
@@ -53,7 +53,7 @@ class Source:
 
     Args:
         key: the place in the job file, such as "data.sources[0]", for error messages.
-        retries: of a request that fails on the network.
+        retries: how often a request is repeated after a network error.
     Raises:
         UserError: nothing matches the path, or it cannot be opened.
     """
@@ -61,18 +61,19 @@ class Source:
     def __init__(self, config: DataSource, key: str, retries: int = 5) -> None:
         self.config, self.key, self.name = config, key, source_name(config)
         self.parts = _open_parts(config, key, retries)
-        # From the name alone: a source added to or taken from the mix leaves the order of the others as it is.
+        # From the name alone, so that adding or removing a source leaves the order of the others unchanged.
         self.seed = zlib.crc32(self.name.encode())
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """Of the tokenizer that made its documents' tokens; None for text."""
+        """Fingerprint of the tokenizer that made the documents' tokens; None for text."""
         return getattr(self.parts[0], "tokenizer_fingerprint", None)
 
     def sensible_streams(self, readers: int = 1) -> int:
-        """How many streams it can be read by with enough documents for each.
+        """How many streams can read it with enough documents for each.
 
-        A power of two up to MAX_STREAMS, so that up to so many readers read the same order; with more, one for each.
+        A power of two up to MAX_STREAMS, so that the order is the same for any number of readers up to that; with more
+        readers, one stream per reader.
         """
         streams, documents = 1, sum(part.approximate_documents() for part in self.parts)
         if readers > MAX_STREAMS and documents >= readers * DOCUMENTS_PER_STREAM:
@@ -82,7 +83,7 @@ class Source:
         return streams
 
     def divide(self, num_streams: int) -> None:
-        """Cut the source into chunks, enough that each of `num_streams` gets about equally much."""
+        """Cut the source into enough chunks for each of `num_streams` streams to get about the same amount."""
         wanted = 16 * num_streams
         total = sum(part.size for part in self.parts)
         for part in self.parts:
@@ -96,16 +97,16 @@ class Source:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What it holds and how it is read (`identity_of`), when this was first asked for."""
+        """Its content and how it is read (`identity_of`), computed at the first access."""
         return identity_of(self.config, self.parts, self.key)
 
     def fingerprint(self) -> str:
-        """Changes when it is cut into other chunks: places in it then mean nothing any more."""
+        """Changes when the source is cut into other chunks: saved places in it are then invalid."""
         described = ",".join(f"{part.size}/{part.num_chunks}" for part in self.parts)
         return f"{zlib.crc32(described.encode()):08x}"
 
     def reorder(self, seed: int) -> None:
-        """Have the chunks in the orders that go with `seed`, the name's by default."""
+        """Order the chunks by `seed`, in place of the seed made from the name."""
         self.seed = seed
         self._orders = {}
 
@@ -145,9 +146,10 @@ class Source:
 def open_sources(
     configs: Sequence[DataSource], section: str, num_streams: int = 0, retries: int = 5, readers: int = 1
 ) -> tuple[list[Source], int]:
-    """All sources of a section, ready to be read, and the number of streams they are read by (0 lets them choose).
+    """All sources of a section, ready to be read, and the number of streams that read them.
 
     Args:
+        num_streams: 0: chosen from the number of documents.
         readers: processes x workers that share the streams.
     Raises:
         UserError: one cannot be opened, has no good document, or two have the same name.
@@ -156,8 +158,8 @@ def open_sources(
     for i, name in enumerate(names):
         if name in names[:i]:
             raise UserError(
-                f"{section}.sources[{i}].name = {name!r}: is the name of sources[{names.index(name)}] already; "
-                "give each source a name of its own"
+                f"{section}.sources[{i}].name = {name!r}: is already the name of sources[{names.index(name)}]; "
+                "give each source its own name"
             )
     sources = [Source(config, f"{section}.sources[{i}]", retries) for i, config in enumerate(configs)]
     num_streams = num_streams or min(source.sensible_streams(readers) for source in sources)

@@ -1,7 +1,7 @@
 """Which tokens of a tokenizer begin and end documents.
 
-Names say little: in one file `<s>` is the begin token, in another a piece of text like any other. So the settings beside a
-tokenizer.json are asked first, and then only entries that the file itself calls special.
+Names are not enough: in one file `<s>` is the begin token, in another it is ordinary text. So the settings files beside a
+tokenizer.json come first, and after them only entries that the file itself marks as special.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SpecialToken(NamedTuple):
     id: int
     text: str
     named_by: str
-    """What says so: a settings file, or the special tokens of tokenizer.json."""
+    """Where this is stated: a settings file, or the special tokens of tokenizer.json."""
 
 
 Specials = tuple[SpecialToken | None, SpecialToken | None]
@@ -42,7 +42,7 @@ def begin_and_end(file: Path, tokenizer: tokenizers.Tokenizer) -> Specials:
     Raises:
         UserError: a settings file beside it is damaged, or names a token that the vocabulary does not have.
     """
-    # other names than tokenizer.json lie in folders of many tokenizers, whose settings these need not be
+    # a file with another name may lie in a folder of many tokenizers, and the settings there may not be its own
     settings = [_read(file.with_name(name)) for name in SETTINGS_FILES] if file.name == "tokenizer.json" else []
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
@@ -82,7 +82,7 @@ def _named(key: str, value: Any, file: Path, tokenizer: tokenizers.Tokenizer) ->
 
 
 def describe(specials: Specials, data: Data) -> str:
-    """What documents begin and end with, in a line for a person."""
+    """What documents begin and end with, as one line to read."""
     used = [token if wanted else None for token, wanted in zip(specials, (data.add_bos, data.add_eos))]
     words = [
         f"{verb} without a token" if token is None else f"{verb} with {token.text} ({token.id})"

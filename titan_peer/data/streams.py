@@ -1,10 +1,10 @@
 """One stream's share of a source: the documents in order, epoch after epoch, with a place that can be saved.
 
-The chunks of a source are shuffled anew every epoch and dealt to the streams in turn, so all streams together see every
-document once an epoch. Within a stream documents pass through a window: the next `buffer_size` documents (or
+The chunks of a source are shuffled again every epoch and dealt to the streams in turn, so all streams together see every
+document once per epoch. Within a stream documents pass through a window: the next `buffer_size` documents (or
 `_WINDOW_BYTES`) are put in a random order that depends only on seed, epoch and place. The window's content is not part of
-the state: a resume reads it again from where it began, which is at most one window, plus, in formats that can only be read
-from their beginning, the rest of that chunk.
+the state: a resume reads it again from where it began, which is at most one window, plus, in formats that can be read only
+from their beginning, the part of the chunk before it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from titan_peer.data.tokenizer import Tokenizer
 State = dict[str, Any]
 
 _WINDOW_BYTES = 4 * 2**20
-# Texts are tokenised a group at a time: large groups are faster, but would make the first batch of many streams wait.
-_FIRST_GROUP, _LARGEST_GROUP = 2**15, 2**17  # characters; each is twice the one before
+# Texts are tokenised in groups: large groups are faster, but would delay the first batch if there are many streams.
+_FIRST_GROUP, _LARGEST_GROUP = 2**15, 2**17  # characters; each group is twice as large as the one before
 # Longer texts are tokenised in pieces, since the time and memory of some tokenizers grow faster than the text.
 _LONGEST_PIECE = 2**18
 
@@ -45,7 +45,7 @@ class Documents(Protocol):
     """A source of documents that can be continued from a saved place."""
 
     def next(self) -> Document | None:
-        """The next document, or None at the end and ever after."""
+        """The next document, or None after the last one."""
         ...
 
     def state_dict(self) -> State: ...
@@ -54,10 +54,10 @@ class Documents(Protocol):
 
 
 class DocumentEncoder:
-    """Texts to tokens with begin and end tokens.
+    """Turns texts into tokens with begin and end tokens.
 
     Args:
-        add_bos, add_eos: put the token there, if the vocabulary has one.
+        add_bos, add_eos: add the token if the vocabulary has one.
     """
 
     _threads: tuple[int, ThreadPoolExecutor] | None = None
@@ -79,13 +79,13 @@ class DocumentEncoder:
         return encoded
 
     def submit(self, texts: list[str]) -> Future[list[TokenizedText]]:
-        """encode_texts in a thread of this process: tokenizers compute without holding Python's lock."""
+        """encode_texts in a thread of this process: tokenizers release Python's global interpreter lock."""
         if self._threads is None or self._threads[0] != os.getpid():  # threads do not survive a fork
             self._threads = (os.getpid(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer"))
         return self._threads[1].submit(self.encode_texts, texts)
 
     def with_borders(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        # Not by np.concatenate: beside the tokenizer's thread the whole loader is a tenth slower with it (measured in turns).
+        # Not np.concatenate: while the tokenizer's thread runs, it makes the whole loader a tenth slower (measured in turns).
         first = len(self._bos)
         whole = np.empty(first + len(ids) + len(self._eos), dtype=np.int32)
         whole[:first] = self._bos
@@ -105,7 +105,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class _Group(NamedTuple):
-    """Some documents of a window on their way through the tokenizer."""
+    """Some documents of a window that are being tokenised."""
 
     window: State  # where their window begins
     first: int  # place of the first of them in the window
@@ -117,15 +117,15 @@ class DocumentStream:
     """The documents that stream `stream` of `num_streams` reads of one source.
 
     Args:
-        number: of the source in the job.
-        seed: of the job.
+        number: the source's number in the job.
+        seed: the job's seed.
         buffer_size: documents that are shuffled together; has no effect without shuffle.
     Raises (from next):
         UserError: a bad document under on_bad_document = "error", or no good document in the whole source.
     """
 
-    _documents: list[Document]  # the next ones, last first
-    _following: _Group | None  # what comes after them
+    _documents: list[Document]  # the next documents, in reverse order
+    _following: _Group | None  # the group after them
 
     def __init__(
         self,
@@ -162,14 +162,14 @@ class DocumentStream:
         self._enter(state)
         if state["index"]:
             self._fill_window()
-            self._position = min(state["index"], len(self._window))  # none is left if it may be read less often now
+            self._position = min(state["index"], len(self._window))  # the window is empty if max_epochs is lower now
 
     @property
     def skipped(self) -> int:
         """Bad documents left out so far."""
         return self._skipped
 
-    # ---- one call down
+    # ---- internals
 
     def _enter(self, state: State) -> None:
         # where the next document is
@@ -225,7 +225,7 @@ class DocumentStream:
             assert epoch_ended
             empty_epochs += 1
             if empty_epochs == self.num_streams:
-                self.source.require_documents()  # else this would go round for ever
+                self.source.require_documents()  # otherwise this would loop forever
         if self.shuffle:
             place = [self.seed, self.source.seed, self.stream, *map(int, list(self._window_start.values())[:3])]
             order = np.random.default_rng(place).permutation(len(self._window))
@@ -233,9 +233,9 @@ class DocumentStream:
         return True
 
     def _read_window(self) -> bool:
-        """Take records until the window is full or the epoch ends; whether it ended."""
+        """Read records until the window is full or the epoch ends; return whether the epoch ended."""
         chunks = self.source.order(self.seed, self._epoch, self.shuffle)
-        # The streams change places from epoch to epoch, so that none always gets the smaller share.
+        # The streams rotate from epoch to epoch, so that no stream always gets the smallest share.
         chunks = chunks[(self.stream + self._epoch) % self.num_streams :: self.num_streams]
         size = 0
         while self._chunk < len(chunks):
@@ -270,7 +270,7 @@ def require_same_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     made_by = source.tokenizer_fingerprint
     if made_by is not None and made_by != tokenizer.fingerprint:
         raise UserError(
-            f"{source.key}.path = {source.config.path}: was tokenised by another tokenizer than model.tokenizer_path; "
+            f"{source.key}.path = {source.config.path}: was tokenised with another tokenizer than model.tokenizer_path; "
             "use that one, or tokenise it again"
         )
     for part in source.parts:

@@ -1,4 +1,4 @@
-"""Documents that were tokenised before: shards of memory-mapped token ids, written by `titan-peer data tokenize`.
+"""Documents that were tokenised in advance: shards of memory-mapped token ids, written by `titan-peer data tokenize`.
 
 A folder holds `tokenized.json` (tokenizer, dtype, the shards) and for each shard `shard-N.tokens` (the ids of all its
 documents, one after the other, without begin and end tokens), `shard-N.ends.npy` (where each document ends) and
@@ -34,9 +34,9 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def _stored(ids: NDArray[np.int32], dtype: str) -> NDArray[Any]:
-    """Ids as they are stored; a cast alone would make other ids of those that do not fit."""
+    """Ids in the stored dtype; checked, since a cast alone would turn ids that do not fit into other ids."""
     if len(ids) and not 0 <= ids.min() <= ids.max() <= np.iinfo(_DTYPES[dtype]).max:
-        raise UserError(f"the tokenizer gave the ids {ids.min()} to {ids.max()}, which {dtype} does not hold")
+        raise UserError(f"the tokenizer gave the ids {ids.min()} to {ids.max()}, which do not fit into {dtype}")
     return ids.astype(_DTYPES[dtype])
 
 
@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _sync(file: IO[bytes]) -> None:
-    """Have the file on disk before a manifest says that it is there."""
+    """Write the file to disk before a manifest lists it."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -79,7 +79,7 @@ def open_shards(folder: Path, key: str) -> list[Divisible]:
     """The shards of a tokenised folder.
 
     Raises:
-        UserError: the manifest or a shard is damaged, or tokenising has not been finished.
+        UserError: the manifest or a shard is damaged, or tokenising was not finished.
     """
     manifest = read_manifest(folder)
     if not manifest.get("complete", False):
@@ -92,7 +92,7 @@ def open_shards(folder: Path, key: str) -> list[Divisible]:
 
 
 class TokenizedShard:
-    """One shard, memory-mapped; any document at once."""
+    """One shard, memory-mapped: any document can be read directly."""
 
     kind: Literal["text", "records", "tokens"] = "tokens"
 
@@ -115,10 +115,10 @@ class TokenizedShard:
         self.divide(1)
 
     def require_vocabulary(self, vocab_size: int, key: str) -> None:
-        """Take ids from `vocab_size` on for damage.
+        """Treat ids of `vocab_size` or more as damage from now on.
 
         Raises:
-            UserError: its numbers are too small for the vocabulary, so that larger ids were cut when it was written.
+            UserError: the stored dtype is too small for the vocabulary, so that larger ids were cut when it was written.
         """
         if vocab_size > np.iinfo(self.tokens.dtype).max + 1:
             raise UserError(

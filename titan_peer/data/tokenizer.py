@@ -16,29 +16,29 @@ from titan_peer.data.special_tokens import Specials, SpecialToken, begin_and_end
 
 
 class Tokenizer(Protocol):
-    """What training, evaluation and decoding need of a tokenizer."""
+    """What training, evaluation and decoding need from a tokenizer."""
 
     vocab_size: int
-    """The largest id + 1, special tokens included: every id is below it. Some files leave numbers out, so it may be more
-    than the number of entries."""
+    """The largest id + 1, special tokens included: every id is below it. Some files skip ids, so it may be more than the
+    number of entries."""
     unused_ids: Sequence[int]
-    """Ids below vocab_size that no entry has: they have no text and stand in no document."""
+    """Ids below vocab_size without an entry: they have no text and occur in no document."""
     bos_id: int | None
     """Begins a document, if the vocabulary has such a token."""
     eos_id: int | None
     """Ends a document, if the vocabulary has such a token."""
     specials: Specials
-    """The same two, with their names, for a person."""
+    """The same two tokens with their names, for messages."""
     fingerprint: str
-    """The same for tokenizers that were read from the same file, and only for those."""
+    """Equal for tokenizers that were read from files with the same content, and only for those."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without begin and end tokens; special tokens spelled out in a text stay text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids. Special tokens and ids that no entry has are left out; U+FFFD stands for each incomplete or
-        broken character."""
+        """Text of the ids. Special tokens and ids without an entry are skipped; each incomplete or broken character
+        becomes U+FFFD."""
         ...
 
 
@@ -50,7 +50,7 @@ def fingerprint_of(file: Path) -> str:
 
 
 def _bound_and_gaps(ids: Iterable[int]) -> tuple[int, list[int]]:
-    """The largest id + 1, and the ids below it that are not there."""
+    """The largest id + 1, and the ids below it that are missing."""
     known = set(ids)
     if not known:
         raise ValueError("it has no entries")
@@ -95,7 +95,7 @@ class FileTokenizer:
         self.vocab_size, self.unused_ids = _bound_and_gaps(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.specials: Specials = begin_and_end(file, self._tokenizer)
         self.bos_id, self.eos_id = (None if token is None else token.id for token in self.specials)
-        # so that decoding leaves them out, also where the file has them among its text entries
+        # so that decoding skips them, even if the file lists them as ordinary entries
         named = [AddedToken(token.text, special=True) for token in self.specials if token is not None]
         self._tokenizer.add_special_tokens(named)
         self._byte_runs = ByteRuns(self._tokenizer)
@@ -109,7 +109,7 @@ class FileTokenizer:
 
 
 class TiktokenTokenizer:
-    """A .tiktoken file (a line for each entry: its bytes in base 64, its rank), with a begin and an end token added.
+    """A .tiktoken file (one line per entry: its bytes in base 64, its rank), with a begin and an end token added.
 
     The file does not say how text is split into words. Names with "r50k", "p50k" or "gpt2" are split as GPT-2 does, names
     with "o200k" as GPT-4o does, all others as GPT-4 and Llama 3 do.
@@ -128,8 +128,8 @@ class TiktokenTokenizer:
         self.bos_id: int | None = first
         self.eos_id: int | None = first + 1
         self.specials: Specials = (
-            SpecialToken(first, "a begin token", "the entries' number"),
-            SpecialToken(first + 1, "an end token", "the entries' number"),
+            SpecialToken(first, "a begin token", "the number of entries"),
+            SpecialToken(first + 1, "an end token", "the number of entries"),
         )
         self.vocab_size = first + 2
         self._ids = frozenset(ranks.values())

@@ -1,4 +1,4 @@
-"""`titan-peer data train-tokenizer`: a byte-level BPE tokenizer out of a source's text."""
+"""`titan-peer data train-tokenizer`: trains a byte-level BPE tokenizer on a source's text."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class TrainTokenizerOptions:
     output: str
     """Folder for tokenizer.json."""
     vocab_size: int
-    """Entries, the two special tokens and the 256 bytes included."""
+    """Number of entries, including the two special tokens and the 256 bytes."""
     source: DataSource = field(default_factory=lambda: DataSource(""))
-    """The text; weight and epochs have no meaning here."""
+    """The text; weight and epochs have no effect here."""
     max_documents: int = 0
-    """Take only the first so many documents; 0: all."""
+    """Use only this many documents, from the first on; 0: all."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -77,7 +77,7 @@ def main(args: Sequence[str]) -> int:
         TrainTokenizerOptions, args, "data train-tokenizer", inspect.getdoc(TrainTokenizerOptions) or ""
     )
     if not options.source.path:
-        raise UserError("--source.path: must be given: the text to train on")
+        raise UserError("--source.path: must be given; it names the text to train on")
     if options.vocab_size < _SMALLEST_VOCABULARY:
         raise UserError(f"--vocab_size {options.vocab_size}: must be at least {_SMALLEST_VOCABULARY}")
     source = open_source(options.source, "--source")
@@ -86,11 +86,11 @@ def main(args: Sequence[str]) -> int:
     file = Path(options.output) / "tokenizer.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")  # a tokenizer.json that is there stays whole until then
+        partial = file.with_name(f"{file.name}.partial")  # an existing tokenizer.json stays intact until then
         tokenizer.save(str(partial))
         partial.replace(file)
     except OSError as error:
         raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
-    note = "" if found == options.vocab_size else f", not {options.vocab_size:,}: the text has no more to merge"
+    note = "" if found == options.vocab_size else f", not {options.vocab_size:,}: the text has no more pairs to merge"
     print(f"{file}: {found:,} entries{note}")
     return 0
