@@ -37,7 +37,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         (state(F32, F16, F16), "exp_avg: has dtype float16, must be float32 or bfloat16"),
         (state(F32, F32, F16), "exp_avg_sq: has dtype float16, must be float32 or bfloat16"),
         (state(F32, F32, BF16), "exp_avg_sq: has dtype torch.bfloat16, must be that of exp_avg"),
-        ([*state(F32, F32), torch.zeros(N, dtype=BF16)], "exp_avg_sq: one number a row must be float32"),
+        ([*state(F32, F32), torch.zeros(N, dtype=BF16)], "exp_avg_sq: one number per row must be float32"),
         ([*state(F32, F32), torch.zeros(N + 1)], "must have the shape of param"),
         ([torch.zeros(N, D, E).transpose(1, 2), *state(F32, F32)], "param: has strides .*, must be contiguous"),
     ],
@@ -86,7 +86,7 @@ def test_inputs_of_other_kinds_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="x on cpu, indices on meta"):
         peer_experts(x, indices.to("meta"), gates, *tables)
     queries, keys = torch.randn(3, 4, 8), torch.randn(4, 5, 4)
-    with pytest.raises(ValueError, match=r"sub_keys\[1\] has 3 sets: must be 1 or one a head, 4"):
+    with pytest.raises(ValueError, match=r"sub_keys\[1\] has 3 sets: must be 1 or one per head, 4"):
         product_key_retrieve(queries, [keys, keys[:3]], 2)
     with pytest.raises(ValueError, match="queries: has dtype int64"):
         product_key_retrieve(queries.long(), [keys.long(), keys.long()], 2)
@@ -96,7 +96,7 @@ def test_a_table_at_an_odd_address_is_refused_not_read() -> None:
     memory = bytearray(4 * N * D + 1)
     table = torch.frombuffer(memory, dtype=torch.float32, offset=1, count=N * D).view(N, 1, D)
     x, indices, gates = torch.randn(3, D), torch.randint(N, (3, 2)), torch.rand(3, 2)
-    with pytest.raises(ValueError, match="address that is no multiple of its element size"):
+    with pytest.raises(ValueError, match="address that is not a multiple of its element size"):
         cpu.peer_forward(x, indices, gates, table, torch.randn(N, 1, D), "gelu")
 
 

@@ -1,7 +1,7 @@
 """Causal attention over packed documents: FlexAttention on CUDA, scaled-dot-product attention elsewhere.
 
-FlexAttention has no backward on CPU; SDPA's CPU flash kernel has one and takes a boolean mask, but wants equal head
-dims for keys and values, so shorter values are padded with zeros there (without it SDPA stores the S x S scores).
+FlexAttention has no backward on CPU. SDPA's CPU flash kernel has one and takes a boolean mask, but needs equal head dims
+for keys and values, so shorter values are padded with zeros there (without the flash kernel, SDPA stores the S x S scores).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ AttentionMask = BlockMask | Tensor | None
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-_BLOCK = 128  # tokens of a block of the mask
-_ENOUGH_SHARED_MEMORY = 160 << 10  # of an A100, for which PyTorch's own choices are made; 8.6, 8.9 and 12.0 have 99 KiB
-_RESERVE = 10 << 10  # of shared memory, for what is not a tile
+_BLOCK = 128  # tokens per block of the mask
+# Bytes from which PyTorch's own choices fit: the A100's, for which they are made. Capability 8.6, 8.9 and 12.0 have 99 KiB.
+_ENOUGH_SHARED_MEMORY = 160 << 10
+_RESERVE = 10 << 10  # shared memory for everything but the tiles
 
 
 def attention_backend(device: torch.device, qk_head_dim: int = 0, v_head_dim: int = 0, element_size: int = 2) -> str:
@@ -37,9 +38,9 @@ def attention_backend(device: torch.device, qk_head_dim: int = 0, v_head_dim: in
 
 @cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program of a kernel can have."""
+    """Bytes of shared memory that one program of a kernel can use."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", _ENOUGH_SHARED_MEMORY))  # AMD's have none to tell
+    return int(getattr(properties, "shared_memory_per_block_optin", _ENOUGH_SHARED_MEMORY))  # AMD's lack it
 
 
 def flex_kernel_options(
@@ -47,14 +48,14 @@ def flex_kernel_options(
 ) -> dict[str, Any] | None:
     """Tiles and stages of FlexAttention's kernels for GPUs whose shared memory PyTorch's own choice may exceed.
 
-    A forward program holds a tile of queries and, a stage each, tiles of keys and values; a backward one tiles of keys and
-    values and, a stage each, of queries and output gradients. On compute capability 8.6 and 8.9 with head dims 192 and 128,
-    the forward tiles chosen here were the fastest of those that fit (pytorch/pytorch#180278).
+    A forward program holds one tile of queries and, per stage, tiles of keys and values; a backward program holds tiles of
+    keys and values and, per stage, of queries and output gradients. On compute capability 8.6 and 8.9 with head dims 192 and
+    128, the forward tiles chosen here were the fastest of those that fit (pytorch/pytorch#180278).
 
     Args:
-        shared_memory: bytes a program can have.
+        shared_memory: bytes that one program can use.
     Returns:
-        FlexAttention's `kernel_options`; None where PyTorch's choice fits.
+        FlexAttention's `kernel_options`; None if PyTorch's own choice fits.
     """
     if shared_memory >= _ENOUGH_SHARED_MEMORY or qk_head_dim <= 128:
         return None
@@ -70,7 +71,7 @@ def flex_kernel_options(
 
 
 def _is_start(document_ids: Tensor) -> Tensor:
-    """bool [B, S]: whether a run of equal ids begins at each token."""
+    """bool [B, S]: true where a run of equal ids begins."""
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return is_start
@@ -89,10 +90,10 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def causal_block_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:
-    """The mask of `causal_mask` for FlexAttention, made from the runs of documents, block by block: nothing of size S x S.
+    """The mask of `causal_mask` for FlexAttention, made per block from the runs of documents, so nothing of size S x S exists.
 
-    Runs are numbered in their order, so a block of queries sees some of a block of keys before it if the one's first run is
-    the other's last, and all of it if the one's last run is the other's first.
+    Runs are numbered in order. So a block of queries sees some keys of an earlier block of keys if the queries' first run is
+    the keys' last run, and all of them if the queries' last run is the keys' first run.
     """
     num_blocks = -(-seq_len // _BLOCK)
     if document_ids is None:
@@ -117,15 +118,15 @@ def causal_block_mask(document_ids: Tensor | None, seq_len: int, device: torch.d
 
 
 def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bool [..., n]: how many are true, int32 [...], and their places, int32 [..., n], before those of the others."""
+    """For bool [..., n]: the number of true entries, int32 [...], and all indices, int32 [..., n], true entries first."""
     return mask.sum(-1, dtype=torch.int32), mask.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def causal_mask(document_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device) -> AttentionMask:
-    """The mask of causal attention that does not look over document borders.
+    """The mask of causal attention within documents.
 
     Args:
-        document_ids: integer [B, S], or None for one document a sequence.
+        document_ids: integer [B, S], or None for one document per sequence.
     """
     if device.type == "cuda":
         global _flex_shared_memory
@@ -138,7 +139,9 @@ def causal_mask(document_ids: Tensor | None, batch_size: int, seq_len: int, devi
     return (causal & (runs[:, :, None] == runs[:, None, :]))[:, None]  # [B, 1, S, S]
 
 
-_flex_shared_memory = _ENOUGH_SHARED_MEMORY  # of the GPU; asked for with the mask, since a compiled block cannot ask
+_flex_shared_memory = (
+    _ENOUGH_SHARED_MEMORY  # the GPU's; read when the mask is made, since a compiled block cannot read it
+)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:

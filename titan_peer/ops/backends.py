@@ -1,4 +1,4 @@
-"""Which implementation serves which device. Every backend module has the functions of `reference`, same names and shapes."""
+"""Which implementation serves which device. Every backend module has `reference`'s functions, with equal names and shapes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 @cache
 def _choose(device_type: str) -> tuple[ModuleType, str]:
-    """The module for a kind of device, and a line that says what it is and, if it is not the fast one, why.
+    """The module for a kind of device, and a line that names it and, if it is not the fast one, says why.
 
-    The environment's TITAN_PEER_BACKEND names another than the device's own.
+    The environment variable TITAN_PEER_BACKEND overrides the device's default.
     """
     wanted = os.environ.get("TITAN_PEER_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise UserError(f"TITAN_PEER_BACKEND = {wanted}: must be one of {', '.join(BACKENDS)}")
     if wanted == "reference":
-        return reference, "plain PyTorch, as TITAN_PEER_BACKEND = reference asks"
+        return reference, "plain PyTorch, as set by TITAN_PEER_BACKEND = reference"
     if wanted == "cpu" or (wanted == "auto" and device_type == "cpu"):
         module, name, problem = _cpu(device_type)
     else:
@@ -64,7 +64,7 @@ def backend_report(device: torch.device) -> str:
 
 
 def backend_for(*tensors: Tensor) -> ModuleType:
-    """The module whose functions serve these tensors; float64 always takes the reference, a dry run's fake tensors shapes."""
+    """The module whose functions serve these tensors: `shapes` for a dry run's fake tensors, `reference` for float64."""
     if any(isinstance(t, FakeTensor) for t in tensors):
         return shapes
     if any(t.dtype == torch.float64 for t in tensors):

@@ -1,4 +1,4 @@
-"""What the kernels rely on and cannot see for themselves: dtypes, devices, contiguous memory, numbers that fit int32."""
+"""What the kernels rely on but cannot check themselves: dtypes, devices, contiguous memory, numbers that fit int32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MOST_PAIRS = 2**31 - 2**12
-"""Pairs are numbered in int32; kernels step a block beyond the last one."""
+"""Pairs are numbered in int32, and kernels step up to one block beyond the last pair."""
 MOST_ROWS = 2**31 - 1
 _STORED = (torch.float32, torch.bfloat16)
 
@@ -38,7 +38,7 @@ def require_one_device(**tensors: Tensor) -> None:
 def require_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """
     Raises:
-        ValueError: the dtype is another one.
+        ValueError: the dtype is not among the allowed ones.
     """
     if tensor.dtype not in allowed:
         words = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -48,7 +48,7 @@ def require_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -
 def require_contiguous(name: str, tensor: Tensor) -> None:
     """
     Raises:
-        ValueError: a kernel that writes `tensor` in place would write beside it.
+        ValueError: `tensor` is not contiguous, so a kernel that updates it in place would write to wrong addresses.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: has strides {tensor.stride()} for shape {list(tensor.shape)}, must be contiguous")
@@ -69,9 +69,9 @@ def require_adamw_state(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> N
     if exp_avg.shape != param.shape or exp_avg_sq.shape != (param.shape[:1] if per_row else param.shape):
         raise ValueError(
             f"exp_avg {list(exp_avg.shape)} and exp_avg_sq {list(exp_avg_sq.shape)}: must have the shape of param, "
-            f"{list(param.shape)}, or exp_avg_sq one number a row"
+            f"{list(param.shape)}, or exp_avg_sq one number per row"
         )
     if per_row and exp_avg_sq.dtype == torch.bfloat16:
-        raise ValueError("exp_avg_sq: one number a row must be float32, not bfloat16")
+        raise ValueError("exp_avg_sq: one number per row must be float32, not bfloat16")
     if not per_row and exp_avg_sq.dtype != exp_avg.dtype:
         raise ValueError(f"exp_avg_sq: has dtype {exp_avg_sq.dtype}, must be that of exp_avg, {exp_avg.dtype}")

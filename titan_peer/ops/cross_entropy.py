@@ -1,8 +1,8 @@
-"""Output projection and cross-entropy in one, chunk of tokens by chunk, so that no [T, vocab] tensor ever exists.
+"""Output projection and cross-entropy in one, per chunk of tokens, so that no [T, vocab] tensor ever exists.
 
-A chunk's logits live only while its loss and gradients are made: the gradients are computed in the forward pass
-(softmax minus one-hot needs nothing from later layers) and only scaled in the backward pass. Three matmuls a chunk, as
-for a plain cross-entropy, and memory [chunk, vocab] + one float32 [vocab, D] gradient.
+A chunk's logits exist only while its loss and gradients are made: the gradients are computed in the forward pass
+(softmax minus one-hot needs nothing from later layers) and only scaled in the backward pass. This takes three matmuls per
+chunk, as many as a plain cross-entropy, and memory for [chunk, vocab] and one float32 gradient [vocab, D].
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _compiled_loss_and_logit_gradient = torch.compile(_chunk_loss_and_logit_gradient
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    """Fewest chunks of at most `chunk_size` tokens; equal ones (one compiled shape) if that takes at most twice as many."""
+    """The fewest chunks of at most `chunk_size` tokens, or up to twice as many if they are then equal (one compiled shape)."""
     fewest = max(1, -(-num_tokens // chunk_size))
     return next((n for n in range(fewest, 2 * fewest + 1) if num_tokens % n == 0), fewest)
 
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = _compiled_loss_and_logit_gradient if compiled else _chunk_loss_and_logit_gradient
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        # float32, whatever the compute dtype: it is a sum over all chunks
+        # float32 for every compute dtype, since it is a sum over all chunks
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         chunks = zip(hidden.chunk(num_chunks), labels.chunk(num_chunks), hidden_gradient.chunk(num_chunks), strict=True)
         for hidden_chunk, label_chunk, hidden_gradient_chunk in chunks:
@@ -81,9 +81,9 @@ def linear_cross_entropy(
 
     Args:
         hidden: [T, D], float.
-        weight: [vocab, D]; cast to the autocast dtype together with `hidden` where autocast is on.
-        labels: int64 [T]; tokens labelled -100 count nothing.
-        chunk_size: most tokens whose logits exist at a time.
+        weight: [vocab, D]; cast to the autocast dtype together with `hidden` if autocast is on.
+        labels: int64 [T]; tokens labelled -100 are left out.
+        chunk_size: the most tokens whose logits exist at the same time.
         compiled: fuse the passes over a chunk's logits with torch.compile.
     Returns:
         float32 scalar, a sum, not a mean: the caller knows the number of tokens of the whole global batch.

@@ -33,8 +33,8 @@ def peer_experts(
 
     Args:
         x: [T, D]; float32, bfloat16, float16 (or float64, on the reference path).
-        indices: int64 [T, K]; an expert may occur more than once. A negative index leaves its place out: it adds
-            nothing, costs no memory traffic and its gate gets no gradient (another process has that expert).
+        indices: int64 [T, K]; an expert may occur more than once. A negative index marks an absent place: it adds
+            nothing, causes no memory traffic, and its gate gets no gradient (another process has that expert).
         gates: [T, K].
         expert_down: [N, E, D]; its dtype may differ from x's (float32 tables with bfloat16 x).
         expert_up: [N, E, D_out].
@@ -43,7 +43,8 @@ def peer_experts(
     Returns:
         [T, D_out], dtype of x; sums are float32.
     Raises:
-        ValueError: a shape, dtype, device or the activation does not fit. IndexError: an index beyond the tables (CPU).
+        ValueError: a shape, a dtype, a device or the activation is invalid.
+        IndexError: an index is beyond the tables (CPU only).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
@@ -71,7 +72,7 @@ def forward_op(
     rowwise: bool,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """y in `sum_dtype` (float32 where y is one part of a sum), and the pre-activations z."""
+    """y in `sum_dtype` (float32 if y is one part of a sum), and the pre-activations z."""
     require_dtype("indices", indices, (torch.int64,))
     for name, tensor in (("x", x), ("gates", gates), ("expert_down", down), ("expert_up", up)):
         require_dtype(name, tensor, _FLOATS)
@@ -108,8 +109,9 @@ def backward_op(
     rowwise: bool,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (in `sum_dtype`), dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables' collector: a
-    side effect that no compiler sees, as safe as the op is opaque and its other results are always needed."""
+    """dx (in `sum_dtype`), dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables'
+    collector. Compilers do not see this side effect; it is safe because the op is opaque and its other results are always
+    needed."""
     with torch.autocast(x.device.type, enabled=False):
         backend = backend_for(x, down)
         dx, dgates, dz, hidden = backend.peer_backward(dy, x, indices, gates, z, down, up, activation, sum_dtype)

@@ -14,10 +14,10 @@ from titan_peer.ops.checks import require_dtype, require_one_device, require_pai
 
 
 def product_key_topk(scores: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best sums of one score an axis, over all combinations, exactly and without making all combinations.
+    """The k best sums of one score per axis, over all combinations, exactly and without forming all combinations.
 
     Args:
-        scores: one tensor [..., n_c] for each of C axes, of any sizes.
+        scores: one tensor [..., n_c] for each of the C axes, of any sizes.
         k: how many; at most n_1 * ... * n_C.
     Returns:
         values [..., k], descending, differentiable in the scores; indices int64 [..., k], row-major over the axes
@@ -29,17 +29,17 @@ def product_key_topk(scores: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 
 def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """`product_key_topk` of the scores of queries against sub-keys, without keeping the scores.
+    """`product_key_topk` of the scores of queries against sub-keys, without storing the scores.
 
     Args:
         queries: [T, H, Q]; a query is split over the axes, Q = sum Q_c.
-        sub_keys: one tensor [H, n_c, Q_c] an axis, or [1, n_c, Q_c] if the heads share them.
-        k: experts a head.
+        sub_keys: one tensor [H, n_c, Q_c] per axis, or [1, n_c, Q_c] if the heads share them.
+        k: experts per head.
     Returns:
-        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. Scores are float32
-        whatever the dtype of queries and sub-keys. The backward touches only the chosen sub-keys.
+        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. Scores have the dtype
+        of the values, also for bfloat16 and float16 queries. The backward touches only the chosen sub-keys.
     Raises:
-        ValueError: k or a shape does not fit.
+        ValueError: k or a shape is invalid.
     """
     reference.check_k([keys.shape[1] for keys in sub_keys], k)
     if sum(keys.shape[2] for keys in sub_keys) != queries.shape[2]:
@@ -47,7 +47,9 @@ def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) ->
         raise ValueError(f"sub_keys have the dims {dims}: their sum must be that of a query, {queries.shape[2]}")
     for axis, keys in enumerate(sub_keys):
         if keys.shape[0] not in (1, queries.shape[1]):
-            raise ValueError(f"sub_keys[{axis}] has {keys.shape[0]} sets: must be 1 or one a head, {queries.shape[1]}")
+            raise ValueError(
+                f"sub_keys[{axis}] has {keys.shape[0]} sets: must be 1 or one per head, {queries.shape[1]}"
+            )
         require_one_device(queries=queries, sub_keys=keys)
     if queries.is_floating_point() and any(keys.dtype != queries.dtype for keys in sub_keys):
         sub_keys = [keys.to(queries.dtype) for keys in sub_keys]

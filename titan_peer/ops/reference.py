@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: the specification that every backend is tested against, and the path that runs where
-no kernel does. Any device, any float dtype; work goes in slices of tokens, so that no [T, K, D] tensor exists.
+no kernel does. Any device, any float dtype; slices of tokens are processed in turn, so that no [T, K, D] tensor exists.
 
-Shapes: T tokens, H heads, k experts a head, K = H*k, N experts, E expert hidden size, D model dim, C product-key axes.
+Shapes: T tokens, H heads, k experts per head, K = H*k, N experts, E expert hidden size, D model dim, C product-key axes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from titan_peer.ops.checks import require_pairs_fit
 from titan_peer.ops.sorted_pairs import SortedPairs
 
-_SLICE_ELEMENTS = 1 << 22  # most elements of a slice's gathered rows (16 MiB in float32)
+_SLICE_ELEMENTS = 1 << 22  # the most elements in the gathered rows of a slice (16 MiB in float32)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +30,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @lru_cache(maxsize=64)
 def candidate_ranks(sizes: tuple[int, ...], k: int) -> tuple[tuple[int, ...], ...]:
-    """Ranks (from 0, one an axis) of the combinations that can be among the k best of a sum over sorted axes.
+    """Ranks (from 0, one per axis) of the combinations that can be among the k best of a sum over sorted axes.
 
     A combination at 1-based ranks (r_1, ..., r_C) is beaten or equalled by all prod(r_c) combinations at ranks no larger,
     so only those with prod(r_c) <= k can be among the first k: 50 instead of 256 for two axes and k = 16.
@@ -93,7 +93,7 @@ def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tup
 
 
 def axis_indices(indices: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Row-major indices taken apart into one index an axis."""
+    """Row-major indices split into one index per axis."""
     parts = []
     for size in reversed(sizes):
         parts.append(indices % size)
@@ -104,7 +104,7 @@ def axis_indices(indices: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 def retrieve_backward(
     dvalues: Tensor, indices: Tensor, queries: Tensor, sub_keys: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of queries and sub-keys; only the k chosen sub-keys of an axis take part."""
+    """Gradients of queries and sub-keys; only the k chosen sub-keys per axis take part."""
     T, H, k = indices.shape
     dtype = accumulation_dtype(queries.dtype)
     heads = torch.arange(H, device=indices.device)[None, :, None]
@@ -139,7 +139,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 def activation_derivative(z: Tensor, activation: str) -> Tensor:
-    """Written out, because inside a custom op autograd does not record."""
+    """Written out, because autograd does not record inside a custom op."""
     if activation == "gelu":
         density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
         return torch.special.ndtr(z) + z * density
@@ -177,7 +177,7 @@ def peer_forward(
     for rows in _token_slices(T, K, down.shape[1] * max(down.shape[2], up.shape[2])):
         present, chosen = (indices[rows] >= 0).unsqueeze(-1), indices[rows].clamp_min(0)
         z[rows] = torch.einsum("td,tked->tke", x[rows].to(dtype), down[chosen].to(dtype)) * present
-        hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)  # act(0) = 0 where none is present
+        hidden = gates[rows].to(dtype).unsqueeze(-1) * activate(z[rows], activation)  # absent places: act(0) = 0
         y[rows] = torch.einsum("tke,tkeo->to", hidden, up[chosen].to(dtype)).to(y.dtype)
     return y, z
 
@@ -193,8 +193,11 @@ def peer_backward(
     activation: str,
     sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [T, D] in `sum_dtype` (None: x's), dgates [T, K], dz [T, K, E], and hidden = gates * act(z) [T, K, E], of which the tables' gradients are
-    sums of outer products: d down[n] = sum dz x^T, d up[n] = sum hidden dy^T over the pairs (t, j) that chose n."""
+    """dx [T, D] in `sum_dtype` (None: x's), dgates [T, K], dz [T, K, E], and hidden = gates * act(z) [T, K, E].
+
+    The tables' gradients are sums of outer products over the pairs (t, j) that chose n: d down[n] = sum dz x^T and
+    d up[n] = sum hidden dy^T.
+    """
     dtype = accumulation_dtype(x.dtype)
     dx, dgates, dz = torch.empty_like(x, dtype=sum_dtype), torch.empty_like(gates), torch.empty_like(z)
     activated = activate(z, activation)
@@ -213,7 +216,7 @@ def peer_backward(
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
-    """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert; pairs of
+    """The (token, expert) pairs of indices [T, K] grouped by expert, in order of tokens within an expert; pairs with a
     negative index are left out."""
     require_pairs_fit(indices.numel(), num_experts)
     sorted_experts, order = indices.reshape(-1).sort(stable=True)
@@ -251,9 +254,9 @@ def _gradient_rows(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Iter
 def table_gradient(
     pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
 ) -> None:
-    """Gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other.
+    """Write gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other.
 
-    With `add`, to what stands in dense float32 `out` already.
+    With `add`, add them to the contents of a dense float32 `out`.
     """
     for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
         where = rows if compact else pairs.row_ids[rows].long()
@@ -261,7 +264,7 @@ def table_gradient(
 
 
 def dense_gradients(indices: Tensor, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Dense gradients of tables of equal N, from (weights [T, K, E], vectors [T, D], out [N, E, D] of zeros) of each."""
+    """Dense gradients of tables of equal N; per table: weights [T, K, E], vectors [T, D], out [N, E, D] of zeros."""
     pairs = sort_pairs(indices, factors[0][2].shape[0])
     for weights, vectors, out in factors:
         table_gradient(pairs, weights, vectors, out)
@@ -314,10 +317,10 @@ def rowwise_adamw_(
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down with the probability that makes the expected value exact.
+    """float32 -> bfloat16, rounded up or down with the probabilities that make the expected value exact.
 
-    Rounding to nearest would freeze a second moment: with beta2 = 0.999 its steps are smaller than half of bfloat16's
-    spacing.
+    Rounding to nearest would freeze a second moment: with beta2 = 0.999 its steps are smaller than half the spacing of
+    bfloat16 numbers.
     """
     bits = values.float().contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)

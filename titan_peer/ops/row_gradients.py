@@ -3,10 +3,10 @@
 The gradient of a table is a sum of outer products over the step's (token, expert) pairs: d down[n] = sum dz x_t^T and
 d up[n] = sum hidden dy_t^T. Instead of gradient rows (as many numbers as the touched rows have weights) a step keeps the
 factors: dz and hidden [T, K, E], x [T, D], dy [T, D_out]. Norm and update read them, row by row, through the pairs sorted
-by expert; no gradient row is ever stored, and what processes exchange follows the tokens, not the experts.
+by expert. No gradient row is ever stored, and the amount that processes exchange grows with the tokens, not with the experts.
 
-Where a step has so many tokens that their factors would take more memory than dense gradients of both tables, factors are folded into
-those: one micro-batch's at a time from then on.
+If a step has so many tokens that their factors would take more memory than dense gradients of both tables, the factors are
+added into dense gradients, from then on after each micro-batch.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class RowGradients:
 
     def __init__(self, expert_down: Tensor, expert_up: Tensor) -> None:
         self.expert_down, self.expert_up = expert_down, expert_up
-        # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since memory
-        # that is touched for the first time costs more than the copy into it
+        # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since the first
+        # touch of new memory costs more than the copy into it
         self._buffers: tuple[Tensor, ...] | None = None
         self._replacement: tuple[Tensor, ...] | None = None
         self._sorted: SortedPairs | None = None
-        # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last takes absent places)
+        # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last is for absent places)
         self._dense: tuple[Tensor, Tensor, Tensor] | None = None
         self.num_tokens = 0
         _collectors[_memory_of(expert_down)] = self
@@ -77,7 +77,7 @@ class RowGradients:
         return self.num_tokens == 0
 
     def record(self, indices: Tensor, dz: Tensor, hidden: Tensor, x: Tensor, dy: Tensor) -> None:
-        """Add one backward pass' factors (copied, or folded into dense gradients)."""
+        """Add the factors of one backward pass (copied, or added into dense gradients)."""
         new = (indices, dz, hidden, x, dy)
         first, last = self.num_tokens, self.num_tokens + indices.shape[0]
         if self._dense is not None or last * _bytes_per_token(new) > self._dense_bytes:
@@ -94,13 +94,13 @@ class RowGradients:
         self._sorted = None
 
     def clear(self) -> None:
-        """Forget the step's gradient; the memory stays for the next."""
+        """Discard the step's gradient; the memory is kept for the next step."""
         self.num_tokens, self._replacement, self._sorted = 0, None, None
         for tensor in self._dense or ():
             tensor.zero_()
 
     def _fold(self, new: tuple[Tensor, ...]) -> None:
-        """Add factors to dense gradients; the first time those that were kept, whose buffers are given up."""
+        """Add factors to dense gradients; the first time, add the stored factors too and free their buffers."""
         if self._dense is None:
             kept, self._buffers = self.factors(), None
             tables = (self.expert_down, self.expert_up)
@@ -123,8 +123,8 @@ class RowGradients:
         is_used.scatter_(0, torch.where(indices < 0, num_experts, indices).flatten(), 1)
 
     def take_dense(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Dense gradients of both tables and uint8 [N + 1], 1 for rows with a gradient, to be changed in place, for instance
-        summed over processes; None where the gradient is kept as factors."""
+        """Dense gradients of both tables and uint8 [N + 1], 1 for rows with a gradient, to be changed in place (for instance
+        summed over processes); None if the gradient is kept as factors."""
         self._sorted = None
         return self._dense
 
@@ -133,10 +133,10 @@ class RowGradients:
         return 4 * (self.expert_down.numel() + self.expert_up.numel())
 
     def factors(self) -> tuple[Tensor, ...]:
-        """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all tokens recorded.
+        """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all recorded tokens.
 
-        Dense gradients as factors, without a copy: a row [E, D] is E tokens, each with one expert (none, -1, if the row has no
-        gradient), of weight 1 in one hidden neuron.
+        Dense gradients are returned as factors too, without a copy: a row [E, D] becomes E tokens, each with one expert (-1,
+        none, if the row has no gradient) and weight 1 in one hidden neuron.
         """
         if self._replacement is not None:
             return self._replacement
@@ -151,12 +151,12 @@ class RowGradients:
         return tuple(buffer[: self.num_tokens] for buffer in self._buffers)
 
     def replace(self, indices: Tensor, dz: Tensor, hidden: Tensor, x: Tensor, dy: Tensor) -> None:
-        """Put other factors in their place, for instance those of all processes."""
+        """Replace the factors, for instance by those of all processes."""
         self._replacement, self._sorted = (indices, dz, hidden, x, dy), None
         self.num_tokens = indices.shape[0]
 
     def sorted(self) -> SortedPairs:
-        """The pairs grouped by expert; sorted once a step."""
+        """The pairs grouped by expert; sorted once per step."""
         if self._sorted is None:
             self._sorted = backend_for(self.expert_down).sort_pairs(self.factors()[0], self.expert_down.shape[0])
         return self._sorted
@@ -173,11 +173,11 @@ class RowGradients:
         return down + backend.row_norm_squared(*self.table_factors("up"))
 
     def write_dense(self, which: Literal["down", "up"], out: Tensor) -> None:
-        """One table's gradient into `out`, [N, E, D], which is zero."""
+        """Write one table's gradient into `out`, [N, E, D] of zeros."""
         backend_for(self.expert_down).table_gradient(*self.table_factors(which), out)
 
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """row_ids [R], gradient rows of expert_down [R, E, D] and of expert_up [R, E, D_out]: to look at, not to train."""
+        """row_ids [R], gradient rows of expert_down [R, E, D] and expert_up [R, E, D_out]: for inspection, not for training."""
         backend = backend_for(self.expert_down)
         rows: list[Tensor] = []
         which: Literal["down", "up"]
@@ -220,9 +220,9 @@ def rowwise_adamw_(
         exp_avg_sq: like exp_avg; or float32 [N], the running mean square of a row's whole gradient.
         pairs, weights [T, K, E], vectors [T, D]: row n's gradient is grad_scale * sum over its pairs of weights x vectors.
         bias_correction1, bias_correction2: 1 - beta ** step.
-        seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element): repeatable.
+        seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element), so a step can be repeated.
     Raises:
-        ValueError: a shape, dtype or device does not fit, or param or a moment is not contiguous.
+        ValueError: a shape, dtype or device is invalid, or param or a moment is not contiguous.
     """
     require_adamw_state(param, exp_avg, exp_avg_sq)
     require_one_device(param=param, order=pairs.order, weights=weights, vectors=vectors)

@@ -1,5 +1,5 @@
-"""The backend of fake tensors, on which a dry run trains: results of the right shapes, and the memory that making them
-takes. Only what runs outside of custom ops is here; those have their own rules for shapes."""
+"""The backend for fake tensors, on which a dry run trains: it makes results of the right shapes and allocates the memory
+that computing them takes. It holds only what runs outside of custom ops; these have their own shape rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_peer.ops.sorted_pairs import SortedPairs
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
-    """As if every place were present and every expert that could be were chosen."""
+    """Assumes that every place is present and that as many different experts as possible are chosen."""
     P = indices.numel()
     R = min(P, num_experts)
     torch.empty(4, P, dtype=torch.int32, device=indices.device)  # scratch of the sort

@@ -1,4 +1,4 @@
-"""(token, expert) pairs grouped by expert: what every table update is made from."""
+"""(token, expert) pairs grouped by expert: the basis of every table update."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class SortedPairs(NamedTuple):
-    """The P pairs of an index tensor [T, K] (T*K less those of negative index), stably sorted by expert; a run is the
+    """The P pairs of an index tensor [T, K] (T*K minus those with a negative index), stably sorted by expert; a run is the
     pairs of one expert.
 
-    On a GPU, where P and R are known to the device alone, tensors are as long as P and R could get; read num_rows and
-    run_starts[num_rows] there.
+    On a GPU only the device knows P and R, so tensors have the largest possible lengths; there, read num_rows and
+    run_starts[num_rows].
     """
 
     order: Tensor

@@ -1,4 +1,4 @@
-"""The CPU backend: the functions of `reference`, by the C++ kernels beside this file."""
+"""The CPU backend: the functions of `reference`, computed by the C++ kernels in this folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titan_peer.ops.sorted_pairs import SortedPairs
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SCORE_ELEMENTS = 1 << 20  # scores made at a time: 4 MiB, so that they are still in cache when the best are taken
+_SCORE_ELEMENTS = 1 << 20  # scores per slice: 4 MiB, so that they are still in cache when the best are chosen
 
 
 @cache
@@ -41,7 +41,7 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> int:
     """Call a kernel: tensors as pointers to their data, integers as int64, floats as float32.
 
     Raises:
-        ValueError: a tensor's memory is not what a kernel can step through.
+        ValueError: a tensor is not contiguous, aligned CPU memory.
     """
     converted: list[object] = []
     for argument in arguments:
@@ -51,7 +51,7 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> int:
                 raise ValueError(f"{name}: a tensor {list(argument.shape)} has {where}, must be contiguous on cpu")
             if argument.data_ptr() % argument.element_size():
                 raise ValueError(
-                    f"{name}: a tensor {list(argument.shape)} lies at an address that is no multiple of its element size"
+                    f"{name}: a tensor {list(argument.shape)} lies at an address that is not a multiple of its element size"
                 )
             converted.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:
@@ -251,7 +251,7 @@ def retrieve_backward(
     dvalues: Tensor, indices: Tensor, queries: Tensor, sub_keys: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     T, H, Q = queries.shape
-    # Flat, so that an axis' part is a matter of where the data starts: the kernel steps from query to query by Q.
+    # Flat, so that an axis' part is selected by where the data starts: the kernel steps from query to query by Q.
     flat_queries, flat_dqueries, dvalues = _float(queries).view(-1), torch.empty(T * H * Q), _float(dvalues)
     dkeys, places = [], torch.empty(indices.shape, dtype=torch.int32)
     stride_below, start = math.prod(keys.shape[1] for keys in sub_keys), 0

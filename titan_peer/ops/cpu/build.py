@@ -1,7 +1,7 @@
 """Compiles the C++ kernels of this folder on first use and loads them.
 
 The library is cached under a hash of the sources, the compiler and the processor's features, in TITAN_PEER_CACHE_DIR or
-the user's cache folder. It is written beside its name and renamed, so several processes may build at once.
+the user's cache folder. It is written under another name and then renamed, so several processes may build at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-THREADS = ("-fopenmp", "-fopenmp-simd")  # the second, one thread only, for Apple's compiler, which has no OpenMP
+THREADS = ("-fopenmp", "-fopenmp-simd")  # the second is single-threaded, for Apple's compiler, which has no OpenMP
 # No -ffast-math: it would make every later float operation of the process flush subnormals.
 FLAGS = (
     "-std=c++17",
@@ -84,7 +84,7 @@ def load() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        BuildError: there is no compiler, or it failed, or the cache folder cannot be written.
+        BuildError: there is no compiler, it failed, or the cache folder cannot be written to.
     """
     compiler = _compiler()
     version = subprocess.run(

@@ -1,10 +1,10 @@
 // CPU kernels of the expert operators, behind a plain C interface: compiled on first use, called through ctypes.
 //
 // All sums are float32. Each token, run of pairs or (head, axis) is owned by one thread and summed in one fixed order, so
-// results do not depend on the number of threads or their scheduling. What bounds these kernels is the latency of reading
-// expert rows from memory, so the rows of coming experts, known from the indices, are prefetched.
+// results do not depend on the number of threads or their scheduling. The kernels are bound by the latency of reading
+// expert rows from memory, so the rows of the next experts, known from the indices, are prefetched.
 //
-// Shapes: T tokens, K experts a token, N experts, E expert hidden size, D model dim, O output dim.
+// Shapes: T tokens, K experts per token, N experts, E expert hidden size, D model dim, O output dim.
 
 #include "rows.h"
 
@@ -12,7 +12,7 @@ using namespace titan_peer;
 
 namespace {
 
-// What stochastic rounding draws from: a hash of (seed, row, element), so a step can be repeated bit for bit.
+// The noise of stochastic rounding: a hash of (seed, row, element), so a step can be repeated bit for bit.
 inline uint32_t hash(uint64_t key) {
     key ^= key >> 33;
     key *= 0xff51afd7ed558ccdULL;
@@ -27,7 +27,7 @@ inline void narrow(float v, uint64_t key, bfloat16& out) {
     out.bits = uint16_t((bits + (hash(key) & 0xffff)) >> 16);
 }
 
-// A table row takes several cache lines; ask for all of them.
+// Prefetch all cache lines of a table row.
 inline void prefetch(const void* row, int64_t bytes) {
     const char* p = static_cast<const char*>(row);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
@@ -37,7 +37,7 @@ inline void prefetch_to_write(const void* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 1, 3);
 }
 
-// exp to 2 units in the last place, as plain arithmetic so that loops over it become vector code.
+// exp, accurate to 2 units in the last place, in plain arithmetic so that loops over it are vectorised.
 inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     const float whole = std::nearbyint(x * 1.44269504f);
@@ -59,7 +59,7 @@ enum Activation { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
 
 inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
 
-// The activation of z and its derivative; Kind is a constant so that loops hold no branch.
+// The activation of z and its derivative; Kind is a template parameter so that loops contain no branch.
 template <int Kind>
 inline void activate(float z, float& value, float& slope) {
     if (Kind == kGelu) {
@@ -101,7 +101,7 @@ inline void activate_all(const float* z, float* values, float* slopes, int64_t n
     }
 }
 
-// The rows of one token's experts: K * E of them, `width` numbers each, expert by expert.
+// The rows of one token's experts: K * E rows of `width` numbers each, grouped by expert.
 template <class Row>
 struct Rows {
     const Row* table;
@@ -111,7 +111,7 @@ struct Rows {
     const Row* operator[](int64_t i) const {
         return E == 1 ? table + chosen[i] * width : table + (chosen[i / E] * E + i % E) * width;
     }
-    // How many rows are asked for before they are needed: as many as fit into a part of the nearest cache.
+    // How many rows are prefetched ahead: as many as fit into a part of the L1 cache.
     int64_t ahead() const { return std::min<int64_t>(std::max<int64_t>(16384 / (width * sizeof(Row)), 4), 16); }
     void ask_for(int64_t first, int64_t last) const {
         for (int64_t i = first; i < std::min(last, K * E); ++i) prefetch((*this)[i], width * sizeof(Row));
@@ -141,7 +141,7 @@ struct Rows {
     }
 };
 
-// A token's experts that are there: a negative index marks a place that is left out.
+// A token's present experts: a negative index marks an absent place.
 struct Present {
     std::vector<int64_t> place, chosen;
 
@@ -254,7 +254,7 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
                 const int32_t* row_ids, int64_t R, const AdamW& a, uint64_t seed, int threads) {
     const int64_t width = factors.E * factors.D;
     const float decay = 1.0f - a.lr * a.weight_decay;
-    // m / c1 / (sqrt(v / c2) + eps) = m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)): one division an element
+    // m / c1 / (sqrt(v / c2) + eps) = m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)): one division per element
     const float root_correction = std::sqrt(a.bias_correction2);
     const float step_size = a.lr / a.bias_correction1 * root_correction, eps = a.eps * root_correction;
 #pragma omp parallel num_threads(threads)
@@ -310,7 +310,7 @@ void adamw_rows(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_se
 
 extern "C" {
 
-// Whether the kernels run in threads: the compiler had OpenMP.
+// Whether the kernels are multi-threaded, that is, compiled with OpenMP.
 int64_t titan_peer_has_threads() {
 #ifdef _OPENMP
     return 1;
@@ -319,7 +319,8 @@ int64_t titan_peer_has_threads() {
 #endif
 }
 
-// All integers are int64, so that callers need no prototypes. dtype codes of tables: 0 float32, 1 bfloat16, 2 float16. Returns 1 if an index is outside the tables.
+// All integers are int64, so that callers need no prototypes. dtype codes of tables: 0 float32, 1 bfloat16, 2 float16.
+// Returns 1 if an index is outside the tables.
 int64_t titan_peer_forward(int64_t dtype, const float* x, const int64_t* indices, const float* gates, const void* down,
                        const void* up, float* y, float* z, int64_t T, int64_t K, int64_t N, int64_t E, int64_t D,
                        int64_t O, int64_t activation, int64_t threads) {
@@ -342,8 +343,8 @@ void titan_peer_backward(int64_t dtype, const float* dy, const int64_t* indices,
     dtype == 0 ? run(float()) : dtype == 1 ? run(bfloat16()) : run(float16());
 }
 
-// Stable radix sort of the P pairs by expert, without those of negative index; cost follows P and the digits of N, never N. Returns the number of runs, or -1 if an index is not below N.
-// Work space: keys and swap, [2, P] each.
+// Stable radix sort of the P pairs by expert, without those with a negative index; the cost grows with P and the digits of N,
+// not with N. Returns the number of runs, or -1 if an index is not below N. Work space: keys and swap, [2, P] each.
 int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint32_t* keys, int32_t* swap,
                               int32_t* order, int32_t* row_ids, int32_t* run_starts) {
     constexpr int kBits = 11, kBuckets = 1 << kBits;
@@ -392,7 +393,7 @@ int64_t titan_peer_sort_pairs(const int64_t* indices, int64_t P, int64_t N, uint
     return R;
 }
 
-// Gradient rows into out [*, E, D]: at their own number (compact) or at their expert's; or added to what is there.
+// Gradient rows into out [*, E, D]: at the run's number (compact) or at the expert's; with `add`, added to its contents.
 void titan_peer_table_gradient(const int32_t* order, const int32_t* row_ids, const int32_t* run_starts, int64_t R,
                                const float* weights, const float* vectors, float* out, int64_t compact, int64_t add,
                                int64_t K, int64_t E, int64_t D, int64_t threads) {

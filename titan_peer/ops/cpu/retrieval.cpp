@@ -1,6 +1,6 @@
 // CPU kernels of product-key retrieval: the k best combinations of given scores, and the backward.
 //
-// Shapes: T tokens, H heads, C axes with n sub-keys of Q numbers each, k experts a head.
+// Shapes: T tokens, H heads, C axes with n sub-keys of Q numbers each, k experts per head.
 
 #include "rows.h"
 
@@ -12,7 +12,7 @@ using namespace titan_peer;
 
 namespace {
 
-// Numbers in a vector register: wider vectors than the processor has are compiled into very slow code.
+// Numbers per vector register: vectors wider than the processor's registers are compiled into very slow code.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
@@ -34,14 +34,14 @@ inline Ints load(const int32_t* from) {
     return v;
 }
 
-// Top-k of several rows at once, a row a vector lane: sorting networks have no branches to mispredict, which is what a
-// row-by-row selection spends most of its time on. An entry is a score and the place it came from.
+// Top-k of several rows at once, one row per vector lane: sorting networks have no branches to mispredict, and
+// mispredictions take most of the time of a row-by-row selection. An entry is a score and its place in the row.
 struct Entry {
     Floats score;
     Ints place;
 };
 
-// Put the larger into a. A NaN compares false and stays where it is, so no place is ever lost or doubled.
+// Put the larger into a. A NaN compares false and stays where it is, so no place is ever lost or duplicated.
 inline void order(Entry& a, Entry& b) {
     const Ints swap = a.score < b.score;
     const Floats low = swap ? a.score : b.score;
@@ -52,7 +52,7 @@ inline void order(Entry& a, Entry& b) {
     b.place = low_place;
 }
 
-// A bitonic sequence of K entries (K a power of two) into descending order.
+// Sort a bitonic sequence of K entries (K a power of two) in descending order.
 template <int K>
 inline void merge_bitonic(Entry* e) {
 #pragma GCC unroll 16
@@ -94,8 +94,8 @@ __attribute__((noinline)) void best_entries(const Entry* entries, int64_t count,
     }
 }
 
-// The largest of each of kGroups interleaved parts of a row. K of them lie in different parts, so the K-th largest is a
-// bound that at least K entries of the row reach; with twice K parts hardly more do.
+// A bound that at least K entries of a row reach: the K-th largest of the maxima of kGroups interleaved parts. With 2K parts,
+// few entries beyond those K reach it.
 template <int K>
 constexpr int kGroups = std::max(2 * K, 2 * kLanes);
 
@@ -113,7 +113,7 @@ inline void part_maxima(const float* row, int64_t n, float* maxima) {
     for (int j = 0; i < n; ++i, ++j) maxima[j] = maxima[j] < row[i] ? row[i] : maxima[j];
 }
 
-// Entries of a row that are not below the bound, in their order; room for n + kLanes each. Returns how many.
+// Entries of a row that are not below the bound, in order; the outputs have room for n + kLanes each. Returns their number.
 inline int64_t not_below(const float* row, int64_t n, float bound, float* scores, int32_t* places) {
     int64_t count = 0, i = 0;
 #ifdef __AVX512F__
@@ -131,7 +131,7 @@ inline int64_t not_below(const float* row, int64_t n, float bound, float* scores
         int32_t any = 0;
 #pragma omp simd reduction(| : any)
         for (int64_t j = i; j < i + kLanes; ++j) any |= !(row[j] < bound);
-        if (!any) continue;  // most have nothing
+        if (!any) continue;  // most blocks have none
         for (int64_t j = i; j < i + kLanes; ++j) {
             scores[count] = row[j];
             places[count] = int32_t(j);
@@ -147,17 +147,17 @@ inline int64_t not_below(const float* row, int64_t n, float bound, float* scores
     return count;
 }
 
-// from[lane * stride] in each lane.
+// A vector with from[lane * stride] in each lane.
 inline Floats across(const float* from, int64_t stride, int64_t lanes) {
     Floats v{};
-    if (lanes == kLanes)  // a count that the compiler knows
+    if (lanes == kLanes)  // the compiler knows this count
         for (int lane = 0; lane < kLanes; ++lane) v[lane] = from[lane * stride];
     else
         for (int lane = 0; lane < lanes; ++lane) v[lane] = from[lane * stride];
     return v;
 }
 
-// The K best of up to kLanes rows of n scores, a row a lane.
+// The K best of up to kLanes rows of n scores, one row per lane.
 template <int K>
 class Selection {
 public:
@@ -165,7 +165,7 @@ public:
         : scores(widest + kLanes), places(widest + kLanes), entries(std::max<int64_t>(widest, kGroups<K>)) {}
 
     void best_of(const float* rows, int64_t n, int64_t lanes, Entry* best) {
-        if (n <= 2 * kGroups<K>) {  // too few for a bound to spare work
+        if (n <= 2 * kGroups<K>) {  // too few for a bound to save work
             for (int64_t i = 0; i < n; ++i) entries[i] = {across(rows + i, n, lanes), Ints{} + int32_t(i)};
             return best_entries<K>(entries.data(), n, best);
         }
@@ -228,7 +228,7 @@ void retrieve(const float* const* scores, const int64_t* best_k, const int64_t* 
     }
 }
 
-// The k largest of scores[0..n), descending, the lower index first among equals.
+// The k largest of scores[0..n), descending; equal scores in order of index.
 inline void topk_row(const float* scores, int64_t n, int64_t k, float* values, int32_t* places) {
     int64_t filled = 0;
     float threshold = -INFINITY;
@@ -256,7 +256,7 @@ inline void topk_row(const float* scores, int64_t n, int64_t k, float* values, i
     }
 }
 
-// The same for any k and any number of experts, token by token.
+// The same for any k and any number of experts, one token at a time.
 void retrieve_any(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C,
                   const int32_t* ranks, int64_t M, int64_t H, int64_t tokens, int64_t k, float* values,
                   int64_t* indices, int threads) {
@@ -289,8 +289,8 @@ void retrieve_any(const float* const* scores, const int64_t* best_k, const int64
 
 extern "C" {
 
-// The k best sums over C axes. Axis c's scores lie at scores[c], [H, tokens, sizes[c]], and best_k[c] of them can matter;
-// candidate ranks [M, C]. Results go to values and indices, [tokens, H, k].
+// The k best sums over C axes. Axis c's scores lie at scores[c], [H, tokens, sizes[c]], of which the best_k[c] largest are
+// used; candidate ranks [M, C]. Results go to values and indices, [tokens, H, k].
 void titan_peer_retrieve(const float* const* scores, const int64_t* best_k, const int64_t* sizes, int64_t C,
                          const int32_t* ranks, int64_t M, int64_t H, int64_t tokens, int64_t k, float* values,
                          int64_t* indices, int64_t threads) {
@@ -305,7 +305,7 @@ void titan_peer_retrieve(const float* const* scores, const int64_t* best_k, cons
 
 // One axis of the retrieval's backward. keys and dkeys [key_sets, n, Q]; queries and dqueries are [T, H, stride] with
 // this axis' Q numbers at their start; stride_below is the product of the sizes of the axes after this one. Work space:
-// places [T, H, k], the chosen sub-keys, since the divisions that find them would cost more than the rest.
+// places [T, H, k], the chosen sub-keys, stored because the divisions that find them cost more than the rest.
 void titan_peer_retrieve_backward(const float* dvalues, const int64_t* indices, const float* queries,
                                   const float* keys, float* dqueries, float* dkeys, int32_t* places, int64_t T,
                                   int64_t H, int64_t k, int64_t key_sets, int64_t n, int64_t Q, int64_t stride,
@@ -324,7 +324,7 @@ void titan_peer_retrieve_backward(const float* dvalues, const int64_t* indices, 
         for (; j < k; ++j) add_scaled(dq, key(j), dv[j], Q);
     }
     std::fill(dkeys, dkeys + key_sets * n * Q, 0.0f);
-    constexpr int64_t kTokens = 32;  // a block of tokens, so that neighbouring heads' queries are read while near
+    constexpr int64_t kTokens = 32;  // a block of tokens, so that neighbouring heads' queries are still in cache
 #pragma omp parallel num_threads(threads)
     for (int64_t block = 0; block < T; block += kTokens) {
 #pragma omp for schedule(static) nowait  // the same thread owns a set in every block: no barrier, one order of sums

@@ -40,7 +40,7 @@ inline void add_scaled(float* __restrict y, const Row* __restrict row, float a, 
     for (int64_t i = 0; i < n; ++i) y[i] += a * widen(row[i]);
 }
 
-// Four rows at a time: x is read once for all of them, and the sums do not wait for one another.
+// Four rows at a time: x is read once for all of them, and the sums do not depend on one another.
 template <class Row>
 inline void dot4(const Row* __restrict r0, const Row* __restrict r1, const Row* __restrict r2, const Row* __restrict r3,
                  const float* __restrict x, int64_t n, float* out) {

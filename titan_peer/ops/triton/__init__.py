@@ -1,7 +1,7 @@
-"""The Triton backend: the functions of `reference`, by GPU kernels.
+"""The Triton backend: the functions of `reference`, computed by GPU kernels.
 
-Nothing here makes the host wait for the device: how many rows a step touched stays on the device, and tensors whose length
-depends on it are as long as they can get. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
+Nothing here makes the host wait for the device: the number of touched rows stays on the device, and tensors whose length
+depends on it have the largest possible length. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ def _gather_dot_sum(
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
-    """As the reference's, but order, row_ids and run_starts are as long as they can get, [P], [P] and [P + 1] with
-    P = T * K; what lies behind the pairs that are present, and behind the runs, means nothing."""
+    """As the reference's, but order, row_ids and run_starts have the largest possible lengths, [P], [P] and [P + 1] with
+    P = T * K; the contents after the present pairs, and after the runs, are undefined."""
     P, device = indices.numel(), indices.device
     require_pairs_fit(P, num_experts)
     wanted = indices.reshape(-1)
-    # int32 halves the sort's passes; absent pairs go last, so that the others begin at 0
+    # int32 halves the number of the sort's passes; absent pairs go last, so that the present ones begin at 0
     keys, order = torch.where(wanted < 0, num_experts, wanted).int().sort(stable=True)
     starts = (keys[1:] != keys[:-1]) & (keys[1:] < num_experts)
     first = keys[:1] < num_experts
@@ -151,7 +151,7 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
 def _row_launch(
     kernel: str, pairs: SortedPairs, weights: Tensor, vectors: Tensor, table: Tensor | None = None
 ) -> dict[str, int]:
-    """Shapes and launch of a kernel over gradient rows: constants, and the number of programs as "programs"."""
+    """Shapes and launch of a kernel over gradient rows: its constants, and the number of programs under "programs"."""
     (K, E), D = weights.shape[1:], vectors.shape[1]
     problem = tuning.problem(kernel, vectors if table is None else table, K, E, D)
     launch = tuning.launch_for(problem, vectors.device)
@@ -180,7 +180,7 @@ def table_gradient(
     constants = _row_launch("table_gradient", pairs, weights, vectors, out)
     vectors = _rows_last_contiguous(vectors)
     programs = constants.pop("programs")
-    # A small table's runs are long: several programs share one, each into a part of its own.
+    # A small table's runs are long: several programs share a run, each writing into a part of its own.
     splits = 1 if compact else tuning.num_splits(out.device, programs, 16)
     parts = out if splits == 1 else torch.zeros(splits, *out.shape, dtype=torch.float32, device=out.device)
     with torch.cuda.device_of(out):
@@ -315,9 +315,9 @@ def rowwise_adamw_(
 
 
 def _by_matmul(variant: str, keys: Tensor, best: int) -> bool:
-    """Whether an axis' scores are stored and searched by torch.topk. They have to where the best would not fit registers
-    or a tile of keys shared memory; by rule they are for short axes, where there is little to save. Scores are float32
-    either way."""
+    """Whether an axis' scores are stored and searched by torch.topk. They must be if the list of the best would not fit into
+    registers or a tile of keys into shared memory. By rule they are for short axes, where there is little to save. Scores
+    are float32 either way."""
     n, axis_dim = keys.shape[1:]
     if best > 64 or axis_dim * keys.element_size() > 512 or keys.numel() >= 2**31:  # the kernel's offsets are int32
         return True
@@ -367,8 +367,8 @@ def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tup
 
 @functools.lru_cache(maxsize=64)
 def _combination_tables(sizes: tuple[int, ...], k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Candidate ranks int32 [C, M], and int64 [C, 3]: of each axis, the entries a query has of the axes before it, of
-    itself, and the number of its sub-keys. Kept on the device, so that a step copies nothing to it."""
+    """Candidate ranks int32 [C, M], and int64 [C, 3]: per axis, a query's entries of the axes before it, its entries of this
+    axis, and the number of sub-keys. Kept on the device, so that a step copies nothing to it."""
     best = [min(k, n) for n in sizes]
     ranks = torch.tensor(reference.candidate_ranks(tuple(best), k), dtype=torch.int32).t().contiguous()
     offsets = [[sum(best[:c]), best[c], n] for c, n in enumerate(sizes)]
@@ -386,7 +386,7 @@ def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -
     if T == 0:
         return
     keys = keys.contiguous()
-    # three products of parts make up what tensor cores cut off from float32
+    # tf32x3 adds the products of the low-order bits that tensor cores cut off from float32
     full_precision = torch.get_float32_matmul_precision() == "highest"
     with torch.cuda.device_of(queries):
         retrieval.best_sub_keys[(triton.cdiv(T, launch.block), H)](
@@ -411,7 +411,7 @@ def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -
         )
 
 
-_SCORE_BYTES = 1 << 28  # scores that exist at a time on the plain path
+_SCORE_BYTES = 1 << 28  # the most bytes of scores that exist at the same time
 
 
 def _axis_topk_by_matmul(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of the row-wise AdamW step: each touched row is read, given its gradient made from factors, and written once."""
+"""Kernels of the row-wise AdamW step: each touched row is read once, updated with its gradient from factors, and written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from titan_peer.ops.triton.rows import gradient_block
 
 @triton.jit
 def mix(h):
-    """A hash of uint32 in which every bit depends on all (the finaliser of MurmurHash3)."""
+    """A hash of a uint32 in which every output bit depends on all input bits (the finaliser of MurmurHash3)."""
     h ^= h >> 16
     h *= 0x85EBCA6B
     h ^= h >> 13
@@ -20,7 +20,7 @@ def mix(h):
 
 @triton.jit
 def narrow(value, noise, dtype: tl.constexpr):
-    """float32 -> dtype; bfloat16 up or down by 16 bits of noise, so that the expected value is exact."""
+    """float32 -> dtype; bfloat16 is rounded up or down by 16 bits of noise, so that the expected value is exact."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -32,14 +32,14 @@ def narrow(value, noise, dtype: tl.constexpr):
 
 @triton.jit
 def updated(param, exp_avg, gradient, rate, decay, beta1):
-    """New weights and first moment of a block; rate is the step size over the denominator."""
+    """New weights and first moment of a block; rate is the step size divided by AdamW's denominator."""
     exp_avg += (1.0 - beta1) * (gradient - exp_avg)
     return param * decay - rate * exp_avg, exp_avg
 
 
 @triton.jit
 def block_noise(seed, row, i):
-    """Two uint32 for each element: 48 bits of them round a weight and two moments."""
+    """Two uint32 per element, of which 48 bits round one weight and two moments."""
     key = mix(row.to(tl.uint32) ^ mix(seed.to(tl.uint32)))
     first = mix(i.to(tl.uint32) * 0x9E3779B1 ^ key)
     return first, first * 0x2C1B3C6D ^ (first >> 15)
@@ -71,9 +71,9 @@ def adamw_element(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """AdamW with a second moment an element, on the touched rows of [N, E, D].
+    """AdamW with one second moment per element, on the touched rows of [N, E, D].
 
-    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of a touched row.
+    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of the touched rows.
     Reads: the block of weights and both moments, its pairs' places, weights and vectors. Writes: the block of all three.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -128,10 +128,10 @@ def adamw_row(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """AdamW with one second moment a row, the mean square of its gradient, on the touched rows of [N, E, D].
+    """AdamW with one second moment per row, the mean square of its gradient, on the touched rows of [N, E, D].
 
-    Grid: any number of programs. A program owns every num_programs-th touched row, all E * D numbers of it. A row of one
-    block has its gradient made once; one of several blocks twice, first for the mean square.
+    Grid: any number of programs. A program owns every num_programs-th touched row, all E * D numbers of it. The gradient of
+    a row of one block is made once; of a row of several blocks twice, first for the mean square.
     Reads: weights and first moment of the row, one second moment, the factors. Writes: the same.
     """
     blocks: tl.constexpr = E * ((D + BLOCK_D - 1) // BLOCK_D)

@@ -1,7 +1,7 @@
 """Kernels of the expert operator: forward and backward are the same pass with the tables' roles exchanged.
 
 Forward dots x with the chosen rows of expert_down and sums rows of expert_up; backward dots dy with the chosen rows of
-expert_up and sums rows of expert_down. Each row is read once a use; nothing of size [T, K, D] exists.
+expert_up and sums rows of expert_down. Each row is read once per use; nothing of size [T, K, D] exists.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def gather_dot_sum(
 
     Grid: (tokens, splits). A program owns CHUNK of a token's K * E places (all of them unless there are few tokens), BLOCK
     at a time, and writes one row of out, [splits, T, O].
-    Reads: vector[t] (D numbers) and the indices once; of each present place one row of both tables, side by side, so
-    that 2 * BLOCK rows are in flight; both loads are issued before the dot product waits for its rows.
+    Reads: vector[t] (D numbers) and the indices once; for each present place one row of each table. Both loads are issued
+    before the dot product waits for its rows, so that 2 * BLOCK rows are in flight.
     Writes: forward z [T, K, E] float32; backward dz, hidden and u * act(z) (dgate), each [T, K, E] float32.
-    A place of negative index costs no table traffic and its z, dz and dgate are 0.
+    A place with a negative index causes no table traffic, and its z, dz and dgate are 0.
     """
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Kernel that finds the runs of sorted (token, expert) pairs, without the host's knowing how many there are."""
+"""A kernel that finds the runs of sorted (token, expert) pairs on the device; the host does not learn their number."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def mark_runs(
 ):
     """Row ids, run starts and their number from sorted experts.
 
-    Grid: ceil((P + 1) / BLOCK). A program owns BLOCK places of the sorted order and writes the run that starts at each, if
-    one does; the place after the last present pair ends the last run.
-    Reads: expert int32 [P] ascending (num_experts stands for an absent pair), run int32 [P], the number of runs begun so
+    Grid: ceil((P + 1) / BLOCK). A program owns BLOCK places of the sorted order and writes the runs that start at them; the
+    place after the last present pair ends the last run.
+    Reads: expert int32 [P] ascending (num_experts stands for an absent pair), run int32 [P], the number of runs started so
     far. Writes: row_id int32 [R], run_start int32 [R + 1], num_rows int32 [1].
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

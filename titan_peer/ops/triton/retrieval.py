@@ -1,6 +1,7 @@
 """Kernels of product-key retrieval: the best sub-keys of an axis, the best combinations of axes, gradients of queries.
 
-Scores of an axis exist a tile at a time, in registers, beside a running list of the best; [T, H, C, n] is never stored.
+Only one tile of an axis' scores exists at a time, in registers, with a running list of the best; [T, H, C, n] is never
+stored.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def best_sub_keys(
     """The BEST highest-scoring sub-keys of one axis for each query, descending.
 
     Grid: (ceil(T / BLOCK_T), H). A program owns BLOCK_T queries of a head and goes through all N_KEYS sub-keys, BLOCK_N at a
-    time. An unsorted list of LIST >= BEST entries a query holds the best so far; while any score of a tile beats its
-    query's worst entry, the tile's best replaces it. The first tile fills the list; from a later one, the j-th, about
-    BEST / j scores enter.
-    Reads: its queries once, the head's sub-keys once (shared by all programs of a head: from L2).
+    time. Per query, an unsorted list of LIST >= BEST entries holds the best so far; while any score of a tile beats its
+    query's worst entry, the tile's best replaces that entry. The first tile fills the list; of the j-th tile, about BEST / j
+    scores enter it.
+    Reads: its queries once, the head's sub-keys once (shared by all programs of a head, so from the L2 cache).
     Writes: value float32 and index int32 [T, H, BEST]. A NaN score counts as infinite, so that it is not lost.
-    WIDEN is for the interpreter, whose dot does not know bfloat16.
+    WIDEN is for the interpreter, whose dot does not support bfloat16.
     """
     h = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -94,11 +95,12 @@ def best_combinations(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The K best sums of one score an axis, descending, among M candidate combinations of ranks.
+    """The K best sums of one score per axis, descending, among M candidate combinations of ranks.
 
     Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries and takes the best of their M sums K times.
-    Reads: of each axis c the sorted best values (float32) and indices (int32), offsets[c, 1] a query, which begin after
-    the offsets[c, 0] a query of the axes before; ranks int32 [C, M]; offsets int64 [C, 3], last the number of sub-keys.
+    Reads: ranks int32 [C, M]; offsets int64 [C, 3]; for each axis c the sorted best values (float32) and indices (int32).
+    These are offsets[c, 1] entries per query, after the offsets[c, 0] entries per query of the earlier axes; offsets[c, 2]
+    is the axis' number of sub-keys.
     Writes: value float32 and index int64 [T * H, K].
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -142,11 +144,12 @@ def sum_sub_keys(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One axis' gradient of queries: out[r] = sum_j weight[r, j] * key[row of index[r, j]]; also notes those rows.
+    """One axis' gradient of queries: out[r] = sum_j weight[r, j] * key[row of index[r, j]]; also stores those rows' numbers.
 
-    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries. The sub-key of an expert is index // below % N_KEYS; with a
-    set of sub-keys a head the row is that + head * N_KEYS (head_rows = N_KEYS), with shared ones that alone (0).
-    Reads: weights, indices, K sub-keys of Q numbers a query. Writes: out, Q numbers a query, and key_row int32 [T * H, K].
+    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries. The sub-key of an expert is index // below % N_KEYS. If each
+    head has its own sub-keys, its row is that number + head * N_KEYS (head_rows = N_KEYS); if the heads share them, the row
+    is that number (head_rows = 0).
+    Reads: weights, indices, K sub-keys of Q numbers per query. Writes: out, Q numbers per query, and key_row int32 [T * H, K].
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     q = tl.arange(0, BLOCK_Q)

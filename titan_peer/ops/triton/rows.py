@@ -1,8 +1,8 @@
-"""Kernels that make the gradient rows of a table from their factors: written out, added atomically, or only measured.
+"""Kernels that make a table's gradient rows from their factors, and store them, add them atomically, or sum their squares.
 
-The gradient of table row n is the sum, over its run of sorted pairs, of weight x vector. A table [N, E, D] is taken as
-N * E rows of D numbers, a row as blocks of BLOCK_D. Programs are persistent: how many rows there are is read on the device,
-so that the host never waits for it, and a fixed grid steps through them.
+The gradient of table row n is the sum, over its run of sorted pairs, of weight x vector. A table [N, E, D] is treated as
+N * E rows of D numbers, and a row as blocks of BLOCK_D. Programs are persistent: the number of rows is read on the device,
+so that the host never waits for it, and a fixed grid steps through the rows.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def write_gradient(
     BLOCK_D: tl.constexpr,
 ):
     """Gradient rows into out, [N, E, D] or (COMPACT) [R, E, D]; with SPLITS > 1 into [SPLITS, N, E, D], to be summed; with
-    ADD to what is there.
+    ADD added to its contents.
 
-    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of a gradient row; of
-    SPLITS programs each takes a part of the run, for tables of few rows with long runs.
-    Reads: of each pair its place, weight and BLOCK_D numbers of its vector. Writes: BLOCK_D numbers.
+    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of the gradient rows. With
+    SPLITS > 1, that many programs share a run, for tables of few rows with long runs.
+    Reads: each pair's place, weight and BLOCK_D numbers of its vector. Writes: BLOCK_D numbers.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks * SPLITS)
@@ -106,7 +106,7 @@ def add_gradient(
 ):
     """Adds weight x vector of unsorted pairs to float32 out [N, E, D], atomically: the order of sums differs between runs.
 
-    Grid: (ceil(P / BLOCK_P), E * ceil(D / BLOCK_D)). A program owns BLOCK_P pairs and BLOCK_D numbers of a row of each.
+    Grid: (ceil(P / BLOCK_P), E * ceil(D / BLOCK_D)). A program owns BLOCK_P pairs and BLOCK_D numbers of each pair's row.
     Reads: index [P], weight [P, E], the pairs' vectors. Writes: BLOCK_P x BLOCK_D atomic additions.
     """
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -138,10 +138,10 @@ def sum_squares(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum of squares of gradient rows, as one float64 a program.
+    """Sum of squares of gradient rows, as one float64 per program.
 
-    Grid: any number of programs (the same number gives the same sum). A program owns every num_programs-th block of a
-    gradient row, makes it, squares it and forgets it. Reads: as write_gradient. Writes: out float64 [num_programs].
+    Grid: any number of programs (the same number gives the same sum). A program owns every num_programs-th block of the
+    gradient rows, makes it, squares it and discards it. Reads: as write_gradient. Writes: out float64 [num_programs].
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks)

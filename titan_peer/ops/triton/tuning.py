@@ -1,7 +1,7 @@
-"""How kernels are launched: block sizes and warps by problem, from a tuning file or else by rule.
+"""How kernels are launched: block sizes and warps per problem, from a tuning file or else by rule.
 
 A problem is (kernel, D, K, E, dtype, whether the table fits the device's cache). `titan-peer tune` measures candidates and
-writes the fastest into a JSON file in the cache folder (TITAN_PEER_CACHE_DIR), by device; nothing needs it.
+writes the fastest into a JSON file in the cache folder (TITAN_PEER_CACHE_DIR), per device; the file is optional.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Problem(NamedTuple):
     kernel: str
     """experts_forward, experts_backward, table_gradient, row_norm, adamw or best_sub_keys."""
     D: int
-    """Numbers of a row that are read together: model dim, or dim of a sub-key."""
+    """Numbers per row: the model dim, or the dim of a sub-key."""
     K: int
-    """Places a token: heads x k (table kernels: k of a head where they serve sub-keys)."""
+    """Places per token: heads x k (for table kernels on sub-keys: k of one head)."""
     E: int
     dtype: torch.dtype
-    """Of the table."""
+    """The table's dtype."""
     in_cache: bool
-    """The table fits the device's L2."""
+    """Whether the table fits into the device's L2 cache."""
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -55,7 +55,7 @@ class Launch:
     """One way to launch a kernel."""
 
     block: int
-    """Rows (experts_*), pairs (table_gradient, row_norm, adamw) or queries (best_sub_keys) a program takes at a time."""
+    """Rows (experts_*), pairs (table_gradient, row_norm, adamw) or queries (best_sub_keys) per program at a time."""
     num_warps: int
     num_stages: int = 1
     """Iterations whose loads are in flight (experts_*): above 1 the compiler copies ahead into shared memory."""
@@ -83,12 +83,12 @@ def _device_properties(device: torch.device) -> _Device:
 
 
 def num_programs(device: torch.device, num_warps: int, most: int) -> int:
-    """Programs of a persistent kernel: 32 warps a multiprocessor, at most one a unit of work."""
+    """Programs of a persistent kernel: 32 warps per multiprocessor, at most one program per unit of work."""
     return max(1, min(most, _device_properties(device).num_sms * max(1, 32 // num_warps)))
 
 
 def num_splits(device: torch.device, programs: int, most: int) -> int:
-    """Into how many parts the work of `programs` programs is cut so that there are four a multiprocessor."""
+    """Into how many parts the work of `programs` programs is cut so that there are four programs per multiprocessor."""
     wanted = 4 * _device_properties(device).num_sms
     return max(1, min(most, triton.next_power_of_2(triton.cdiv(wanted, max(programs, 1)))))
 
@@ -97,7 +97,7 @@ def num_splits(device: torch.device, programs: int, most: int) -> int:
 
 
 def _warps_for(D: int, element_size: int) -> int:
-    """One 16-byte load of a row a thread, in whole warps, up to eight."""
+    """Enough warps, up to eight, for each thread to load 16 bytes of a row."""
     return max(1, min(8, triton.next_power_of_2(D) * element_size // (16 * 32)))
 
 
@@ -105,18 +105,18 @@ def by_rule(p: Problem) -> Launch:
     """A launch that needs no tuning run."""
     width = triton.next_power_of_2(p.D)
     if p.kernel.startswith("experts_"):
-        # 8 KiB of each table in flight a program: with some ten programs a multiprocessor far beyond what hides latency
+        # 8 KiB of each table in flight per program: with about ten programs per multiprocessor far more than latency needs
         block = max(1, min(8, 8192 // (width * p.dtype.itemsize), triton.next_power_of_2(p.K * p.E)))
         return Launch(block, _warps_for(p.D, p.dtype.itemsize))
     if p.kernel == "best_sub_keys":
         return Launch(64 if width * p.dtype.itemsize <= 256 else 32, 4)
-    # Table kernels: half the table's rows are used twice or more in a step of the size they are built for.
+    # Table kernels are built for steps in which half of the touched rows are used twice or more.
     block = 4 if width > 256 else 8
     return Launch(block, max(1, min(8, width // 256)))
 
 
 def candidates(p: Problem) -> list[Launch]:
-    """What a tuning run tries: around the rule's launch, and the other ways to do it."""
+    """What a tuning run tries: launches near the rule's, and the other variants."""
     rule = by_rule(p)
     if p.kernel == "best_sub_keys":
         tiles = ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8))
@@ -137,7 +137,7 @@ _forced: dict[Problem, Launch] = {}
 
 @contextmanager
 def forced(p: Problem, launch: Launch) -> Iterator[None]:
-    """Launch a problem so, whatever the rule or the tuning file say."""
+    """Launch a problem this way, regardless of the rule and the tuning file."""
     _forced[p] = launch
     try:
         yield
@@ -171,7 +171,7 @@ def _tuned(device: torch.device) -> dict[str, Launch]:
         try:
             found[key] = Launch(**launch)  # type: ignore[arg-type]
         except TypeError:
-            logger.warning("%s: %s is not a launch and is passed over", path, key)
+            logger.warning("%s: %s is not a launch and is ignored", path, key)
     return found
 
 
