@@ -96,7 +96,7 @@ def test_what_is_allowed_to_change_changes_and_is_said(folder, caplog):
 def test_every_key_that_differs_from_the_checkpoint_is_listed_and_no_other(folder, caplog):
     caplog.set_level("INFO", logger="titan_peer")
     trainer(folder, "--optimizer.lr", 0.002, "--data.sources.0.weight", 2.0)
-    (line,) = [words for words in said(caplog).splitlines() if "other settings than" in words]
+    (line,) = [words for words in said(caplog).splitlines() if "settings that differ" in words]
     changes = {part.split(" = ")[0] for part in line.partition("was saved with: ")[2].split(", ")}
     assert changes == {
         "optimizer.lr", "data.sources[0].weight", "job.config_file", "job.dump_folder", "model.tokenizer_path",

@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_a_link_to_other_storage_loses_the_link_only(tmp_pa
         retention.drop_old(step)
     assert saved_steps(folder) == [3] and not hidden(folder)
     assert size_of(storage) == 3
-    assert messages(caplog) == [f"{folder / 'step-1'} is a link: it is removed, and {storage} is left"]
+    assert messages(caplog) == [f"{folder / 'step-1'} is a link: the link is removed, and its target {storage} stays"]
 
 
 def test_leftovers_of_this_and_earlier_versions_are_removed(tmp_path):

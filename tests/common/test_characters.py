@@ -40,7 +40,7 @@ def given_standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Non
     ("text", "message"),
     [
         ("caf\udce9", "--prompt 2: has the byte 0xe9, which is not UTF-8, after 'caf'"),
-        ("\ud83d!", r"--prompt 2: has half of a surrogate pair (\ud83d), which is no character, after ''"),
+        ("\ud83d!", r"--prompt 2: has half of a surrogate pair (\ud83d), which is not a character, after ''"),
     ],
 )
 def test_what_is_no_character_is_named_with_its_place(text: str, message: str) -> None:

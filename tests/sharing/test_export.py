@@ -236,7 +236,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path, capsys) -> Non
     for command in (["export", "--output", tmp_path / "out"], ["generate", "--prompt", "x"]):
         message = failure(capsys, *command, "--checkpoint", tmp_path / "foreign")
         assert "foreign: has no complete checkpoint in it; give a job's folder" in message
-        assert "is not there" in failure(capsys, *command, "--checkpoint", tmp_path / "nowhere")
+        assert "does not exist" in failure(capsys, *command, "--checkpoint", tmp_path / "nowhere")
 
 
 def test_nothing_is_written_over(checkpoint: Path, exported: Path, capsys) -> None:

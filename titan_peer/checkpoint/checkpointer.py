@@ -1,7 +1,7 @@
 """The checkpoints of a job: save, verify, load, retain.
 
-`step-N` is complete or not there (checkpoint_saving.py), a load verifies it first, and reading one runs no code of its own
-(checkpoint_files.py).
+`step-N` is either complete or absent (saving.py); a load verifies it first, and reading one executes no code from it
+(files.py).
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Checkpointer:
     """The checkpoints of one job: when to wait, what to keep, where to start from.
 
     Args:
-        job: settled, as it is to be stored in every checkpoint.
-        model, optimizers: on this process; saved from and loaded into.
+        job: the resolved job, which is stored in every checkpoint.
+        model, optimizers: those of this process; saved from and loaded into.
     Raises:
-        UserError: the folder of the checkpoints cannot be written.
+        UserError: the folder of the checkpoints cannot be written to.
     """
 
     def __init__(self, job: JobConfig, model: nn.Module, optimizers: Optimizers) -> None:
@@ -73,7 +73,7 @@ class Checkpointer:
         self._retention = Retention(self.folder, self.settings.keep_latest_k, self.settings.keep_every_n_steps)
         self._documents: dict[str, bytes] = {}
         self.saved_step = 0
-        """Of the newest checkpoint of this run that is complete, or of the one it resumed from; 0: none."""
+        """The step of this run's newest complete checkpoint, or of the one it resumed from; 0: none."""
         self._newly_saved: list[tuple[int, Path]] = []
         self._ranks.all_do(self._read_documents)
         if self.settings.enable:
@@ -84,7 +84,7 @@ class Checkpointer:
         return Ranks()
 
     def _read_documents(self) -> None:
-        """The files that lie in every checkpoint; read now, since it must hold the tokenizer the job began with."""
+        """Read the files that every checkpoint contains; now, since it must hold the tokenizer that the job started with."""
         require_known_entries(self.settings.allow_changed)
         self._documents[CONFIG] = self.job.to_toml().encode()
         for name, content in read_tokenizer_files(self.job.model.tokenizer_path).items():
@@ -98,21 +98,21 @@ class Checkpointer:
         try:
             self._ranks.all_do(create_a_file)
         except ProcessesFailedError as error:
-            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
+            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written to: {error}") from None
 
     # ---- save
 
     def save(self, step: int, train_state: dict[str, Any], *, wait: bool, model_only: bool = False) -> None:
-        """Save `step-N`, then drop old checkpoints. Called by every process between two steps.
+        """Save `step-N`, then remove old checkpoints. Every process must call it, between two steps.
 
-        With `checkpoint.async_mode = "async"` and `wait` false it returns when the copying has begun:
-        `wait_until_copied` must be called before parameters or optimizer state change.
+        With `checkpoint.async_mode = "async"` and `wait` false it returns when copying has started: `wait_until_copied` must
+        be called before parameters or optimizer state change.
 
         Args:
-            wait: return when the checkpoint is on disk. Otherwise a failure is logged as an error and training goes on.
-            model_only: only the model, in checkpoint.export_dtype.
+            wait: return only when the checkpoint is on disk. Otherwise a failure is logged as an error and training goes on.
+            model_only: save only the model, in checkpoint.export_dtype.
         Raises:
-            CheckpointSaveError: with `wait`, when it could not be written; on every process.
+            CheckpointSaveError: with `wait`, if the checkpoint could not be written; on every process.
         """
         start = time.perf_counter()
         self.finish()
@@ -135,7 +135,7 @@ class Checkpointer:
             self._newly_saved.append((step, folder))
             if self._ranks.is_first:
                 self._retention.drop_old(step)
-                beside = "" if wait or self._background is None else " beside the training"
+                beside = "" if wait or self._background is None else " in the background"
                 logger.info("saved %s in %.1f s%s", folder, time.perf_counter() - start, beside)
 
         if self._background is not None and not wait:
@@ -148,22 +148,22 @@ class Checkpointer:
                 raise
 
     def wait_until_copied(self) -> None:
-        """Return when parameters and optimizer state may change: an asynchronous save has copied them."""
+        """Wait until parameters and optimizer state may change, that is, until an asynchronous save has copied them."""
         if self._background is not None:
             self._background.wait_until_copied()
 
     def finish(self, timeout: float | None = None) -> None:
-        """Wait for the asynchronous save that is running, if any; its failure has been logged.
+        """Wait for the asynchronous save that is running, if any; a failure of it is logged, not raised.
 
         Raises:
-            TimeoutError: it has not ended within `timeout` seconds.
+            TimeoutError: the save has not ended within `timeout` seconds.
         """
         if self._background is not None:
             with suppress(CheckpointSaveError):
                 self._background.finish(timeout)
 
     def newly_saved(self) -> list[tuple[int, Path]]:
-        """Step and folder of the checkpoints that have become complete since the last call."""
+        """Step and folder of each checkpoint that has been completed since the last call."""
         saved, self._newly_saved = self._newly_saved, []
         return saved
 
@@ -185,15 +185,15 @@ class Checkpointer:
     # ---- load
 
     def load(self) -> dict[str, Any] | None:
-        """Load what the job starts from into model, optimizers and random states. Called by every process.
+        """Load what the job starts from into model, optimizers and random states. Every process must call it.
 
-        In this order: the step checkpoint.load_step of the job's own folder (-1: its newest sound checkpoint);
-        checkpoint.initial_load_path; nothing.
+        The first of these that exists: the step checkpoint.load_step in the job's own folder (-1: its newest undamaged
+        checkpoint); checkpoint.initial_load_path; otherwise nothing is loaded.
 
         Returns:
-            The train_state it was saved with, less what checkpoint.exclude_from_loading names; None for a fresh start.
+            The train_state it was saved with, without what checkpoint.exclude_from_loading names; None for a fresh start.
         Raises:
-            UserError: the step is not there, no checkpoint is sound, or the checkpoint does not fit the job.
+            UserError: the step does not exist, all checkpoints are damaged, or the checkpoint does not fit the job.
         """
         steps = self._ranks.first_does(self._own_steps)
         load_step = self._load_step(steps)
@@ -210,7 +210,7 @@ class Checkpointer:
         return saved_steps(self.folder)
 
     def _load_step(self, steps: list[int]) -> int:
-        """The step to load; where torchrun has restarted the job, a step that it began with is not gone back to."""
+        """The step to load: after a restart by torchrun the newest one, even if the job began with an older step."""
         load_step, restarts = self.settings.load_step, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         return -1 if restarts and load_step >= 0 and max(steps, default=0) > load_step else load_step
 
@@ -229,8 +229,8 @@ class Checkpointer:
         else:
             names = ", ".join(f"step-{step}" for step in damaged)
             raise UserError(
-                f"no sound checkpoint among {names} in {self.folder}: {damage}; choose another by checkpoint.load_step, "
-                "or start anew with --checkpoint.load_step 0"
+                f"all of {names} in {self.folder} are damaged: {damage}; choose another with checkpoint.load_step, "
+                "or start from the beginning with --checkpoint.load_step 0"
             )
         chosen = load_step > 0
         state = self._load(folder, excluded=self.settings.exclude_from_loading if chosen else [])
@@ -261,7 +261,7 @@ class Checkpointer:
         return None if model_only else state
 
     def _damage(self, folder: Path) -> str:
-        """What is wrong with a checkpoint's files, as all processes together find it; empty: nothing."""
+        """What is wrong with a checkpoint's files, checked by all processes together; empty: nothing."""
 
         def look() -> str:
             try:
@@ -274,7 +274,7 @@ class Checkpointer:
         return next(filter(None, self._ranks.all_do(look)), "")
 
     def _load(self, folder: Path, *, excluded: list[str], model_only: bool = False) -> dict[str, Any]:
-        """Compare a sound checkpoint with the job, then take what is not excluded; its train_state, less what is."""
+        """Compare an undamaged checkpoint with the job, then load what is not excluded; returns its train_state."""
         compared: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._ranks.all_do(lambda: compared.append(self._compare(folder, excluded, model_only)))
         ((state, tensors),) = compared
@@ -283,28 +283,30 @@ class Checkpointer:
         return state
 
     def _compare(self, folder: Path, excluded: list[str], model_only: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The checkpoint's train_state and the job's tensors that are to be filled from it.
+        """The checkpoint's train_state and the job's tensors that are to be filled from it, both without what is excluded.
 
         Raises:
-            UserError: the checkpoint is of another model or tokenizer, or has other tensors.
+            UserError: the checkpoint belongs to another model or tokenizer, or has other tensors.
         """
         saved, allowed = read_saved_job(folder / CONFIG), self.settings.allow_changed
         changes = changed_settings(saved, self.job)
         if model_only:
             changes = {key: change for key, change in changes.items() if key.startswith("model.")}
         if changes and self._ranks.is_first:
-            logger.info("other settings than %s was saved with: %s", folder, described(changes))
+            logger.info("settings that differ from those that %s was saved with: %s", folder, described(changes))
         if "model" not in excluded:
             require_same_function(folder, saved.model, self.job.model, allowed)
             stored_tokenizer = stored_tokenizer_path(folder, saved.model.tokenizer_path)
             require_same_tokenizer(folder, stored_tokenizer, self.job.model.tokenizer_path, allowed)
         state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
         wanted, stored = self._tensors(), stored_shapes(SafeReader(folder))
-        # Random states belong to a process; with other processes than at the save, those without one keep their seed.
+        # Random states belong to one process each; with more processes than at the save, the new ones keep their seed.
         wanted = {name: t for name, t in wanted.items() if name in stored or not name.startswith("rng.")}
         stored = {name: s for name, s in stored.items() if name in wanted or not name.startswith("rng.")}
         if self.job.model.tie_embeddings and not saved.model.tie_embeddings:
-            del wanted["model.output.weight"]  # it is the embedding, which must not become the checkpoint's head
+            del wanted[
+                "model.output.weight"
+            ]  # this tensor is the embedding, which must not be filled with the checkpoint's head
         left_out = _excluded(excluded, {*wanted, *stored}, state)
         if model_only or state.get("model_only"):
             left_out |= {name for name in (*wanted, *stored) if not name.startswith("model.")}
@@ -312,14 +314,14 @@ class Checkpointer:
         stored = {name: s for name, s in stored.items() if name not in left_out}
         if problem := misfits({name: t.shape for name, t in wanted.items()}, stored):
             raise UserError(
-                f"{folder} does not fit the job: {problem}; the settings it was saved with are in {folder / CONFIG}. What is "
-                "not to be taken from it can be named in checkpoint.exclude_from_loading, together with "
-                "checkpoint.initial_load_path or a checkpoint.load_step"
+                f"{folder} does not fit the job: {problem}; the settings it was saved with are in {folder / CONFIG}. Name "
+                "what is not to be loaded in checkpoint.exclude_from_loading, together with checkpoint.initial_load_path "
+                "or checkpoint.load_step"
             )
         return state, wanted
 
     def _set_aside(self, steps: list[int], why: str) -> None:
-        """Rename checkpoints that are not this run's past, so that nothing takes them for it; nothing is removed."""
+        """Rename checkpoints that do not belong to this run's history, so that none is mistaken for it; none is removed."""
 
         def rename() -> None:
             for step in steps:
@@ -332,16 +334,16 @@ class Checkpointer:
         try:
             self._ranks.first_does(rename)
         except ProcessesFailedError as error:
-            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written: {error}") from None
+            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written to: {error}") from None
 
 
-# What checkpoint.exclude_from_loading calls parts of the checkpoint, beside patterns of tensor names.
+# Names of parts of a checkpoint in checkpoint.exclude_from_loading, besides patterns of tensor names.
 _GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
 _STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
 
 
 def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set[str]:
-    """The tensors' names that entries of checkpoint.exclude_from_loading mean; keys they mean are taken out of `state`."""
+    """The tensor names that entries of checkpoint.exclude_from_loading match; keys that they match are removed from `state`."""
     found: set[str] = set()
     for entry in entries:
         if entry in _STATE_KEYS:

@@ -1,6 +1,6 @@
-"""Which checkpoint is meant: one itself, or the newest complete one of a job or of a folder of checkpoints.
+"""Find the checkpoint that a path means: itself, or the newest complete one of a job or of a folder of checkpoints.
 
-Everything that takes a checkpoint from a person finds it here.
+Every command and key that takes a checkpoint finds it with these functions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ WHAT_TO_GIVE = "a job's folder (its newest checkpoint is taken) or a checkpoint,
 
 
 def find_checkpoint(given: Path | str, key: str) -> Path:
-    """The folder `step-N` that `given` means; which one is logged in a line where that was a choice.
+    """The folder `step-N` that `given` means; logged if there was a choice.
 
     Args:
         given: a checkpoint; a job's folder; or a folder of checkpoints. Of the last two the newest complete one is taken.
-        key: flag or config key that it was given by, for messages.
+        key: the flag or config key with which it was given, for messages.
     Raises:
         UserError: there is no checkpoint.
     """
@@ -54,7 +54,7 @@ def _checkpoint_folder(job_folder: Path) -> str:
 
 def _what_it_is(given: Path) -> str:
     if not given.exists():
-        return "is not there"
+        return "does not exist"
     if not given.is_dir():
         return "is not a folder"
     if (given / _EXPORTED).is_file():

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is one of this job: its settings, its model, its tokenizer.
+"""Whether a checkpoint fits this job: its settings, its model, its tokenizer.
 
-Weights mean something only to the model and the tokenizer they have learnt with. What differs there stops the job unless
-checkpoint.allow_changed names it; everything else that differs is said.
+Weights are valid only for the model and the tokenizer that they were trained with. A difference there stops the job unless
+checkpoint.allow_changed names it; every other difference is logged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Changes = dict[str, tuple[Any, Any]]
 """Key -> (value in the checkpoint, value in the job)."""
 
 TOKENIZER = "tokenizer"
-"""What checkpoint.allow_changed calls the tokenizer."""
+"""The tokenizer's name in checkpoint.allow_changed."""
 
 # Every other key of the model changes what the same weights compute.
 _SEEN_IN_THE_TENSORS = {
@@ -55,7 +55,7 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
 
 
 def changed_settings(saved: JobConfig, job: JobConfig) -> Changes:
-    """Every key in which two jobs differ; a source that only one of them has differs in all its keys (None: not there)."""
+    """Every key in which two jobs differ; a source that only one of them has differs in all its keys (None: absent)."""
     before, now = (_flat(dataclasses.asdict(j), "") for j in (saved, job))
     empty = {key for key, value in (before | now).items() if value == []}
     names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
@@ -63,7 +63,7 @@ def changed_settings(saved: JobConfig, job: JobConfig) -> Changes:
 
 
 def described(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Changes as a phrase."""
+    """Changes as text for a message."""
     return ", ".join(f"{key} = {_word(now)} (was {_word(was)})" for key, (was, now) in changes.items())
 
 
@@ -72,7 +72,7 @@ def _word(value: Any) -> str:
 
 
 def changed_function(saved: ModelArgs, model: ModelArgs) -> Changes:
-    """The keys in whose change the same tensors make another model, as far as tensors' names and shapes do not show it."""
+    """The changed keys that make another model of the same tensors and that the tensors' names and shapes do not show."""
     before, now = (_flat(dataclasses.asdict(args), "model") for args in (saved, model))
     names = [n for n in now if n not in _SEEN_IN_THE_TENSORS | _NOT_OF_THE_FUNCTION | _LAYOUT]
     if saved.mla.rope_factor <= 1 and model.mla.rope_factor <= 1:
@@ -88,7 +88,7 @@ def changed_function(saved: ModelArgs, model: ModelArgs) -> Changes:
 
 
 def model_keys() -> list[str]:
-    """What checkpoint.allow_changed may name, TOKENIZER aside."""
+    """What checkpoint.allow_changed may name, besides TOKENIZER."""
     keys = _flat(dataclasses.asdict(ModelArgs()), "model")
     return [n for n in keys if n not in _SEEN_IN_THE_TENSORS | _NOT_OF_THE_FUNCTION]
 
@@ -98,7 +98,7 @@ def _allows(allowed: Sequence[str], key: str) -> bool:
 
 
 def require_known_entries(allowed: Sequence[str]) -> None:
-    """Raise UserError for an entry of checkpoint.allow_changed that can allow nothing."""
+    """Raise UserError for an entry of checkpoint.allow_changed that matches no key."""
     known = [*model_keys(), TOKENIZER]
     for entry in allowed:
         if not any(fnmatch.fnmatchcase(key, entry) for key in known):
@@ -106,12 +106,12 @@ def require_known_entries(allowed: Sequence[str]) -> None:
 
 
 def require_same_function(checkpoint: Path, saved: ModelArgs, model: ModelArgs, allowed: Sequence[str]) -> None:
-    """Raise UserError when the checkpoint's weights would be another function in this model and no entry allows it."""
+    """Raise UserError if the checkpoint's weights would compute another function in this model and no entry allows it."""
     changes = {k: v for k, v in changed_function(saved, model).items() if not _allows(allowed, k)}
     if changes:
         raise UserError(
-            f"{checkpoint} was trained as another model: {described(changes)}; give the checkpoint's values, or, to go on "
-            f"with its weights in this model all the same, --checkpoint.allow_changed {' '.join([*allowed, *changes])}"
+            f"{checkpoint} was trained as another model: {described(changes)}; give the checkpoint's values, or, to use "
+            f"its weights in this model all the same, --checkpoint.allow_changed {' '.join([*allowed, *changes])}"
         )
 
 
@@ -120,10 +120,10 @@ def require_same_function(checkpoint: Path, saved: ModelArgs, model: ModelArgs, 
 
 
 def tokenizer_function(path: str) -> str:
-    """The same for two tokenizers that turn every text into the same ids and every id into the same text.
+    """A hash, equal for two tokenizers that turn every text into the same ids and every id into the same text.
 
-    Not the fingerprint of a file: how a tokenizer.json is laid out, its padding, truncation and post-processing have no part
-    in what we do with it.
+    It is not a hash of the file: the layout of a tokenizer.json and its padding, truncation and post-processing have no effect
+    on how it is used here.
 
     Raises:
         UserError: as `load_tokenizer`.
@@ -143,7 +143,7 @@ def tokenizer_function(path: str) -> str:
 
 
 def require_same_tokenizer(checkpoint: Path, stored: str, job: str, allowed: Sequence[str]) -> None:
-    """Raise UserError when the tokenizer at `job` does something else than the one at `stored` and no entry allows it."""
+    """Raise UserError if the tokenizer at `job` maps differently from the one at `stored` and no entry allows it."""
     if _allows(allowed, TOKENIZER) or tokenizer_function(stored) == tokenizer_function(job):
         return
     theirs, ours = (_in_words(load_tokenizer(path)) for path in (stored, job))

@@ -1,4 +1,4 @@
-"""What a checkpoint folder is on disk: its files, the manifest that proves them whole, and reading them safely.
+"""A checkpoint folder on disk: its files, the manifest that shows that they are whole, and how to read them safely.
 
 `step-N` holds tensors in torch.distributed.checkpoint's format (`.metadata`, `*.distcp`), `train_state.json` (step, tokens,
 data position), `config.toml` (the resolved job), the files of its tokenizer in `tokenizer/` and, written last,
@@ -35,15 +35,15 @@ from titan_peer.data.special_tokens import SETTINGS_FILES
 
 logger = logging.getLogger("titan_peer")
 
-# A single process is meant; the library warns of it at every save and load. For good, because a filter that comes and goes
-# has Python forget which warnings it has shown, and saves run on a thread.
+# A single process is intended, but the library warns about it at every save and load. The filter stays for good: adding and
+# removing one makes Python forget which warnings it has shown, and saves run on a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
 
 _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
-# what file systems answer that have nothing to do for a folder
+# errors of file systems that cannot sync folders
 _FOLDERS_NOT_SYNCED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 ManifestEntries = dict[str, dict[str, int]]
@@ -51,7 +51,7 @@ ManifestEntries = dict[str, dict[str, int]]
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint folder whose files are not what its manifest says."""
+    """The files of a checkpoint folder differ from its manifest."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def _crc32(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have the file's or folder's content on disk before what follows; folders as far as the file system can."""
+    """Flush a file's or folder's content to disk; a folder's only if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,8 +75,8 @@ def sync(path: Path) -> None:
         if error.errno not in _FOLDERS_NOT_SYNCED or not path.is_dir():
             raise
         _say_once(
-            f"the file system of the checkpoints cannot sync folders ({error.strerror}): should the machine itself fail right "
-            "after a save, that save may be lost"
+            f"the file system of the checkpoints cannot sync folders ({error.strerror}): if the machine fails right after a "
+            "save, that save may be lost"
         )
     finally:
         os.close(descriptor)
@@ -109,12 +109,12 @@ def write_manifest(folder: Path, entries: ManifestEntries) -> None:
 def verify(
     folder: Path, *, checksums: bool = True, share: slice = slice(None), without: Collection[str] = frozenset()
 ) -> None:
-    """Raise DamagedCheckpointError unless every file is there with the size and CRC-32 of the manifest.
+    """Raise DamagedCheckpointError unless every file exists with the size and CRC-32 of the manifest.
 
     Args:
         checksums: False compares sizes only, which reads nothing but the manifest.
-        share: the files to look at, of the manifest's sorted list; processes divide the work by it.
-        without: files that are not looked at.
+        share: which files of the manifest's sorted list to check, so that processes can divide the work.
+        without: files that are not checked.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -140,7 +140,7 @@ def verify(
 
 
 def read_tokenizer_files(tokenizer_path: str) -> dict[str, bytes]:
-    """Content of the files that `model.tokenizer_path` names, by name; empty for a tokenizer without files."""
+    """Contents of the files of `model.tokenizer_path`, by name; empty for a tokenizer without files."""
     path = Path(tokenizer_path)
     if path.is_file():
         settings = [path.with_name(name) for name in SETTINGS_FILES] if path.name == "tokenizer.json" else []
@@ -151,7 +151,7 @@ def read_tokenizer_files(tokenizer_path: str) -> dict[str, bytes]:
 
 
 def stored_tokenizer_path(folder: Path, tokenizer_path: str) -> str:
-    """Where a checkpoint keeps the tokenizer that its job names `tokenizer_path`."""
+    """Where a checkpoint stores the tokenizer whose path in its job is `tokenizer_path`."""
     stored = folder / TOKENIZER
     if not stored.is_dir():
         return tokenizer_path
@@ -197,7 +197,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of a folder, but its pickled index goes through an unpickler that knows only the format's types."""
+    """DCP's folder reader, except that its pickled index is read by an unpickler that allows only the format's types."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         index = Path(self.path) / ".metadata"
@@ -226,8 +226,8 @@ def files_without(reader: SafeReader, prefix: str) -> set[str]:
 
 
 def misfits(wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], at_most: int = 5) -> str:
-    """In what the shapes of a checkpoint's tensors and those of a job differ, in either direction: a phrase for each of
-    the first ones; empty when all fit."""
+    """How the shapes of a checkpoint's tensors differ from those of a job, in either direction, as text with the first
+    `at_most` differences; empty if all fit."""
     found = []
     for name, shape in wanted.items():
         if name not in stored:
@@ -244,22 +244,22 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: boo
     """Fill tensors, by name, from a checkpoint that has them in these shapes; they keep their dtype and sharding.
 
     Args:
-        no_dist: this process reads on its own, although there may be others.
+        no_dist: read on this process alone, even if there are others.
     """
     dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=no_dist or not dist.is_initialized())
 
 
 class NotMappableError(Exception):
-    """A tensor cannot be used where it lies in a checkpoint; the message says why."""
+    """A tensor cannot be memory-mapped from a checkpoint; the message says why."""
 
 
 def map_tensor(reader: SafeReader, name: str) -> torch.Tensor:
     """A stored tensor as a copy-on-write view of its file: pages are read when they are used.
 
     Raises:
-        NotMappableError: it is stored in several parts, as several processes save a sharded one; or at a place that is no
-            multiple of its numbers' size (as versions before the one that writes `__0_model_0.distcp` did), from which
-            compiled code may not read them.
+        NotMappableError: it is stored in several parts, as several processes save a sharded one, or its offset is not a
+            multiple of its element size (as in versions before the one that writes `__0_model_0.distcp`), which compiled
+            code does not allow.
     """
     metadata = reader.read_metadata()
     item = metadata.state_dict_metadata[name]
@@ -285,7 +285,7 @@ def map_tensor(reader: SafeReader, name: str) -> torch.Tensor:
 
 
 class _Window(io.RawIOBase):
-    """Bytes start..start+length of a file, as a file of its own."""
+    """Bytes start..start+length of a file, as a separate file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0

@@ -40,19 +40,20 @@ def load_model_for_inference(
     dtype: torch.dtype | None = None,
     mmap_tables: bool = False,
 ) -> tuple[Transformer, JobConfig, Tokenizer]:
-    """Open a checkpoint, as `find_checkpoint` takes it: the model in eval mode, the job that trained it, its tokenizer.
+    """Open a checkpoint (see `find_checkpoint`): the model in eval mode, the job that trained it, its tokenizer.
 
     Every process loads the whole model; nothing is compiled or sharded.
 
     Args:
         device: where the parameters are put.
-        dtype: of the expert tables and of the matrices, which training multiplies in it; None takes float32, the dtype they
-            were trained in. Gains, embeddings, sub-keys and buffers, which training does not round, stay float32.
-        mmap_tables: on a CPU, use the expert tables where they lie in the checkpoint's files, read when they are used and
-            shared by all processes that do so. Tables keep the dtype they are stored in; checksums, which would read
-            everything, are not compared, sizes are. Not for tables that several processes saved in parts.
+        dtype: dtype of the expert tables and of the matrices, the tensors that mixed-precision training rounds; None:
+            float32, in which they are trained. Gains, embeddings, sub-keys and buffers, which training does not round, stay
+            float32.
+        mmap_tables: on a CPU, map the expert tables from the checkpoint's files: they are read when they are used, and
+            processes that map them share the memory. Tables keep their stored dtype. File sizes are compared, checksums are
+            not, since that would read everything. Tables that several processes saved in parts are loaded, not mapped.
     Raises:
-        UserError: the folder is no checkpoint, or is damaged; the message names the file.
+        UserError: the folder is not a checkpoint, or is damaged; the message names the file.
     """
     device = torch.device(device)
     if mmap_tables and device.type != "cpu":
@@ -76,7 +77,7 @@ def load_model_for_inference(
 
 
 def require_sound_model(folder: Path, *, checksums: bool = True) -> None:
-    """Raise UserError unless the files of a checkpoint that inference needs are whole; those of the optimizer are not read.
+    """Raise UserError unless the checkpoint's files that inference needs are whole; the optimizer's are not read.
 
     Args:
         checksums: False compares sizes only.
@@ -100,7 +101,7 @@ def _inference_weights(
     prefix = "model."
     stored = {n.removeprefix(prefix): s for n, s in stored_shapes(reader).items() if n.startswith(prefix)}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    # a tied head is the embedding, whether the checkpoint has it or not
+    # a tied head is the embedding, whether or not the checkpoint contains a head
     if problem := misfits(
         {n: s for n, s in wanted.items() if n not in tied}, {n: s for n, s in stored.items() if n not in tied}
     ):

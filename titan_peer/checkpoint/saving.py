@@ -1,7 +1,7 @@
-"""Writing one checkpoint with all processes of a job, whole or not at all, on the training thread or beside it.
+"""Write one checkpoint with all processes of a job, whole or not at all, on the training thread or in the background.
 
-Every stage ends with an exchange of results, so that a full disk on one process is a failed save on all of them and
-nobody waits for somebody who has given up.
+Every stage ends with an exchange of results, so that a full disk on one process fails the save on all of them and no
+process waits for one that has given up.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger("titan_peer")
 
 T = TypeVar("T")
 
-# A process may have much more to write than another; a process that has died is noticed at once all the same.
+# One process may have much more to write than another. A process that has died is noticed at once nevertheless.
 _SLOWEST_WRITER = datetime.timedelta(minutes=30)
 
 
@@ -48,11 +48,11 @@ _ALIGNMENT = 64  # bytes; also what torch.save aligns numbers to within its arch
 
 
 class CheckpointSaveError(Exception):
-    """A checkpoint could not be written; what was saved before is as it was."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 class Ranks:
-    """The processes of a job as savers and loaders see them, with a gloo group that training does not use."""
+    """The processes of a job, for saving and loading, with a gloo group that training does not use."""
 
     def __init__(self) -> None:
         self.is_alone = not dist.is_initialized()
@@ -71,12 +71,12 @@ class Ranks:
             return on_all_processes(action, self.group)
         except ProcessesFailedError as error:
             if error.__cause__ is not None and not isinstance(error.__cause__, OSError):
-                # not a disk or a network: a fault of the program, which only this process can tell more of
+                # neither disk nor network, but a programming error, whose traceback only this process has
                 logger.error("rank %d:", self.rank, exc_info=error.__cause__)
             raise
 
     def first_does(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process; all get its result, or what `all_do` raises."""
+        """Run `action` on the first process; all processes get its result, or the error that `all_do` raises."""
         results = self.all_do(lambda: action() if self.is_first else None)
         return results[0]  # type: ignore[return-value]
 
@@ -84,14 +84,14 @@ class Ranks:
 def write_checkpoint(
     folder: Path, step: int, tensors: Callable[[], dict[str, Tensor]], documents: dict[str, bytes], ranks: Ranks
 ) -> Path:
-    """Write `folder/step-N`: this process' parts of the tensors and, by the first process, `documents` by file name.
+    """Write `folder/step-N`: each process writes its parts of the tensors, the first one also `documents` by file name.
 
     Args:
-        tensors: makes them; called once and first of all, and may fail on any process.
+        tensors: makes the tensors; called once, before anything else, and may fail on any process.
     Returns:
         The complete checkpoint's folder, on every process.
     Raises:
-        CheckpointSaveError: on every process; nothing of the attempt is left, and nothing saved before is touched.
+        CheckpointSaveError: on every process; the attempt leaves nothing behind, and earlier checkpoints are unchanged.
     """
     final, partial = folder / f"step-{step}", None
     mine: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def write_checkpoint(
         ranks.first_does(lambda: _publish(written, final, step, entries))
     except (ProcessesFailedError, UserError, CheckpointSaveError) as error:
         if ranks.is_first and partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)  # its space may be what is missing
+            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise CheckpointSaveError(str(error)) from error
     return final
 
@@ -126,8 +126,8 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> N
 
 
 class _Writer(FileSystemWriter):
-    """Files `__RANK_model_0.distcp`, which is all that inference reads, and `__RANK_state_0.distcp`; tensors begin at multiples
-    of 64 bytes, so that they can be used where they lie."""
+    """Writes `__RANK_model_0.distcp`, the only files that inference reads, and `__RANK_state_0.distcp`; tensors begin at
+    multiples of 64 bytes, so that they can be memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=False)
@@ -145,7 +145,7 @@ class _Writer(FileSystemWriter):
                     written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
                     results += written.wait()
         except Exception as error:
-            # The serializer reports a full disk as a failed write of its own, and what it came from is lost between processes.
+            # The serializer reports a full disk as its own failed write, and the cause is lost on the way between processes.
             raise OSError(_with_causes(error)) from None
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result(results)
@@ -153,7 +153,7 @@ class _Writer(FileSystemWriter):
 
 
 class _AligningFileSystem(FileSystem):
-    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within what torch.save writes of it."""
+    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within the archive of torch.save."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -162,8 +162,8 @@ class _AligningFileSystem(FileSystem):
 
 
 class _AligningStream:
-    """A file that is written to. The library asks for the place before a tensor and after it: who asks twice without having
-    written begins a tensor, and is given an aligned place."""
+    """A file that is written to. The library calls `tell` before and after each tensor, so a second call without a write in
+    between is the beginning of a tensor, and is given an aligned place."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._is_between = file, True
@@ -197,7 +197,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _finish_own_files(partial: Path, documents: dict[str, bytes], ranks: Ranks) -> ManifestEntries:
-    """Sync and describe what this process has written; the first one adds the documents and the format's index."""
+    """Sync and describe what this process has written; the first process adds the documents and the format's index."""
     mine = list(partial.glob(f"__{ranks.rank}_*"))
     if ranks.is_first:
         for name, content in documents.items():
@@ -210,7 +210,7 @@ def _finish_own_files(partial: Path, documents: dict[str, bytes], ranks: Ranks) 
 
 
 def _publish(partial: Path, final: Path, step: int, entries: ManifestEntries) -> None:
-    """Give a written checkpoint its name; an older one of that name is moved aside and gone only after that."""
+    """Give a written checkpoint its name; an older one of that name is moved aside first, and removed later."""
     write_manifest(partial, entries)
     replaced = final.with_name(hidden_name(step, "replaced"))
     if os.path.lexists(final):
@@ -225,14 +225,14 @@ def _publish(partial: Path, final: Path, step: int, entries: ManifestEntries) ->
 
 
 class BackgroundSave:
-    """One save at a time beside the training: a thread copies the tensors to host memory, then writes the copies.
+    """One save at a time in the background: a thread copies the tensors to host memory, then writes the copies.
 
-    The host memory is kept and used again by the next save; it is as large as the process' part of the state.
+    The host memory is kept for the next save; it is as large as the process' part of the state.
     """
 
     def __init__(self) -> None:
         on_gpu = torch.cuda.is_available()
-        # not the DefaultStager around it: that of PyTorch 2.11 can stage once only
+        # not the DefaultStager around it: in PyTorch 2.11 that one can stage only once
         self._stager = StateDictStager(pin_memory=on_gpu)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._staged: Future[None] | None = None
@@ -248,9 +248,9 @@ class BackgroundSave:
         changed_by_forward: set[str],
         write: Callable[[Callable[[], dict[str, Tensor]]], Any],
     ) -> None:
-        """Call `write` on another thread with what makes copies of the tensors there. None may be running.
+        """Call `write` on another thread, with a function that copies the tensors there. No save may be running.
 
-        Whatever fails on the way fails inside of `write`, where the other processes hear of it.
+        Every failure is raised inside `write`, which reports it to the other processes.
 
         Args:
             changed_by_forward: names of tensors that the next forward pass writes to; they are copied now. The others
@@ -266,13 +266,13 @@ class BackgroundSave:
             copy = functools.partial(self._copy, originals, staged)
         except Exception as error:
             copy = functools.partial(_raise, error)
-        # a daemon: where a lost process keeps it waiting, the interpreter must be able to end
+        # a daemon, so that the interpreter can exit while the thread waits for a lost process
         arguments = (copy, write, staged, self._saved)
         threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True).start()
 
     def _copy(self, originals: dict[str, Tensor], staged: Future[None]) -> dict[str, Tensor]:
         try:
-            with torch.cuda.stream(self._stream):  # None: nothing
+            with torch.cuda.stream(self._stream):  # None: the current stream
                 copies: dict[str, Tensor] = self._stager.stage(originals)
         finally:
             staged.set_result(None)
@@ -294,7 +294,7 @@ class BackgroundSave:
                 staged.set_result(None)
 
     def wait_until_copied(self) -> None:
-        """Return when the tensors may change again. Call before the optimizer's step."""
+        """Wait until the tensors may change again. Call it before the optimizer's step."""
         if self._staged is not None:
             self._staged.result()
             self._staged = None
@@ -303,9 +303,10 @@ class BackgroundSave:
         """Wait for the save that is running, if any.
 
         Returns:
-            What `write` returned, or None where nothing was running.
+            What `write` returned, or None if nothing was running.
         Raises:
-            TimeoutError: it has not ended within `timeout` seconds; CheckpointSaveError and others: what `write` raised.
+            TimeoutError: the save has not ended within `timeout` seconds.
+            CheckpointSaveError and others: raised by `write`.
         """
         if self._saved is None:
             return None

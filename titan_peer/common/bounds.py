@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 _LARGEST = {int: 2**63 - 1, float: 3.4028234663852886e38}  # in C++ and in float32
-_SMALLEST = 1.1754943508222875e-38  # of float32 above 0, as processors and GPUs compute with it
+_SMALLEST = 1.1754943508222875e-38  # the smallest positive normal float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; NaN and infinity are never among them.
+    """Numbers from `low` to `high`; NaN and infinity are never allowed.
 
     Args:
-        low: the least; with `above` true it is not among them itself.
-        high: the most; with `below` true it is not among them itself.
-        also: further allowed values, of a meaning that the field's docstring explains.
+        low: the minimum; with `above` true it is itself excluded.
+        high: the maximum; with `below` true it is itself excluded.
+        also: further allowed values, whose meaning the field's docstring explains.
     """
 
     low: float
@@ -48,18 +48,18 @@ class Range:
         return " or ".join([words, *map(str, self.also)])
 
     def problem(self, value: float) -> str:
-        """Why a value outside is refused."""
+        """Why a value outside the range is refused."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a number, finite and {self}"
         if value > _LARGEST[type(value)]:
             return f"must be at most {_LARGEST[type(value)]:,}"
         if self.above and 0 == self.low < value < self.high:
-            return f"must be more than {self.low}, in float32 too, where it is 0"
+            return f"must be more than {self.low} in float32 too, but there it is 0"
         return "must not be negative" if str(self) == "not negative" else f"must be {self}"
 
 
 def declared_range(hint: Any) -> Range | None:
-    """The range in a field's type hint, which for a list is that of its entries."""
+    """The range in a field's type hint; for a list, the range of its entries."""
     if typing.get_origin(hint) is list:
         return declared_range(typing.get_args(hint)[0])
     if typing.get_origin(hint) is Annotated:
@@ -68,7 +68,7 @@ def declared_range(hint: Any) -> Range | None:
 
 
 def out_of_range(settings: Any, prefix: str) -> Iterator[str]:
-    """A message for every number outside its range in a dataclass and the dataclasses in it; `prefix` names it."""
+    """A message for every number outside its range in a dataclass and those nested in it; `prefix` is put before the key."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         key, value = f"{prefix}{field.name}", getattr(settings, field.name)

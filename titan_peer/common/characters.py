@@ -1,7 +1,7 @@
-"""Text that comes from outside or goes there: bytes that are no UTF-8, halves of surrogate pairs, characters that an output lacks.
+"""Text input and output: bytes that are not UTF-8, halves of surrogate pairs, characters that the output's encoding lacks.
 
-Python keeps a byte of an argument that it cannot decode, and JSON may spell half of a surrogate pair, as a "lone surrogate": a
-place in a string that is no character, and that no tokenizer and no file takes.
+Python turns a byte of an argument that it cannot decode into a "lone surrogate", and JSON may contain one (half of a surrogate
+pair): a code point that is not a character, and that neither tokenizers nor files accept.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_whole(text: str, what: str) -> str:
-    """The text.
+    """Return the text if it has no lone surrogate.
 
     Args:
-        what: what the user calls it, for the message.
+        what: the text's name for the user, for the message.
     Raises:
-        UserError: it holds a byte that was no UTF-8, or half of a surrogate pair.
+        UserError: it contains a byte that was not UTF-8, or half of a surrogate pair.
     """
     found = _LONE_SURROGATE.search(text)
     if found is None:
@@ -29,17 +29,17 @@ def require_whole(text: str, what: str) -> str:
     code = ord(found[0])
     # bytes of arguments that cannot be decoded (PEP 383)
     kind = f"the byte {code - 0xDC00:#04x}, which is not {_encoding_of_arguments()}" if 0xDC80 <= code <= 0xDCFF else ""
-    kind = kind or f"half of a surrogate pair (\\u{code:04x}), which is no character"
+    kind = kind or f"half of a surrogate pair (\\u{code:04x}), which is not a character"
     raise UserError(f"{what}: has {kind}, after {text[: found.start()][-30:]!r}")
 
 
 def with_whole_characters(text: str) -> str:
-    """The text with U+FFFD in the place of every lone surrogate."""
+    """The text with every lone surrogate replaced by U+FFFD."""
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def read_standard_input() -> str:
-    """All of standard input, which is UTF-8 as all text files are, with or without a byte order mark.
+    """All of standard input, decoded as UTF-8 with or without a byte order mark, like every text file.
 
     Raises:
         UserError: it is not UTF-8.
@@ -58,13 +58,13 @@ def read_standard_input() -> str:
 
 
 def write_every_character() -> None:
-    r"""From now on standard output spells a character that its encoding lacks as \uXXXX, where it would raise an error."""
+    r"""From now on standard output writes a character that its encoding lacks as \uXXXX instead of raising an error."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def lacking_encoding() -> str:
-    """The name of standard output's encoding if there are characters that it lacks, else nothing."""
+    """The name of standard output's encoding if that lacks some characters, else ""."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         "日🙂".encode(encoding)

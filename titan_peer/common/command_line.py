@@ -1,7 +1,7 @@
 """How commands take flags and show help: one rule for all of them.
 
-A job's keys are written `--section.key`, a command's own flags `--words_with_underscores`. A dash may stand for an
-underscore in both, so spellings of other tools and of earlier versions work. Help is as wide as the terminal.
+A job's keys are written `--section.key`, a command's own flags `--words_with_underscores`. A dash is accepted for an
+underscore in both, so the spellings of other tools and of earlier versions work. Help is as wide as the terminal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROGRAMS = ("titan-peer", "./run_train.sh")
 
 
 def with_underscores(args: Sequence[str]) -> list[str]:
-    """The arguments with the names of flags spelled by the rule: `--world-size=4` becomes `--world_size=4`."""
+    """The arguments with underscores in the names of flags: `--world-size=4` becomes `--world_size=4`."""
     words = []
     for word in args:
         name, equals, value = word.partition("=")
@@ -29,15 +29,15 @@ def with_underscores(args: Sequence[str]) -> list[str]:
 
 
 def terminal_width() -> int:
-    """Columns of help texts; 80 where there is no terminal and COLUMNS is not set."""
+    """Columns of help texts; 80 if there is no terminal and COLUMNS is not set."""
     return max(shutil.get_terminal_size().columns - 2, 20)
 
 
 def wrapped(text: str, width: int | None = None) -> str:
     """A help text with lines of at most `width` columns (the terminal's).
 
-    Lines without indentation are prose: those in a row are one paragraph. An indented line stays a line of its own: an
-    example is continued by a backslash, as a shell reads it, and a row of a table below its second column.
+    Consecutive lines without indentation are one paragraph. An indented line stays a separate line; if it is too long, an
+    example command is continued after a backslash, as in a shell, and a row of a table is continued below its second column.
     """
     width = width or terminal_width()
     lines: list[str] = []
@@ -61,12 +61,12 @@ def wrapped(text: str, width: int | None = None) -> str:
 
 
 def wrapped_for_tyro(text: str) -> str:
-    """The same for a description that tyro prints: it joins lines that begin with a letter."""
+    """The same for a description printed by tyro, which joins lines that begin with a letter; so these are indented."""
     return textwrap.indent(wrapped(text, terminal_width() - 1), " ")
 
 
 def _command_lines(line: str, width: int) -> Iterator[str]:
-    """A command over several lines; a flag stays with its first value where both fit."""
+    """A command split over several lines; a flag stays on one line with its first value if both fit."""
     words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line)
     parts: list[str] = []
     for word in words:
@@ -88,9 +88,9 @@ def parse_options(options: type[T], args: Sequence[str], command: str, descripti
     """A command's flags as the dataclass that declares them; spelling and help as for CommandParser.
 
     Args:
-        nested: flags of a dataclass inside another have its name before them, as in `--source.path`.
+        nested: flags of a nested dataclass are prefixed with its name, as in `--source.path`.
     Raises:
-        SystemExit: --help (0), or a flag or value that does not fit (2), with a message.
+        SystemExit: --help (0), or an invalid flag or value (2), with a message.
     """
     import tyro
 
@@ -110,11 +110,11 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser of flags spelled by the rule above, without abbreviations, with help as wide as the terminal.
+    """A parser for flags with underscores or dashes, without abbreviations, with help as wide as the terminal.
 
     Args:
         description: what the program does; prose, see `wrapped`.
-        epilog: what else there is to say, examples last.
+        epilog: further text, examples last.
     """
 
     def __init__(self, description: str | None, epilog: str = "", prog: str | None = None) -> None:

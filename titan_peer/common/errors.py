@@ -1,10 +1,10 @@
-"""The one exception that means "the user can mend this", printed as a message without a traceback; and exit statuses."""
+"""The exception for errors that the user can correct, printed as a message without a traceback; and the exit statuses."""
 
 
 class UserError(Exception):
     """Bad input found before or during a job.
 
-    The message names the key or file, the value found, what is allowed and, where it helps, what to do.
+    The message names the key or file, the value found, what is allowed and, if it helps, what to do.
     Entry points print it on standard error and exit with status 2.
     """
 

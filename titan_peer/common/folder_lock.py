@@ -1,12 +1,12 @@
-"""One job at a time writes to a folder: `.job.lock` in it names the process that does, by host and number.
+"""Only one job at a time writes to a folder: the file `.job.lock` in it names the writing process, by host and process id.
 
-Two things hold the folder. A POSIX lock on that file, which the system gives up when the process ends in whatever way and
-no child inherits, makes taking it atomic: on one machine, and among machines where the file system passes locks on (NFS,
-Lustre mounted with `flock`). The file's text holds it too: its counter is raised every few seconds. Where there are no locks,
-or they are of one machine only (Lustre with `localflock`), the text decides: a holder on this machine is looked up by number
-and start time, one elsewhere has to raise its counter while we watch.
+Two mechanisms protect the folder. The first is a POSIX lock on that file: the kernel releases it whenever the process ends, and
+child processes do not inherit it. It makes taking the folder atomic on one machine, and between machines if the file system
+forwards locks (NFS, Lustre mounted with `flock`). The second is the file's text, whose counter the holder raises every few
+seconds. If there are no locks, or only local ones (Lustre with `localflock`), the text decides: a holder on this machine is
+looked up by process id and start time, and a holder on another machine must raise its counter while we watch.
 
-Not covered without locks: of two jobs that start within a second of each other on two machines both may begin, until one
+Not covered without locks: if two jobs start within a second of each other on two machines, both may begin, until one of them
 sees the other's name in the file and stops.
 """
 
@@ -30,18 +30,18 @@ logger = logging.getLogger("titan_peer")
 
 NAME = ".job.lock"
 BEAT_SECONDS = 4.0
-WATCH_SECONDS = 12.0  # without a beat, after which a holder on another machine counts as dead
+WATCH_SECONDS = 12.0  # a holder on another machine counts as dead after this time without a beat
 _POLL_SECONDS = 0.2
-_SETTLE_SECONDS = 1.0  # without locks: of several that wrote their name at once, the last one has the folder
+_SETTLE_SECONDS = 1.0  # without locks: if several processes write their names at once, the last one gets the folder
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-_LENGTH = 1024  # of the text, always the same, so that no reader sees half of it
+_LENGTH = 1024  # the text's length, always the same, so that no reader sees half of it
 
 Holder = dict[str, Any]
 _FIELDS: dict[str, type] = {"host": str, "boot": str, "pid": int, "started": str, "beats": int}
 
 
 def _boot() -> str:
-    """Tells this machine since its start, and this container, from others of the same host name."""
+    """Identifies this boot of this machine, and this container, among others with the same host name."""
     parts = []
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -51,16 +51,16 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in the kernel's own count; empty where that is not known."""
+    """When a process was started, in the kernel's clock ticks; empty if unknown."""
     with suppress(OSError, IndexError):
-        # after the name in parentheses, which may hold anything
+        # after the name in parentheses, which may contain anything
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     return ""
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    with suppress(PermissionError):  # somebody else's
+    """Whether a process on this machine has this process id."""
+    with suppress(PermissionError):  # it exists, but belongs to another user
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -69,7 +69,7 @@ def is_running(pid: int) -> bool:
 
 
 def _is_alive(holder: Holder) -> bool:
-    """Whether a process of this machine still runs."""
+    """Whether a holder on this machine still runs."""
     return is_running(holder["pid"]) and _started(holder["pid"]) in (holder["started"], "")
 
 
@@ -78,14 +78,14 @@ def _named(holder: Holder) -> str:
 
 
 class FolderLock:
-    """Takes `folder` for this process, until `release` or the end of the process.
+    """Locks `folder` for this process, until `release` or the end of the process.
 
     Args:
-        key: by which a job gives the folder, for messages.
-        wait_seconds: how long to wait for another process to give it up, as one does that is about to end.
+        key: the job's key for the folder, for messages.
+        wait_seconds: how long to wait for another process to release it, since that one may be about to end.
     Raises:
-        UserError: another process has it after that time.
-        OSError: the folder cannot be written.
+        UserError: another process still has it after that time.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, wait_seconds: float, key: str = "job.dump_folder") -> None:
@@ -100,12 +100,12 @@ class FolderLock:
         self._thread.start()
 
     def require_mine(self) -> None:
-        """Raise UserError when another process has taken the folder meanwhile, as it may when this one stood still."""
+        """Raise UserError if another process has taken the folder over, which can happen while this one is suspended."""
         if self._lost_to:
             raise UserError(f"{self.key} = {self.folder}: {self._lost_to} has taken it over; this job ends")
 
     def release(self) -> None:
-        """Give the folder up; one that was made here and got nothing else is removed."""
+        """Release the folder; if it was created here and contains nothing else, it is removed."""
         self._closed.set()
         self._thread.join()
         if self._made_folder and not self._lost_to:
@@ -118,14 +118,14 @@ class FolderLock:
                 os.ftruncate(self._file, 0)
         os.close(self._file)
 
-    # ---- one call down
+    # ---- internals
 
     def _take(self, wait_seconds: float) -> tuple[int, bool]:
         """The open file, once it names this process, and whether the file system has locks."""
         deadline, is_said, watch = time.monotonic() + wait_seconds, False, _Watch()
         while True:
-            # opened anew each time, which is when NFS looks for what others have written; the last holder may have
-            # removed the folder
+            # opened again each time, because NFS reads what others have written only then, and because the last holder
+            # may have removed the folder
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -177,7 +177,7 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
-            with suppress(OSError):  # a full disk, a server that is away: the next beat may succeed
+            with suppress(OSError):  # a full disk or an unreachable server: the next beat may succeed
                 holder = self._holder_now()
                 if holder and not self._is_mine(holder):
                     self._lost_to = _named(holder)
@@ -185,13 +185,13 @@ class FolderLock:
                 self._write(self._file)
 
     def _holder_now(self) -> Holder:
-        """Whom the file names; without locks, or where it was replaced, read anew."""
+        """The holder that the file names; without locks, or if the file was replaced, it is opened again."""
         try:
             is_same = self.path.stat().st_ino == os.fstat(self._file).st_ino
-        except FileNotFoundError:  # somebody removes the folder of a running job: theirs to do
+        except FileNotFoundError:  # a user has removed the folder of a running job, which is allowed
             return {}
         if is_same and self._has_lock:
-            return _read(self._file)  # closing another descriptor of the same file would give the lock up
+            return _read(self._file)  # closing another descriptor of the same file would release the lock
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return _read(file)
@@ -200,14 +200,14 @@ class FolderLock:
 
 
 class _Watch:
-    """Looks at a holder again and again, to find out whether it still is."""
+    """Observes a holder repeatedly, to find out whether it is still alive."""
 
     def __init__(self) -> None:
         self._seen: Holder | None = None
         self._since = 0.0
         self._has_beaten = False
         self.is_undecided = False
-        """A holder on another machine has not given a sign of life yet, nor been watched for long enough."""
+        """A holder on another machine has shown no sign of life yet and has not been watched long enough."""
 
     def is_gone(self, holder: Holder, me: Holder) -> bool:
         self.is_undecided = False
@@ -224,7 +224,7 @@ class _Watch:
 
 
 def _try_lock(file: int) -> bool | None:
-    """Whether this process now has the file's lock; None where the file system has no locks."""
+    """Whether this process now has the file's lock; None if the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -237,7 +237,7 @@ def _try_lock(file: int) -> bool | None:
 
 
 def _read(file: int) -> Holder:
-    """Whom the file names; empty: nobody."""
+    """The holder that the file names; empty: none."""
     try:
         holder = json.loads(os.pread(file, _LENGTH, 0))
         return {name: kind(holder[name]) for name, kind in _FIELDS.items()}

@@ -1,4 +1,4 @@
-"""This process' memory on the host: its peak, keeping what a step frees for the next one, large pages for tables."""
+"""This process' host memory: its peak, keeping freed memory for the next step, huge pages for tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HUGE_PAGE_BYTES = 2**21
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep up to 1 GiB of freed memory, in pieces of up to 32 MiB, for the next step.
+    """Make malloc keep up to 1 GiB of freed memory, in pieces of up to 32 MiB, for the next step.
 
     By default glibc may return memory of this size to the kernel at every step, depending on the order of calls; the
-    kernel then clears each page again. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults and 20 ms of
-    a step of 120 ms.
+    kernel then clears each page again. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults, which took
+    20 ms of a 120 ms step.
 
     Returns:
-        Whether the C library has these settings (glibc has).
+        Whether the C library has these settings (glibc does).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -56,9 +56,9 @@ def prefer_huge_pages(tensor: Tensor) -> bool:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had in RAM, in bytes.
+    """The most RAM this process has used, in bytes.
 
-    Linux's VmHWM is used where there is one: ru_maxrss also counts what the parent had when it started this process.
+    Linux's VmHWM is used if available: ru_maxrss also counts what the parent had when it started this process.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -35,7 +35,7 @@ def load_language_model(
     Args:
         precision: as training.mixed_precision_param: auto, bfloat16 or float32.
     Raises:
-        UserError: the folder is no sound checkpoint, or there is no such device.
+        UserError: the folder is not an undamaged checkpoint, or there is no such device.
     """
     place = choose_device(device)
     model, job, tokenizer = load_model_for_inference(checkpoint, device=place)

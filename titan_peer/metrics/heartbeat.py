@@ -1,4 +1,4 @@
-"""A sign of life while nothing is reported: which step the job is at and for how long."""
+"""A sign of life while nothing else is reported: what the job is doing, and for how long."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ logger = logging.getLogger("titan_peer")
 
 
 class Heartbeat:
-    """Logs a line whenever `beat` has not been called for another `seconds`; a thread that ends with `close`.
+    """Logs a line for every `seconds` that pass without a call of `beat`, from a thread that ends with `close`.
 
-    A step that compiles takes minutes, and one that waits for a lost process looks the same from outside: the line says
-    what has been going on since when.
+    A step that compiles takes minutes, and a step that waits for a lost process looks the same from outside. The line says
+    what the job is doing, and for how long.
 
     Args:
         seconds: 0 never logs.
@@ -28,7 +28,7 @@ class Heartbeat:
             self._thread.start()
 
     def beat(self, doing: str) -> None:
-        """Something has begun, and so what was before has ended."""
+        """Say that the job now does `doing`; what it did before has ended."""
         self._doing, self._since = doing, time.monotonic()
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""What a step reports, on the console and to every sink (`sinks.py`), and the loss plot."""
+"""Reports a step on the console and to every sink (`sinks.py`), and plots the loss."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -46,7 +46,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory taken so far, GiB: reserved by the allocator on CUDA, resident set of the process on CPU."""
+    """The most memory used so far, in GiB: reserved by the allocator on CUDA, the process' resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return peak_resident_bytes() / 2**30
@@ -54,7 +54,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 @dataclass
 class Progress:
-    """A progress bar on a terminal; nothing in a log file."""
+    """A progress bar on a terminal; none in a log file."""
 
     total_steps: int
     first_step: int
@@ -117,8 +117,8 @@ class MetricsLogger:
     """Turns a step's numbers into one console line and one record in every sink (first process only).
 
     Args:
-        training_flops_per_token: for MFU, the share of the device's bf16 peak that the model's own FLOPs make up.
-        num_devices: devices the tokens are spread over.
+        training_flops_per_token: for MFU, the model's FLOPs per second as a share of the devices' bf16 peak.
+        num_devices: number of devices that share the tokens.
     """
 
     def __init__(
@@ -168,14 +168,14 @@ class MetricsLogger:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a collective of a training step in which this process waits for the slowest one."""
+        """Wraps a collective of a training step, in which this process waits for the slowest one."""
         start = time.perf_counter()
         yield
         self._waited_seconds += time.perf_counter() - start
 
     def _straggler(self, seconds: float, steps: int) -> Record:
-        """Which process had the most seconds a step of its own, not spent in `waiting`, and how many more than the median
-        one. Called by every process."""
+        """Which process spent the most seconds per step outside of `waiting`, and how many more than the median process.
+        Every process must call it."""
         if not dist.is_initialized():
             return {}
         own = torch.tensor([(seconds - self._waited_seconds) / steps], dtype=torch.float64)
@@ -196,7 +196,7 @@ class MetricsLogger:
     def log_step(
         self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, data: Record | None = None
     ) -> None:
-        """Report a step; speed is over the steps since the last report."""
+        """Report a step; the speed is measured over the steps since the last report."""
         now = time.perf_counter()
         seconds = now - self._window_start
         tokens_per_second = self._window_tokens / seconds
@@ -231,7 +231,7 @@ class MetricsLogger:
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step
 
     def log_validation(self, step: int, *, overall: HeldOutLoss, sets: dict[str, HeldOutLoss], seconds: float) -> None:
-        """Report the loss over all held-out text and on each set of it."""
+        """Report the loss over all held-out text and on each held-out set."""
         record: Record = {"step": step, **overall.record("validation_")}
         line = (
             f"step {step:>6}/{self.total_steps}  validation_loss {overall.loss:.4f}  "
@@ -244,11 +244,11 @@ class MetricsLogger:
         self._emit(record, f"{line}  ({seconds:.1f} s)")
 
     def log_evaluation(self, step: int, record: Record, seconds: float) -> None:
-        """Report what the evaluations of a step found, names and all."""
+        """Report the results of a step's evaluations, by name."""
         self._emit({"step": step, **record}, f"step {step:>6}/{self.total_steps}  evaluated in {seconds:.1f} s")
 
     def exclude(self, seconds: float) -> None:
-        """Take time that was not training (validation, checkpoints) out of the speed of the current window."""
+        """Leave time that was not spent training (validation, checkpoints) out of the current window's speed."""
         self._window_start += seconds
 
     def log_record(self, record: Record) -> None:
@@ -266,7 +266,7 @@ class MetricsLogger:
         self._tell(lambda sink: sink.checkpoint(step, folder))
 
     def alert(self, step: int, title: str, text: str) -> None:
-        """Tell every sink of something a person should look at now."""
+        """Tell every sink about something that a person should look at now."""
         self._tell(lambda sink: sink.alert(step, title, text))
 
     def print(self, line: str) -> None:
@@ -279,8 +279,8 @@ class MetricsLogger:
         self.print(line)
 
     def _tell(self, report: Callable[[Sink], None]) -> None:
-        """Report to every sink. One that fails, such as a service that is away, must not end the training: it is on the first
-        process only, and the others would wait for it."""
+        """Report to every sink. A failing sink, such as an unreachable service, must not end the training: sinks exist on the
+        first process only, and the other processes would wait for it."""
         for sink in self.sinks:
             try:
                 report(sink)
@@ -309,7 +309,7 @@ def plot_loss(metrics_file: Path, output: Path, title: str) -> None:
         points: Sequence[tuple[float, float]] = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points), style, label=label, linewidth=1.5, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output, dpi=120)

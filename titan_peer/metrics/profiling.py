@@ -1,7 +1,7 @@
-"""Traces of a few steps in every so many, and snapshots of what holds a GPU's memory, while a job trains.
+"""Traces of a few steps at a fixed interval, and snapshots of what occupies a GPU's memory, while a job trains.
 
 A trace opens in Perfetto (https://ui.perfetto.dev), a snapshot in https://pytorch.org/memory_viz. Each process writes its own:
-`<save_traces_folder>/iteration_N/rankR_trace.json.gz` with a table of the dearest operators beside it, and
+`<save_traces_folder>/iteration_N/rankR_trace.json.gz` with a table of the most expensive operators in the same folder, and
 `<save_memory_snapshot_folder>/iteration_N/rankR_memory_snapshot.pickle`.
 """
 
@@ -20,20 +20,20 @@ from titan_peer.config.job import Profiling
 
 logger = logging.getLogger("titan_peer")
 
-MAX_SNAPSHOT_ENTRIES = 100_000  # allocations and frees that a snapshot looks back on
+MAX_SNAPSHOT_ENTRIES = 100_000  # the most recent allocations and frees that a snapshot contains
 _TABLE_ROWS = 30
 
 
 class Profiler:
-    """What `[profiling]` asks for, around the training loop; nothing where it asks for nothing.
+    """Makes the traces and snapshots that `[profiling]` asks for, around the training loop.
 
-    Enter it before the first step, call `step` after each one.
+    Enter it before the first step, and call `step` after each one.
 
     Args:
-        dump_folder: of the job; the folders of traces and snapshots are inside.
-        first_step: that the job has done before (a resumed one).
+        dump_folder: the job's; the folders of traces and snapshots are inside.
+        first_step: the last step done before (of a resumed job); 0: none.
     Raises:
-        UserError: memory snapshots are asked for on a device that has none.
+        UserError: memory snapshots are asked for on a device that does not support them.
     """
 
     def __init__(

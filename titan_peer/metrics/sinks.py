@@ -1,6 +1,6 @@
-"""Where what a run reports goes: JSON lines, TensorBoard, Weights & Biases. Every sink takes the same calls.
+"""Destinations of a run's reports: JSON lines, TensorBoard, Weights & Biases. Every sink takes the same calls.
 
-Only the first process of a job has sinks. JSON lines are always written; the others are extras (`titan_peer[logging]`).
+Only the first process of a job has sinks. JSON lines are always written; the others are optional (`titan_peer[logging]`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from titan_peer.common.errors import UserError
 logger = logging.getLogger("titan_peer")
 
 Record = dict[str, Any]
-"""One report: "step", and numbers by name."""
+"""One report: "step" and numbers, by name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Histogram:
 
 
 class Sink:
-    """A place that reports go to; a sink overrides what it can show."""
+    """A destination of reports; each sink overrides the methods that it supports."""
 
     def write(self, record: Record) -> None:
         """Numbers of a step."""
@@ -47,17 +47,17 @@ class Sink:
         """A plot as it is at a step."""
 
     def alert(self, step: int, title: str, text: str) -> None:
-        """Something a person should look at now."""
+        """Something that a person should look at now."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """A complete checkpoint."""
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write what is still buffered."""
 
 
 class JsonlSink(Sink):
-    """One JSON object a record in `path`; a resumed run first drops what an earlier one wrote beyond its step."""
+    """One JSON object per record in `path`; a resumed run first removes the records of an earlier run beyond its step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in complete_lines(path) if resumed_step and line["step"] <= resumed_step]
@@ -82,7 +82,7 @@ class JsonlSink(Sink):
         self._try("closed", self._file.close)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
-        """A full disk must not end the training; what could not be written is kept and written with the next record."""
+        """A full disk must not end the training; what could not be written stays buffered for the next record."""
         try:
             action()
         except OSError as error:
@@ -90,7 +90,7 @@ class JsonlSink(Sink):
 
 
 def complete_lines(path: Path) -> list[Record]:
-    """Records of a .jsonl file; a last line cut off by a kill is passed over."""
+    """Records of a .jsonl file; an incomplete last line, as a killed job may leave it, is skipped."""
     if not path.exists():
         return []
     records = []
@@ -101,7 +101,7 @@ def complete_lines(path: Path) -> list[Record]:
 
 
 class TensorBoardSink(Sink):
-    """Event files in `folder`; events of an earlier run beyond the step resumed from are hidden."""
+    """Event files in `folder`; events of an earlier run beyond the resumed step are hidden."""
 
     def __init__(self, folder: Path, config_toml: str, resumed_step: int) -> None:
         try:
@@ -145,15 +145,15 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run, online or offline. A resumed job goes on with the run id kept in `folder`.
+    """A Weights & Biases run, online or offline. A resumed job continues the run whose id is stored in `folder`.
 
     Args:
-        folder: the job's; its name is the run's.
+        folder: the job's; its name becomes the run's name.
         config: shown as the run's configuration.
-        mode: "online" leaves the last word to WANDB_MODE.
-        checkpoints: "reference" notes where a checkpoint lies, "upload" stores a copy, "none" does neither.
+        mode: with "online", the environment variable WANDB_MODE may still override it.
+        checkpoints: "reference" records a checkpoint's path, "upload" stores a copy, "none" does neither.
     Raises:
-        UserError: wandb is not installed, or the service refuses or cannot be reached.
+        UserError: wandb is not installed, or the service refuses the login or cannot be reached.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class WandbSink(Sink):
                 "--metrics.wandb_mode offline"
             ) from None
         id_file.write_text(self._run.id + "\n", encoding="utf-8")
-        # Steps are a number like any other: after a resume they go back, which W&B's own counter cannot.
+        # Our steps are an ordinary metric: after a resume they go back, which W&B's own step counter cannot do.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -215,7 +215,7 @@ class WandbSink(Sink):
         if self._checkpoints == "upload":
             artifact.add_dir(str(folder))
         else:
-            # The manifest in the folder has sizes and checksums already; hashing all of it again would stop training.
+            # The folder's manifest already has sizes and checksums; hashing all files again would hold up training.
             artifact.add_reference(folder.absolute().as_uri(), checksum=False)
         self._run.log_artifact(artifact, aliases=[f"step-{step}", "latest"])
 
