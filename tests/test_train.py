@@ -1,4 +1,7 @@
-"""Whole jobs through run_train.sh, as a user starts them: real text, real checkpoints, real kills."""
+"""Whole jobs as a user starts them: real text, real checkpoints, real kills.
+
+Jobs of one process whose launch is not in question start in a warm process; test_launch.py has what run_train.sh decides.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ["--job.config_file", "train_configs/debug_model.toml"]
@@ -30,9 +34,13 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return warm_processes.run(warm_processes.TRAIN, *arguments)
+
+
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -42,7 +50,7 @@ def records(folder: Path, key: str = "loss") -> dict[int, float]:
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and max(records(folder), default=0) >= step:
             return
@@ -65,13 +73,13 @@ def test_debug_model_learns_and_reports(tmp_path: Path) -> None:
 def test_killed_and_resumed_run_repeats_the_losses_to_the_last_digit(tmp_path: Path) -> None:
     settings = [*TINY, "--training.steps", 20, "--checkpoint.interval", 10]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert run(*settings, "--job.dump_folder", straight).returncode == 0
+    assert train(*settings, "--job.dump_folder", straight).returncode == 0
     process = start(*settings, "--job.dump_folder", killed)
     wait_for_step(killed, 12)
     process.kill()
     process.wait()
     assert (killed / "checkpoint" / "step-10").is_dir()
-    resumed = run(*settings, "--job.dump_folder", killed)
+    resumed = train(*settings, "--job.dump_folder", killed)
     assert resumed.returncode == 0 and "resumed from step 10" in resumed.stderr
     assert records(killed) == records(straight)
     assert len((killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 20
@@ -82,7 +90,7 @@ def test_sigterm_saves_and_ends_with_status_zero(tmp_path: Path) -> None:
     process = start(*settings)
     wait_for_step(tmp_path, 3)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "the same command resumes" in err
     (checkpoint,) = (tmp_path / "checkpoint").iterdir()
     assert checkpoint.name == f"step-{max(records(tmp_path))}"
@@ -92,7 +100,7 @@ def test_two_processes_follow_one_process(tmp_path: Path) -> None:
     settings = [*TINY, "--training.steps", 5, "--training.global_batch_size", 4, "--checkpoint.enable", "false"]
     settings += ["--training.mixed_precision_param", "float32"]
     # batch norm takes the statistics of the micro-batch of all processes: one process takes as many sequences at a time
-    one = run(*settings, "--training.local_batch_size", 4, "--job.dump_folder", tmp_path / "1")
+    one = train(*settings, "--training.local_batch_size", 4, "--job.dump_folder", tmp_path / "1")
     two = run(*settings, "--training.local_batch_size", 2, "--job.dump_folder", tmp_path / "2", NGPU="2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert records(tmp_path / "2") == pytest.approx(records(tmp_path / "1"), rel=1e-4)
@@ -110,7 +118,7 @@ def test_two_processes_follow_one_process(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run(*DEBUG, "--job.dump_folder", tmp_path, *arguments)
+    done = train(*DEBUG, "--job.dump_folder", tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,19 +126,19 @@ def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: st
 
 def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     settings = [*TINY, "--training.steps", 2, "--job.dump_folder", tmp_path]
-    assert run(*settings).returncode == 0
+    assert train(*settings).returncode == 0
     data = next((tmp_path / "checkpoint" / "step-2").glob("*.distcp"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    done = run(*settings)
+    done = train(*settings)
     assert done.returncode == 2
     assert "step-2" in done.stderr and "CRC-32" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_job_and_says_what_broke(tmp_path: Path) -> None:
     settings = [*TINY, "--training.steps", 50, "--optimizer.lr", "1e30", "--lr_scheduler.warmup_steps", 0]
-    done = run(*settings, "--training.max_norm", 0, "--job.dump_folder", tmp_path)
+    done = train(*settings, "--training.max_norm", 0, "--job.dump_folder", tmp_path)
     assert done.returncode == 3
     assert "gradient norm = " in done.stderr and "parameters no longer finite: " in done.stderr
     assert "try a lower optimizer.lr" in done.stderr and "Traceback" not in done.stderr
@@ -143,7 +151,7 @@ def test_print_config_gives_toml_that_reproduces_the_job(tmp_path: Path) -> None
     first = run(*DEBUG, "--training.steps", "7", "--job.print_config")
     copy = tmp_path / "copy.toml"
     copy.write_text(first.stdout, encoding="utf-8")
-    second = run("--job.config_file", copy, "--job.print_config")
+    second = train("--job.config_file", copy, "--job.print_config")
     assert first.returncode == second.returncode == 0
     assert "steps = 7" in first.stdout
     assert second.stdout == first.stdout.replace(DEBUG[1], str(copy))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_processes
 
 from titan_peer.analysis.analyze import analyze, draw, kv_cache_bytes
 from titan_peer.commands import main as cli
@@ -98,8 +96,8 @@ def test_experts_of_a_checkpoint_are_counted(
     job = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
     job += ["--training.seq_len", "64", "--training.local_batch_size", "2"]
     run = ["--training.steps", "2", "--validation.enable", "false", "--job.dump_folder", str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    subprocess.run(["./run_train.sh", *job, *run], env=environment, check=True, capture_output=True)
+    done = warm_processes.run(warm_processes.TRAIN, *job, *run)
+    assert done.returncode == 0, done.stderr
     checkpoint = ["--checkpoint", str(tmp_path / "run/checkpoint/step-2"), "--tokens", "2000"]
     caplog.set_level(logging.INFO, "titan_peer")
     files = ["--json", str(tmp_path / "a.json"), "--output", str(tmp_path / "a.png")]

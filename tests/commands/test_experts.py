@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm_processes
 
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.commands import experts
@@ -31,9 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments += ["--compile.enable", "false", "--training.steps", "2", "--model.n_layers", "1", "--model.dim", "64"]
     arguments += ["--model.peer.num_experts", "1024", "--model.peer.product_key_dim", "32", "32"]
     arguments += ["--training.seq_len", "64", "--validation.enable", "false"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "titan_peer.train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = warm_processes.run(warm_processes.TRAIN, *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint" / "step-2"
 

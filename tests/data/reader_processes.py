@@ -1,30 +1,24 @@
 """What the loader tests run in new processes.
 
-The processes fork from a server that has imported everything but read no data, so that each is new and quick to start.
+The processes fork from a server that has imported the libraries but read no data, so that each is new and quick to start.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from corpora import make_loader, take
+from warm_processes import PROCESSES
 
 from titan_peer.config.data_source import DataSource
 
-NEW_PROCESS = multiprocessing.get_context("forkserver")
-# The server imports it by name before it knows of pytest's search path.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-NEW_PROCESS.set_forkserver_preload(["reader_processes"])
-
 
 def in_new_processes(target: Callable[..., None], *arguments: Any, count: int = 1) -> None:
-    processes = [NEW_PROCESS.Process(target=target, args=(rank, *arguments)) for rank in range(count)]
+    processes = [PROCESSES.Process(target=target, args=(rank, *arguments)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_processes
 from corpora import ROOT, SAMPLE, make_loader, write_jsonl
 
 from titan_peer.config.data_source import DataSource
@@ -56,8 +57,7 @@ def test_token_shares_are_within_half_a_percent_after_two_million_tokens(tmp_pat
 
 
 def run_job(job: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, float]]]:
-    command = [sys.executable, "-m", "titan_peer.train", "--job.config_file", str(job), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, encoding="utf-8")
+    done = warm_processes.run(warm_processes.TRAIN, "--job.config_file", job, *arguments)
     return done, [
         json.loads(line) for line in (job.parent / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -156,7 +156,11 @@ def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_
     assert "Traceback" not in done.stderr
 
 
-def start_job(job: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+def start_job(job: Path, *arguments: str) -> warm_processes.Program:
+    return warm_processes.start(warm_processes.TRAIN, "--job.config_file", job, *arguments)
+
+
+def launch_job(job: Path, *arguments: str, processes: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "NGPU": str(processes), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["./run_train.sh", "--job.config_file", str(job), *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8")
@@ -199,7 +203,7 @@ def test_a_signal_ends_a_job_with_workers_and_it_goes_on_without_them_as_if_noth
     while time.monotonic() < deadline and not ((stopped / "metrics.jsonl").exists() and records_of(stopped)):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert 1 <= max(records_of(stopped)) < 16
     assert start_job(job, *settings, "--job.dump_folder", str(stopped)).wait(300) == 0
     found, expected = records_of(stopped), records_of(straight)
@@ -220,7 +224,7 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     assert one.wait(300) == 0
     for part, processes in enumerate((1, 2, 4, 1), start=1):
         arguments = ["--training.steps", str(4 * part), "--training.local_batch_size", str(8 // processes)]
-        process = start_job(job, *settings, *arguments, "--job.dump_folder", str(elastic), processes=processes)
+        process = launch_job(job, *settings, *arguments, "--job.dump_folder", str(elastic), processes=processes)
         _, said = process.communicate(timeout=400)
         assert process.returncode == 0, said
     found, expected = records_of(elastic), records_of(straight)

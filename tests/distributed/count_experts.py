@@ -1,12 +1,11 @@
 """Run by test_expert_usage.py in one or more processes: trains a few steps, recounts the experts by brute force.
 
-Usage: count_experts.py FOLDER [--section.key value ...]. Rank r writes FOLDER/recount-r.npz (its own tokens, counted pair by
+Arguments: FOLDER [--section.key value ...]. Rank r writes FOLDER/recount-r.npz (its own tokens, counted pair by
 pair from what the retrieval returned) and rank 0 FOLDER/counted.npz (what ExpertUsage read, all processes together).
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from titan_peer.model import PEER
 from titan_peer.trainer import Trainer
 
 
-def main(folder: Path, arguments: list[str]) -> None:
-    config = load_config(arguments)
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
+    config = load_config(arguments[1:])
     world = init_world(config.parallelism)
     trainer = Trainer(config, world)
     peer = config.model.peer
@@ -67,7 +67,3 @@ def main(folder: Path, arguments: list[str]) -> None:
         np.savez(folder / "counted.npz", **counted)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,12 +1,11 @@
 """Run by test_generate.py in two processes: completions and log-likelihoods from a model under FSDP and expert parallelism.
 
-Usage: generate_sharded.py OUTPUT.json PROMPTS.json [--section.key value ...]. The first process writes the results.
+The first process writes the results.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,7 +28,3 @@ def main(output: Path, prompts: list[str], arguments: list[str]) -> None:
         output.write_text(json.dumps(result), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), sys.argv[3:])

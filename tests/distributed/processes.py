@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from warm_processes import START_METHOD
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 1500
@@ -53,7 +54,7 @@ def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: 
             args=(world_size, free_port(), folder, function, arguments),
             nprocs=world_size,
             join=False,
-            start_method="spawn",
+            start_method=START_METHOD,
         )
         deadline = time.monotonic() + TIMEOUT_SECONDS
         try:

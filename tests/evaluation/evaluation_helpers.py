@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+import warm_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATION = ROOT / "assets/sample_text/validation.jsonl"
@@ -16,7 +17,6 @@ QUICK += ["--validation.enable", "false", "--metrics.log_freq", "1"]
 
 def titan_peer(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line in the repository; fails unless it ends with `status`."""
-    command = [sys.executable, "-m", "titan_peer.commands.main", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, encoding="utf-8")
+    done = warm_processes.run(warm_processes.TITAN_PEER, *arguments)
     assert done.returncode == status, done.stderr
     return done

@@ -21,7 +21,9 @@ pytest.importorskip("lm_eval")
 if importlib.util.find_spec("evals") is None:  # importing it asks for an API key
     pytest.skip("needs: pip install --no-deps evals", allow_module_level=True)
 
+import warm_processes
 from evaluation_helpers import QUICK, ROOT, titan_peer
+from processes import train_jobs
 
 from titan_peer import train
 from titan_peer.commands import main as cli
@@ -145,15 +147,7 @@ def test_two_processes_with_sharded_tables_find_what_the_checkpoint_alone_gives(
 ):
     monkeypatch.chdir(ROOT)
     more = ["--training.steps", 3, "--parallelism.expert_parallel_degree", 2]
-    done = subprocess.run(
-        ["./run_train.sh", *arguments(job_file, tmp_path, *more)],
-        env={**os.environ, "NGPU": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
+    train_jobs(2, [arguments(job_file, tmp_path, *more)])
     assert_near(evaluations(tmp_path)[3], alone(tmp_path / "checkpoint/step-3", tmp_path / "alone"))
 
 
@@ -166,20 +160,13 @@ def test_a_job_that_is_told_to_stop_does_not_wait_for_its_evaluations(job_file: 
         "syllables.dev.v1",
         "quartz.test.v1",
     ]  # 1,552 and 3,860 samples
-    process = subprocess.Popen(
-        [sys.executable, "-m", "titan_peer.train", *arguments(job_file, tmp_path, *more)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = warm_processes.start(warm_processes.TRAIN, *arguments(job_file, tmp_path, *more))
     deadline = time.monotonic() + 200
     while not (tmp_path / "evaluation/step-3/syllables.dev.v1.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command resumes" in err
+    assert process.wait(60) == 0 and "the same command resumes" in process.stderr
     assert not any("failed" in key for values in evaluations(tmp_path).values() for key in values)
     assert (tmp_path / "checkpoint/step-4").is_dir()
 
@@ -217,15 +204,15 @@ def missing_data(folder: Path) -> Path:
 def test_a_task_without_its_data_ends_the_job_before_it_starts(job_file: Path, tmp_path: Path, processes: int):
     """Of two processes, the second is to run it."""
     more = ["--evaluation.tasks_folder", missing_data(tmp_path / "tasks"), "--evaluation.evals", "find-letter"]
-    done = subprocess.run(
-        ["./run_train.sh", *arguments(job_file, tmp_path / "out", *more, "--evaluation.tasks", "gone")],
-        env={**os.environ, "NGPU": str(processes), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    job = arguments(job_file, tmp_path / "out", *more, "--evaluation.tasks", "gone")
+    if processes == 1:
+        done = warm_processes.run(warm_processes.TRAIN, *job)
+    else:
+        environment = {**os.environ, "NGPU": str(processes), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+        command = ["./run_train.sh", *job]
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300
+        )
     assert done.returncode != 0 and not (tmp_path / "out/metrics.jsonl").exists()
     assert "error: tasks: gone: its data cannot be loaded: FileNotFoundError" in done.stderr
     if processes == 1:

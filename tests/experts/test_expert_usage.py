@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import count_experts
 import numpy as np
 import pytest
 import torch
+import warm_processes
+from processes import run_in_processes
 from wandb_files import wandb_history
 
 from titan_peer.common.units import count_text
@@ -28,14 +28,6 @@ TINY += ["--training.seq_len", "64", "--training.local_batch_size", "2", "--mode
 TINY += ["--training.steps", "4", "--metrics.log_expert_usage", "--checkpoint.enable", "false"]
 
 
-def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8"
-    )
-
-
 @pytest.mark.parametrize(
     ("processes", "arguments"),
     [
@@ -47,12 +39,13 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
     ids=["accumulated", "recomputed", "expert-parallel", "shared-tables"],
 )
 def test_counts_equal_a_brute_force_recount(processes: int, arguments: list[str], tmp_path: Path) -> None:
-    script = [ROOT / "tests/distributed/count_experts.py", tmp_path, *TINY, *arguments]
-    script += ["--job.dump_folder", tmp_path, "--validation.freq", "2", "--validation.steps", "1"]
-    launcher = ["-m", "titan_peer.distributed.launch", "--nproc-per-node", processes, "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "localhost:0"]
-    done = start(*(launcher if processes > 1 else []), *script)
-    assert done.returncode == 0, done.stderr
+    words = [str(tmp_path), *TINY, *arguments]
+    words += ["--job.dump_folder", str(tmp_path), "--validation.freq", "2", "--validation.steps", "1"]
+    if processes == 1:  # without a group
+        done = warm_processes.run("count_experts", *words)
+        assert done.returncode == 0, done.stderr
+    else:
+        run_in_processes(processes, count_experts.main, words)
     counted = np.load(tmp_path / "counted.npz")
     recounts = [np.load(tmp_path / f"recount-{rank}.npz") for rank in range(processes)]
     assert len(counted.files) == 4
@@ -158,7 +151,7 @@ def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> Non
         "false",
     ]
     arguments += ["--metrics.enable_tensorboard", "--metrics.enable_wandb", "--metrics.wandb_mode", "offline"]
-    done = start("-m", "titan_peer.train", *arguments)
+    done = warm_processes.run(warm_processes.TRAIN, *arguments, WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     assert "% of experts used, unevenness" in done.stderr
 

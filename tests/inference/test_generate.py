@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import generate_sharded
 import pytest
 import torch
+from processes import run_in_processes
 from small_models import build_model
 from tokenizer_kinds import KINDS
 from torch import Tensor
@@ -378,15 +380,11 @@ def test_two_processes_with_sharded_weights_and_experts_write_what_one_writes(tm
         "1",
     ]
     job += ["--checkpoint.enable", "false", "--model.init_std", "0.1", "--job.dump_folder", str(tmp_path / "run")]
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps(["In the beginning", "def f(x):", "A longer text, " * 10]), encoding="utf-8")
+    prompts = ["In the beginning", "def f(x):", "A longer text, " * 10]
 
     def run(processes: int, *more: str) -> dict[str, list[object]]:
         output = tmp_path / f"{processes}.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        script = str(ROOT / "tests/distributed/generate_sharded.py")
-        done = subprocess.run([*launch, script, str(output), str(prompts), *job, *more], cwd=ROOT, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        run_in_processes(processes, generate_sharded.main, output, prompts, [*job, *more])
         return json.loads(output.read_text(encoding="utf-8"))
 
     one, two = run(1), run(2, "--parallelism.expert_parallel_degree", "2")
