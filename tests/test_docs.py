@@ -85,6 +85,7 @@ CANNOT_RUN = [
     Reason(r"pip install wheels", "needs wheels that take hours to build", lambda *_: Outcome(True, "")),
     Reason(r"pip install", "downloads packages, several GB where there is no GPU", extras_exist),
     Reason(r"^pytest", "runs these tests", named_tests_are_there),
+    Reason(r"^scripts/check\.sh", "runs these tests", named_tests_are_there),
     Reason(r"^PYTHON_VERSION.*build_from_source", "builds PyTorch for hours, with CUDA", instead("$", " --dry-run")),
     Reason(r"^NNODES=2 NODE_RANK", "needs two machines of eight GPUs", whole_dry_run),
     Reason(r"TORCH_FR_BUFFER_SIZE", "needs eight GPUs", whole_dry_run),

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What CI checks, in an environment where `pip install -e '.[dev]'` was done: scripts/check.sh [--fast | --lint]
+#
+#   (nothing)   ruff, its formatting, mypy, and the tests that `pytest` runs by default
+#   --fast      the same with the quick tests only: about a minute, for the edit loop
+#   --lint      without tests
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    "") tests=(pytest) ;;
+    --fast) tests=(pytest -m "not slow and not long") ;;
+    --lint) tests=() ;;
+    *)
+        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
+        exit 2
+        ;;
+esac
+
+ruff check .
+ruff format --check .
+mypy
+if ((${#tests[@]})); then "${tests[@]}"; fi
