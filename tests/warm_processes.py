@@ -26,7 +26,7 @@ START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
 PROCESSES = multiprocessing.get_context(START_METHOD)
 TRAIN, TITAN_PEER = "titan_peer.train", "titan_peer.commands.main"
 
-multiprocessing.set_forkserver_preload(["titan_peer.train", "torch.distributed.checkpoint.format_utils"])
+multiprocessing.set_forkserver_preload(["titan_peer.trainer", "torch.distributed.checkpoint.format_utils"])
 
 
 def _become(program: str, arguments: list[str], environment: dict[str, str], folder: str, said: str) -> None:
