@@ -1,8 +1,8 @@
 """What holds for all tests: settings that libraries read when they are imported, and how a whole run uses two cores.
 
-A run of the whole suite, or of a folder, is done by two processes (pytest-xdist) where there are two cores and no GPU; a run of
-single files is done by one, as is one with `-n 0`. Files are the units, and those in LONG come first, so that both processes end
-together. `scripts/check.sh --fast` leaves LONG out.
+`pytest` without names of files or folders runs in two processes (pytest-xdist) where there are two cores and no GPU, otherwise in
+one; `-n` decides it too. Files are the units, and those in LONG come first, so that both processes end together.
+`scripts/check.sh --fast` leaves LONG out.
 """
 
 import os
@@ -36,14 +36,13 @@ LONG = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Two processes for many files, unless the command line says how many."""
+    """Two processes where no files are named, unless the command line says how many."""
     options = config.option
-    many = not any(".py" in argument for argument in config.args)
-    if not many or not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None:
-        return
-    if options.usepdb or options.collectonly or torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
-        return
-    options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
+    names_files = config.args_source is pytest.Config.ArgsSource.ARGS
+    has_two_cores = (os.cpu_count() or 1) >= 2 and not torch.cuda.is_available()
+    is_decided = not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None or options.usepdb
+    if has_two_cores and not names_files and not is_decided and not options.collectonly:
+        options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

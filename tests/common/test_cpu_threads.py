@@ -28,7 +28,7 @@ def spins(start: str, **settings: str) -> int:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     found = re.search(r"GOMP_SPINCOUNT *= *'(\d+)'", done.stderr)

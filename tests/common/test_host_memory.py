@@ -38,7 +38,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def page_faults(how: str) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=120, encoding="utf-8"
+        [sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=400, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -67,7 +67,7 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
         *settings,
     ]
     process = subprocess.Popen([*command, "--tokenizer_path", TOKENIZER, "--output", str(killed)])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (killed / "shard-00002.tokens").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)

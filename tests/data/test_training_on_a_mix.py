@@ -149,7 +149,7 @@ def test_bad_data_that_one_of_two_processes_reads_end_both_with_its_message(tmp_
     environment = {**os.environ, "NGPU": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["./run_train.sh", "--job.config_file", str(job), *small]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, encoding="utf-8"
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, encoding="utf-8"
     )
     assert done.returncode == 2, done.stderr
     assert f"error: data.sources[0]: {tmp_path / 'texts/3.txt'}: is not UTF-8" in done.stderr
@@ -197,15 +197,15 @@ def test_a_signal_ends_a_job_with_workers_and_it_goes_on_without_them_as_if_noth
     job = mix_job(tmp_path)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     settings = [*SMALL, "--training.local_batch_size", "4", "--training.steps", "16"]
-    assert start_job(job, *settings, "--job.dump_folder", str(straight)).wait(300) == 0
+    assert start_job(job, *settings, "--job.dump_folder", str(straight)).wait(600) == 0
     process = start_job(job, *settings, "--job.dump_folder", str(stopped), "--data.num_workers", "2")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not ((stopped / "metrics.jsonl").exists() and records_of(stopped)):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 0
+    assert process.wait(600) == 0
     assert 1 <= max(records_of(stopped)) < 16
-    assert start_job(job, *settings, "--job.dump_folder", str(stopped)).wait(300) == 0
+    assert start_job(job, *settings, "--job.dump_folder", str(stopped)).wait(600) == 0
     found, expected = records_of(stopped), records_of(straight)
     for step in range(1, 17):
         for key in ("loss", "data/jargon_tokens", "data/python_tokens", "data/bible_tokens"):
@@ -221,7 +221,7 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     settings += ["--lr_scheduler.warmup_steps", "4", "--lr_scheduler.decay_ratio", "0.0"]
     whole = ["--training.steps", "16", "--training.local_batch_size", "8"]
     one = start_job(job, *settings, *whole, "--job.dump_folder", str(straight))
-    assert one.wait(300) == 0
+    assert one.wait(600) == 0
     for part, processes in enumerate((1, 2, 4, 1), start=1):
         arguments = ["--training.steps", str(4 * part), "--training.local_batch_size", str(8 // processes)]
         process = launch_job(job, *settings, *arguments, "--job.dump_folder", str(elastic), processes=processes)

@@ -14,7 +14,7 @@ from titan_peer.checkpoint.inference import load_model_for_inference
 
 GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
 JOB = ["--job.config_file", str(GOLDEN / "small.toml"), "--model.tokenizer_path", str(GOLDEN / "step-2/tokenizer")]
-PATIENCE = 90
+PATIENCE = 400
 """Seconds that a process may take for all it does; those who wait for a lost one wait 600 or more."""
 
 

@@ -102,7 +102,7 @@ def run_train(*arguments: str, **environment: str) -> subprocess.CompletedProces
         env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
         check=False,
     )
 

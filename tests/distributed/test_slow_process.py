@@ -19,7 +19,7 @@ JOB = [
     *("--training.seq_len", 32, "--training.local_batch_size", 1, "--model.n_layers", 1, "--compile.enable", "false"),
     *("--validation.enable", "false", "--checkpoint.enable", "false", "--training.mixed_precision_param", "float32"),
 ]
-DELAY = 0.4
+DELAY = 1.0
 
 
 class SlowLoader:
@@ -65,7 +65,7 @@ def test_the_slow_process_is_named_with_its_excess(folders: list[Path]) -> None:
     records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["slowest_rank"] for r in records] == [1, 1, 1]
     for record in records[1:]:  # the first step has its own costs
-        assert record["slowest_rank_excess_seconds"] == pytest.approx(DELAY, abs=0.25)
+        assert record["slowest_rank_excess_seconds"] == pytest.approx(DELAY, abs=0.5)
         assert record["slowest_rank_seconds"] >= DELAY
 
 
