@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from titan_peer.commands.data_train_tokenizer import main
 from titan_peer.common.command_line import FlagParser
-from titan_peer.data.train_tokenizer import main
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

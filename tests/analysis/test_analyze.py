@@ -11,7 +11,8 @@ import pytest
 import torch
 import warm_processes
 
-from titan_peer.analysis.analyze import analyze, draw, kv_cache_bytes
+from titan_peer.analysis.analyze import analyze, kv_cache_bytes
+from titan_peer.analysis.plots import draw
 from titan_peer.commands import main as cli
 from titan_peer.config.parse import load_config
 from titan_peer.model import Transformer

@@ -15,6 +15,7 @@ from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.commands import experts
 from titan_peer.common.errors import UserError
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.experts import measure
 from titan_peer.experts.usage import peer_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +37,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_hold_the_first_tokens_of_the_documents_without_padding() -> None:
     tokenizer = load_tokenizer(str(ROOT / "assets/tokenizer"))
-    first = next(experts.read_documents([TEXT], tokenizer)).tokens
-    work = experts.batches(experts.read_documents([TEXT], tokenizer), seq_len=64, batch_size=3, limit=1000)
+    first = next(measure.read_documents([TEXT], tokenizer)).tokens
+    work = measure.batches(measure.read_documents([TEXT], tokenizer), seq_len=64, batch_size=3, limit=1000)
     assert [tuple(tokens.shape) for tokens, _ in work] == [(3, 64)] * 5 + [(1, 40)]
     joined = torch.cat([tokens.flatten() for tokens, _ in work]).numpy()
     np.testing.assert_array_equal(joined[: min(len(first), 1000)], first[:1000])
@@ -75,7 +76,7 @@ def test_the_report_equals_a_brute_force_recount(
         return indices, scores
 
     peer.retrieve = retrieve  # type: ignore[method-assign]
-    work = experts.batches(experts.read_documents([TEXT], tokenizer), job.training.seq_len, 1, 1500)
+    work = measure.batches(measure.read_documents([TEXT], tokenizer), job.training.seq_len, 1, 1500)
     with torch.no_grad():
         for tokens, documents in work:
             model(tokens, documents)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_peer.commands.tune import host_milliseconds, main, tune
+from titan_peer.analysis.kernel_tuning import host_milliseconds, tune
+from titan_peer.commands.tune import main
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import load_config

@@ -9,9 +9,9 @@ import pytest
 import torch
 from evaluation_helpers import VALIDATION, titan_peer
 
-from titan_peer.commands.evaluate import loss_on
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Data
+from titan_peer.evaluation.perplexity import loss_on
 from titan_peer.evaluation.suite import held_out_batches
 from titan_peer.metrics.logger import HeldOutLoss
 

@@ -16,7 +16,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from titan_peer.commands.tune import gpu_milliseconds, tune
+from titan_peer.analysis.kernel_tuning import gpu_milliseconds, tune
 from titan_peer.config.parse import load_config
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients, backend_report, peer_experts, product_key_retrieve, reference, rowwise_adamw_

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from titan_peer.ablation.plan import Plan, Run
-from titan_peer.ablation.run import folder_of, status_of
+from titan_peer.ablation.run import folder_of, status_of, write_whole
 from titan_peer.metrics.sinks import Record, complete_lines
 
 
@@ -210,6 +210,16 @@ def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Plots
+
+
+def write_report(plan: Plan, folder: Path, title: str) -> str:
+    """Write results.csv, results.md and the plots from what the runs have written so far; returns the markdown."""
+    results = collect(plan)
+    markdown = results_markdown(plan, results, title)
+    write_whole(folder / "results.csv", results_csv(plan, results))
+    write_whole(folder / "results.md", markdown)
+    draw(plan, results, folder)
+    return markdown
 
 
 def draw(plan: Plan, results: Sequence[Result], folder: Path) -> list[Path]:

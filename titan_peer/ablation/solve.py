@@ -9,13 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from titan_peer.analysis.model_size import ModelSize, model_size
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import JobConfig
-from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.model import Transformer
 
 Equal = Literal["none", "total_parameters", "active_parameters", "flops"]
 TOLERANCE = 0.02
@@ -47,12 +42,19 @@ def tokens_per_step(config: JobConfig, processes: int) -> int:
 
 
 def cost(config: JobConfig, processes: int) -> Cost:
-    """Counted on the meta device; nothing is allocated."""
+    """What the job costs, counted on the meta device; nothing is allocated."""
+    # here, so that a mistake in the job or in an axis is answered without waiting for torch
+    import torch
+
+    from titan_peer.analysis.model_size import model_size
+    from titan_peer.data.tokenizer import load_tokenizer
+    from titan_peer.model import Transformer
+
     args = config.model
     if args.vocab_size == 0:
         args = dataclasses.replace(args, vocab_size=load_tokenizer(args.tokenizer_path).vocab_size)
     with torch.device("meta"):
-        size: ModelSize = model_size(Transformer(args), config.training.seq_len)
+        size = model_size(Transformer(args), config.training.seq_len)
     tokens = config.training.steps * tokens_per_step(config, processes)
     return Cost(size.total_parameters, size.active_parameters, size.training_flops, tokens)
 

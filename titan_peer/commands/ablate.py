@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from titan_peer.ablation.axes import load_mixes
-from titan_peer.ablation.plan import Plan, build_plan, plan_table
-from titan_peer.ablation.results import collect, draw, results_csv, results_markdown
-from titan_peer.ablation.run import StoppedError, only_here, prepare, run_here, run_on_cluster, write_whole
+from titan_peer.ablation.plan import Plan, Run, build_plan, plan_table
 from titan_peer.ablation.solve import FREE_NUMBERS
 from titan_peer.common.command_line import CommandParser
 from titan_peer.common.errors import UserError
 
-EPILOG = """Any key of the job may be given besides, as for run_train.sh: it changes the base job, and so all runs.
+EPILOG = """Any key of the job may also be given, as for run_train.sh: it changes the base job, and so all runs.
 
 axes (NAME, or NAME=VALUE,VALUE):
   data_mix          the mixes of --custom_datasets; without it, all sources of the base job and each alone
@@ -52,31 +48,33 @@ def _parser() -> CommandParser:
     plan.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="train each design with each of these (default: the job's)"
     )
-    plan.add_argument("--tokens", type=int, metavar="N", help="of a run, in whole steps (default: the base job's)")
+    plan.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of a run, in whole steps (default: the base job's)"
+    )
     plan.add_argument(
         "--equal",
         choices=["none", "total_parameters", "active_parameters", "flops"],
         default="none",
-        help="change a free number of each design until it has as many as the base job, within 2%% (default: none)",
+        help="change a free number of each design until this is as in the base job, within 2%% (default: none)",
     )
-    plan.add_argument("--free", choices=list(FREE_NUMBERS), help="that number (default: one that suits --equal)")
+    plan.add_argument("--free", choices=list(FREE_NUMBERS), help="which free number (default: one that suits --equal)")
     plan.add_argument("--custom_datasets", metavar="FILE", help="TOML with [[mixes.NAME]] tables for the axis data_mix")
     work = parser.add_argument_group("how to run")
     work.add_argument("--output_dir", default="ablation_results", metavar="DIR", help="default: %(default)s")
     work.add_argument("--dry_run", action="store_true", help="print the runs with parameters and FLOPs, start nothing")
-    work.add_argument("--resume", action="store_true", help="go on with what is in --output_dir; done runs stay done")
-    work.add_argument("--retry_failed", action="store_true", help="with --resume: train failed runs once more")
     work.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="GPUs of a run (processes, on a CPU); default: 1"
+        "--resume", action="store_true", help="continue what is in --output_dir; completed runs are not repeated"
     )
+    work.add_argument("--retry_failed", action="store_true", help="with --resume: train failed runs once more")
+    work.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per run (on a CPU: processes); default: 1")
     work.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: as many as there are GPUs for, or 1)"
+        "--jobs", type=int, metavar="N", help="runs at a time (default: as many as there are GPUs for; 1 on a CPU)"
     )
     work.add_argument("--executor", choices=["local", "slurm"], default="local", help="default: %(default)s")
     work.add_argument("--slurm_partition", default="", metavar="NAME")
-    work.add_argument("--slurm_minutes", type=int, default=240, metavar="N", help="time limit of a run (default: 240)")
+    work.add_argument("--slurm_minutes", type=int, default=240, metavar="N", help="time limit per run (default: 240)")
     work.add_argument(
-        "--keep_checkpoints", action="store_true", help="do not delete a run's checkpoints when it is done"
+        "--keep_checkpoints", action="store_true", help="do not delete a run's checkpoints when it is completed"
     )
     return parser
 
@@ -118,26 +116,23 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--free {options.free}: needs --equal")
     if options.retry_failed and not options.resume:
         raise UserError("--retry_failed: needs --resume")
+
+
+def _require_gpus(options: argparse.Namespace) -> None:
+    import torch
+
     available = torch.cuda.device_count()
     needed = options.gpus * (options.jobs or 1)
     if options.executor == "local" and 0 < available < needed:
         raise UserError(f"--gpus {options.gpus} --jobs {options.jobs or 1}: needs {needed} GPUs, there are {available}")
 
 
-def report(plan: Plan, folder: Path, title: str) -> str:
-    """Write results.csv, results.md and the plots; returns the markdown."""
-    results = collect(plan)
-    markdown = results_markdown(plan, results, title)
-    write_whole(folder / "results.csv", results_csv(plan, results))
-    write_whole(folder / "results.md", markdown)
-    draw(plan, results, folder)
-    return markdown
-
-
 def main(args: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
     options, job_arguments = _parser().parse_known_args(args)
     _check(options)
     plan = _plan(options, job_arguments)
+    _require_gpus(options)
     for note in plan.notes:
         print(f"note: {note}")
     if options.dry_run:
@@ -145,6 +140,13 @@ def main(args: Sequence[str]) -> int:
         total = sum(run.cost.flops for run in plan.runs)
         print(f"\n{len(plan.runs)} runs, {sum(run.cost.tokens for run in plan.runs):,} tokens, {total:.3e} FLOPs")
         return 0
+    return _train(options, plan)
+
+
+def _train(options: argparse.Namespace, plan: Plan) -> int:
+    from titan_peer.ablation.results import collect, write_report
+    from titan_peer.ablation.run import StoppedError, only_here, prepare
+
     folder = Path(options.output_dir).absolute()
     with only_here(folder):
         to_do = prepare(
@@ -162,34 +164,42 @@ def main(args: Sequence[str]) -> int:
             ended += line.split()[0] in ("done", "failed")
             print(f"[{ended}/{len(plan.runs)}] {line}", flush=True)
             if ended:
-                report(plan, folder, title)
+                write_report(plan, folder, title)
 
         try:
-            if options.executor == "slurm":
-                run_on_cluster(
-                    to_do,
-                    output_dir=folder,
-                    processes=options.gpus,
-                    gpus_per_run=options.gpus,
-                    jobs=options.jobs or max(len(to_do), 1),
-                    keep_checkpoints=options.keep_checkpoints,
-                    partition=options.slurm_partition,
-                    timeout_minutes=options.slurm_minutes,
-                    report=tell,
-                )
-            else:
-                gpus = [str(i) for i in range(torch.cuda.device_count())]
-                jobs = options.jobs or max(len(gpus) // options.gpus, 1)
-                run_here(
-                    to_do,
-                    processes=options.gpus,
-                    jobs=jobs,
-                    gpus=gpus,
-                    keep_checkpoints=options.keep_checkpoints,
-                    report=tell,
-                )
+            _execute(options, to_do, folder, tell)
         except StoppedError:
-            print("stopped; the same command with --resume goes on", file=sys.stderr)
+            print("stopped; the same command with --resume continues", file=sys.stderr)
             return 130
-        print("\n" + report(plan, folder, title))
+        print("\n" + write_report(plan, folder, title))
     return 0 if all(result.state == "done" for result in collect(plan)) else 1
+
+
+def _execute(options: argparse.Namespace, to_do: Sequence[Run], folder: Path, tell: Callable[[str], None]) -> None:
+    """Train the runs on this machine or as SLURM jobs, telling what starts and ends."""
+    import torch
+
+    from titan_peer.ablation.run import run_here, run_on_cluster
+
+    if options.executor == "slurm":
+        run_on_cluster(
+            to_do,
+            output_dir=folder,
+            processes=options.gpus,
+            gpus_per_run=options.gpus,
+            jobs=options.jobs or max(len(to_do), 1),
+            keep_checkpoints=options.keep_checkpoints,
+            partition=options.slurm_partition,
+            timeout_minutes=options.slurm_minutes,
+            report=tell,
+        )
+        return
+    gpus = [str(i) for i in range(torch.cuda.device_count())]
+    run_here(
+        to_do,
+        processes=options.gpus,
+        jobs=options.jobs or max(len(gpus) // options.gpus, 1),
+        gpus=gpus,
+        keep_checkpoints=options.keep_checkpoints,
+        report=tell,
+    )

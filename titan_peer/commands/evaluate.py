@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.common.command_line import CommandParser
 from titan_peer.common.errors import UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Evaluation
-from titan_peer.evaluation.language_model import LanguageModel
-from titan_peer.evaluation.load import load_language_model
-from titan_peer.evaluation.perplexity import held_out_loss
-from titan_peer.evaluation.results import Result, result_table
-from titan_peer.evaluation.suite import Batches, generative_evaluations, held_out_batches, run_one, run_perplexity
-from titan_peer.metrics.logger import HeldOutLoss
 
 logger = logging.getLogger("titan_peer")
 
@@ -55,20 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--evals_registry", default="", metavar="DIR", help="folder of further evals")
     add("--tasks", type=_names, default=[], metavar="NAME,...", help="lm-eval tasks, such as sample_text_continuation")
     add("--tasks_folder", default="", metavar="DIR", help="folder of further lm-eval task files")
-    add("--limit", type=int, default=-1, help="samples of an eval or task; -1: all (default)")
+    add("--limit", type=int, default=-1, help="samples per eval or task; -1: all (default)")
     add("--batch_size", type=int, default=defaults.batch_size, help="sequences at a time (default %(default)s)")
     add(
         "--max_new_tokens",
         type=int,
         default=defaults.max_new_tokens,
-        help="tokens of a completion where an eval or task does not say (default %(default)s)",
+        help="tokens of a completion where an eval or task sets no limit (default %(default)s)",
     )
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add(
         "--precision",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="of matmuls; auto: bfloat16 where the device has it in hardware, as in training (default)",
+        help="dtype of matmuls; auto: bfloat16 where the device has it in hardware, as in training (default)",
     )
     add("--output", type=Path, metavar="DIR", help="also write results.json, results.md and every sample's record here")
     add(
@@ -78,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         const=Path.home() / ".evals",
         metavar="DIR",
         help="make the checkpoint known to the oaieval command as titan_peer/<checkpoint>, by a file in DIR (default "
-        "~/.evals, where oaieval looks by itself); evaluates nothing",
+        "~/.evals, where oaieval looks by default); evaluates nothing",
     )
     return parser
 
@@ -100,6 +91,15 @@ def main(args: Sequence[str]) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     _check(settings)
+    return _evaluate(options, settings, checkpoint)
+
+
+def _evaluate(options: argparse.Namespace, settings: Evaluation, checkpoint: Path) -> int:
+    from titan_peer.evaluation.load import load_language_model
+    from titan_peer.evaluation.perplexity import loss_on
+    from titan_peer.evaluation.results import result_table, write_results
+    from titan_peer.evaluation.suite import generative_evaluations, held_out_batches, run_one, run_perplexity
+
     evaluations = generative_evaluations(settings)
     for evaluation in evaluations:
         evaluation.prepare()
@@ -130,15 +130,15 @@ def main(args: Sequence[str]) -> int:
         for source, batches in zip(settings.perplexity, held_out)
     ]
     results += [run_one(evaluation, model, options.output) for evaluation in evaluations]
-    table = result_table(results)
-    print(table)
+    print(result_table(results))
     if options.output is not None:
-        _write(options.output, checkpoint, results, table)
+        write_results(options.output, checkpoint, results)
+        logger.info("results and records are in %s", options.output)
     return 1 if any(result.error for result in results) else 0
 
 
 def _source(text: str) -> DataSource:
-    """A set that --perplexity names: [NAME=]PATH; what is there under the whole text is a path."""
+    """The set that --perplexity names: [NAME=]PATH; if the whole text is an existing path, it is the path."""
     name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
     if not path:
         raise UserError(f"--perplexity {text}: needs a path, after NAME= if it is to have a name")
@@ -155,23 +155,13 @@ def _check(settings: Evaluation) -> None:
         raise UserError(f"--limit {settings.limit}: must be at least 1, or -1 for all")
 
 
-def loss_on(model: LanguageModel, batches: Batches) -> HeldOutLoss:
-    """The model's loss on held-out batches."""
-    transformer, device = model.generator.model, model.generator.device
-
-    def summed_loss(batch: dict[str, Tensor]) -> Tensor:
-        with model.precision():
-            loss: Tensor = transformer(*(batch[key].to(device) for key in ("tokens", "document_ids", "labels")))
-        return loss
-
-    return held_out_loss(summed_loss, batches)
-
-
 def _register(folder: Path, checkpoint: Path) -> int:
+    found = find_checkpoint(checkpoint, "--checkpoint")
+
     from titan_peer.checkpoint.inference import require_sound_model
     from titan_peer.evaluation.openai_evals import PREFIX, write_registry
 
-    require_sound_model(find_checkpoint(checkpoint, "--checkpoint"))
+    require_sound_model(found)
     file = write_registry(folder, checkpoint)
     logger.info("wrote %s", file)
     name = PREFIX + checkpoint.as_posix().strip("/")
@@ -185,18 +175,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
-
-
-def _write(folder: Path, checkpoint: Path, results: Sequence[Result], table: str) -> None:
-    document = {
-        "checkpoint": str(checkpoint),
-        "results": [
-            {key: getattr(r, key) for key in ("kind", "name", "metrics", "samples", "seconds", "error")}
-            for r in results
-        ],
-    }
-    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(
-        f"# Evaluation of {checkpoint}\n\n{table}\n", encoding="utf-8", errors="backslashreplace"
-    )
-    logger.info("results and records are in %s", folder)

@@ -1,7 +1,7 @@
-"""`titan-peer COMMAND ...`: finds the command's module and hands it the rest of the line; parsing only.
+"""`titan-peer COMMAND ...`: finds the command's module and passes it the rest of the line; parsing only.
 
 Every command's module has `main(args: Sequence[str]) -> int`, which returns the exit status and prints its own `--help`.
-Modules are imported when their command is called, so that one command's optional libraries are not another's burden.
+Modules are imported when their command is called, so that no command needs another's optional libraries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from titan_peer.common.characters import write_every_character
 from titan_peer.common.command_line import wrapped
@@ -21,20 +20,23 @@ from titan_peer.common.errors import UserError
 # command: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titan_peer.train", "train a model from a TOML job (run_train.sh starts the same on several processes)"),
-    "estimate": ("titan_peer.analysis.estimate", "the memory that each process of a job will take"),
+    "estimate": ("titan_peer.commands.estimate", "the memory that each process of a job will take"),
     "analyze": (
-        "titan_peer.analysis.analyze",
+        "titan_peer.commands.analyze",
         "parameters, FLOPs, cache and memory of a job's model, by layer and component",
     ),
     "ablate": ("titan_peer.commands.ablate", "train variants of a job under equal conditions and say which is best"),
     "experts": ("titan_peer.commands.experts", "which experts a saved model uses on given text, and for which tokens"),
     "eval": ("titan_peer.commands.evaluate", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
     "generate": ("titan_peer.commands.generate", "complete prompts with a checkpoint, or talk with it"),
-    "export": ("titan_peer.sharing.export", "write a checkpoint as a folder that transformers loads"),
-    "import": ("titan_peer.sharing.import_model", "make a checkpoint of an exported folder"),
-    "data inspect": ("titan_peer.data.inspect_data", "show a job's data: sequences, shares, lengths of documents"),
-    "data tokenize": ("titan_peer.data.pretokenize", "tokenise a source once, into memory-mapped shards"),
-    "data train-tokenizer": ("titan_peer.data.train_tokenizer", "train a byte-level BPE tokenizer on a source"),
+    "export": ("titan_peer.commands.export", "write a checkpoint as a folder that transformers loads"),
+    "import": ("titan_peer.commands.import_model", "make a checkpoint of an exported folder"),
+    "data inspect": ("titan_peer.commands.data_inspect", "show a job's data: sequences, shares, lengths of documents"),
+    "data tokenize": ("titan_peer.commands.data_tokenize", "tokenise a source once, into memory-mapped shards"),
+    "data train-tokenizer": (
+        "titan_peer.commands.data_train_tokenizer",
+        "train a byte-level BPE tokenizer on a source",
+    ),
     "tune": ("titan_peer.commands.tune", "measure how the GPU kernels of a job are best launched, and keep the result"),
 }
 
@@ -61,7 +63,9 @@ example:
 
 
 def versions() -> str:
-    """titan_peer's own version and what its behaviour depends on, one line."""
+    """titan_peer's own version and those that its behaviour depends on, in one line."""
+    from importlib.metadata import version
+
     parts = [f"titan_peer {version('titan_peer')}", f"torch {version('torch')}", f"Python {platform.python_version()}"]
     return ", ".join(parts)
 

@@ -1,56 +1,32 @@
-"""`titan-peer data tokenize`: tokenise a source once, into memory-mapped shards that any later job reads as a source."""
+"""Tokenising a source once, into memory-mapped shards that any later job reads as a source."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from titan_peer.common.command_line import parse_options
 from titan_peer.common.errors import UserError
-from titan_peer.config.data_source import DataSource
 from titan_peer.data.identity import another_reading
 from titan_peer.data.records import BadDocument, TokenizedText
-from titan_peer.data.sources import Source, open_source
+from titan_peer.data.sources import Source
 from titan_peer.data.streams import DocumentEncoder
 from titan_peer.data.tokenized import MANIFEST, dtype_for, is_tokenized, read_manifest, write_shard
-from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("titan_peer")
 
 _TEXTS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 512, 2**22
 
 
-@dataclass
-class TokenizeOptions:
-    """Tokenise a source into memory-mapped shards, which a job reads with data.sources.0.path = the output folder.
-
-    The same command again continues after the last complete shard. Begin and end tokens are not stored; the job adds them.
-
-    Example:
-      titan-peer data tokenize --source.path assets/sample_text/train.jsonl --output outputs/tokens
-    """
-
-    output: str
-    """Folder for the shards."""
-    source: DataSource = field(default_factory=lambda: DataSource(""))
-    """What to tokenise; weight and epochs have no effect here."""
-    tokenizer_path: str = "assets/tokenizer"
-    """As model.tokenizer_path of a job."""
-    tokens_per_shard: int = 100_000_000
-    """A shard is written when it has this many tokens; until then they are held in memory, 4 bytes each."""
-
-
 def documents_from(source: Source, chunk: int, record: int) -> Iterator[tuple[int, int, Any]]:
-    """(chunk, record, document) from a place on, in the order of the files."""
+    """(chunk, record, document) of every document from a place on, in the order of the files."""
     for c in range(chunk, source.num_chunks):
         first = record if c == chunk else 0
         for i, document in enumerate(source.records(c, first), first):
@@ -58,23 +34,34 @@ def documents_from(source: Source, chunk: int, record: int) -> Iterator[tuple[in
 
 
 class Tokenization:
-    """The shards of one output folder that have been made so far."""
+    """The shards of one output folder that have been made so far.
 
-    def __init__(self, options: TokenizeOptions, source: Source, tokenizer: Tokenizer) -> None:
-        self.options, self.source, self.tokenizer = options, source, tokenizer
-        self.folder = Path(options.output)
+    Args:
+        output: the folder; unfinished shards of the same source and tokenizer in it are continued.
+        source, tokenizer: what is tokenised, and with what.
+        tokenizer_path: how the user named the tokenizer; kept in the manifest.
+        tokens_per_shard: a shard is closed when it has as many tokens.
+    Raises:
+        UserError: the folder holds the tokens of something else.
+    """
+
+    def __init__(
+        self, output: str, source: Source, tokenizer: Tokenizer, *, tokenizer_path: str, tokens_per_shard: int
+    ) -> None:
+        self.source, self.tokenizer, self.tokens_per_shard = source, tokenizer, tokens_per_shard
+        self.folder = Path(output)
         self.manifest: dict[str, Any] = {
             "format": 1,
             "tokenizer": tokenizer.fingerprint,
-            "tokenizer_path": options.tokenizer_path,
+            "tokenizer_path": tokenizer_path,
             "dtype": dtype_for(tokenizer.vocab_size),
-            "source": {"path": options.source.path, "fingerprint": source.fingerprint(), **source.identity},
+            "source": {"path": source.config.path, "fingerprint": source.fingerprint(), **source.identity},
             "shards": [],
             "next": {"chunk": 0, "record": 0},
             "skipped": 0,
             "complete": False,
         }
-        if is_tokenized(options.output):
+        if is_tokenized(output):
             self._resume()
 
     def _resume(self) -> None:
@@ -140,19 +127,19 @@ class Tokenization:
             for chunk, record, document in documents_from(self.source, place["chunk"], place["record"]):
                 bar.update(chunk - bar.n)
                 if isinstance(document, BadDocument):
-                    if self.options.source.on_bad_document == "error":
+                    if self.source.config.on_bad_document == "error":
                         raise self.source.refusal(document)
                     skipped += 1
                     continue
                 if isinstance(document, TokenizedText):
-                    raise UserError(f"--source.path {self.options.source.path}: is already tokenised")
+                    raise UserError(f"--source.path {self.source.config.path}: is already tokenised")
                 texts.append(document)
                 characters += len(document)
                 if len(texts) < _TEXTS_AT_A_TIME and characters < _CHARACTERS_AT_A_TIME:
                     continue
                 shard += encoder.encode_texts(texts)
                 texts, characters = [], 0
-                if sum(len(d.ids) for d in shard) >= self.options.tokens_per_shard:
+                if sum(len(d.ids) for d in shard) >= self.tokens_per_shard:
                     self._close(shard, {"chunk": chunk, "record": record + 1}, skipped)
                     shard = []
             bar.update(self.source.num_chunks - bar.n)
@@ -179,23 +166,3 @@ class Tokenization:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.folder / MANIFEST)
-
-
-def main(args: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    options = parse_options(TokenizeOptions, args, "data tokenize", inspect.getdoc(TokenizeOptions) or "")
-    if not options.source.path:
-        raise UserError("--source.path: must be given; it names the text to tokenise")
-    if options.tokens_per_shard < 1:
-        raise UserError(f"--tokens_per_shard {options.tokens_per_shard}: must be at least 1")
-    tokenizer = load_tokenizer(options.tokenizer_path)
-    source = open_source(options.source, "--source")
-    tokenization = Tokenization(options, source, tokenizer)
-    try:
-        tokenization.run()
-    except OSError as error:
-        raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
-    shards, skipped = tokenization.manifest["shards"], tokenization.manifest["skipped"]
-    documents, tokens = sum(s["documents"] for s in shards), sum(s["tokens"] for s in shards)
-    print(f"{options.output}: {documents:,} documents, {tokens:,} tokens in {len(shards)} shards, {skipped:,} left out")
-    return 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.metrics.logger import HeldOutLoss
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 
@@ -34,3 +35,15 @@ def held_out_loss(
         predicted = (batch["labels"] != IGNORE_INDEX).sum()
         sums += torch.stack([loss.double().cpu(), predicted.double(), batch["num_bytes"].double()])
     return HeldOutLoss(*sum_over_processes(sums).tolist())
+
+
+def loss_on(model: LanguageModel, batches: Iterable[dict[str, Tensor]]) -> HeldOutLoss:
+    """The loss of a model that is opened for evaluation, in its own precision."""
+    transformer, device = model.generator.model, model.generator.device
+
+    def summed_loss(batch: dict[str, Tensor]) -> Tensor:
+        with model.precision():
+            loss: Tensor = transformer(*(batch[key].to(device) for key in ("tokens", "document_ids", "labels")))
+        return loss
+
+    return held_out_loss(summed_loss, batches)

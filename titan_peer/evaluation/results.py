@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,18 @@ def result_table(results: Sequence[Result]) -> str:
             rows.append([result.kind, result.name, metric, shown, *effort])
             effort = ["", ""]
     return _table(["kind", "evaluation", "metric", "value", "samples", "seconds"], rows, numbers_from=3)
+
+
+def write_results(folder: Path, checkpoint: Path, results: Sequence[Result]) -> None:
+    """Write results.json and results.md, for one checkpoint."""
+    keys = ("kind", "name", "metrics", "samples", "seconds", "error")
+    document = {
+        "checkpoint": str(checkpoint),
+        "results": [{key: getattr(result, key) for key in keys} for result in results],
+    }
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    page = f"# Evaluation of {checkpoint}\n\n{result_table(results)}\n"
+    (folder / "results.md").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 @dataclass

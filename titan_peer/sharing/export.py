@@ -1,4 +1,4 @@
-"""`titan-peer export`: a checkpoint as a folder that transformers loads, and that can be shared.
+"""Writing a checkpoint as a folder that transformers loads, and that can be shared.
 
 The folder holds safetensors files (with an index where there are several), config.json, the tokenizer, the model's code
 (transformers_model/), the job that trained it and a model card; `manifest.json`, as in a checkpoint, has the size and CRC-32
@@ -13,13 +13,11 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,18 +25,16 @@ from titan_peer.checkpoint.choice import find_checkpoint
 from titan_peer.checkpoint.files import manifest_entries, stored_tokenizer_path, write_manifest
 from titan_peer.checkpoint.folder import CONFIG, TRAIN_STATE
 from titan_peer.checkpoint.inference import load_model_for_inference, require_sound_model
-from titan_peer.common.command_line import parse_options
 from titan_peer.common.errors import UserError
 from titan_peer.common.folder_lock import is_running
 from titan_peer.config.resolve import resolve_vocabulary
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.model import ModelArgs, Transformer
 from titan_peer.sharing.export_tokenizer import write_tokenizer
+from titan_peer.sharing.folder import CONFIG_JSON, INDEX, TableDtype, new_folder
 from titan_peer.sharing.model_card import model_card
 
-TableDtype = Literal["float", "int8", "float8_e4m3"]
 CODE_FILES = ("configuration_titan_peer.py", "layers_titan_peer.py", "modeling_titan_peer.py")
-INDEX, CONFIG_JSON = "model.safetensors.index.json", "config.json"
 _TABLES = ("expert_down", "expert_up")
 _FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,33 +167,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def new_folder(key: str, path: Path, source: Path) -> Path:
-    """The absolute path of a folder that is to be made of what `source` holds; it may be there, empty.
-
-    Raises:
-        UserError: there is something, or it is a place where no folder can be put.
-    """
-    folder = path.resolve()
-    problem = ""
-    if folder == Path.cwd():
-        problem = "is the folder you are in; give a new folder"
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problem = "exists already; give a new folder"
-    elif folder.is_mount():
-        problem = "is a mount point; give a new folder in it"
-    elif folder.is_relative_to(source.resolve()):
-        problem = f"lies in {source}; give a folder elsewhere"
-    if problem:
-        raise UserError(f"{key} {path}: {problem}")
-    return folder
-
-
 def _partial_prefix(folder: Path) -> str:
     return f".{folder.name}.partial-{socket.gethostname()}-"
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what exports to `folder` that were killed on this machine have left; others may be at work."""
+    """Remove what exports to `folder` that were killed on this machine left behind; other exports may be running."""
     prefix = _partial_prefix(folder)
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
         number = left.name.removeprefix(prefix)
@@ -260,46 +235,3 @@ def export_checkpoint(
             raise refusal(error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-_DESCRIPTION = """Write a checkpoint as a folder that transformers loads (trust_remote_code=True) and that can be shared.
-
-Examples:
-  titan-peer export --checkpoint outputs/debug_model --output debug_model_export
-  titan-peer export --checkpoint outputs/debug_model --output small_export --dtype bfloat16 --table_dtype int8"""
-
-
-@dataclass
-class ExportArgs:
-    """What the command is told."""
-
-    checkpoint: Path
-    """A job's folder, whose newest checkpoint is taken, or a checkpoint, <job.dump_folder>/checkpoint/step-N."""
-    output: Path
-    """A new folder."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights; running statistics stay float32."""
-    table_dtype: TableDtype = "float"
-    """Of the expert tables: float (as dtype), or one byte per number with a scale per row, quantised by torchao."""
-    max_shard_size: float = 5.0
-    """Largest size of a weights file in GB; a table larger than that has a file of its own."""
-    license: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Licence of the weights, for the model card, by its Hugging Face name (apache-2.0, mit ...)."""
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_options(ExportArgs, words, "export", _DESCRIPTION)
-    if args.max_shard_size <= 0:
-        raise UserError(f"--max_shard_size {args.max_shard_size}: must be more than 0")
-    export_checkpoint(
-        args.checkpoint,
-        args.output,
-        dtype=args.dtype,
-        table_dtype=args.table_dtype,
-        max_shard_bytes=int(args.max_shard_size * 1e9),
-        license_name=args.license,
-    )
-    size = sum(path.stat().st_size for path in args.output.iterdir())
-    print(f"{args.output}: {size / 1e9:.2f} GB in {len(list(args.output.iterdir()))} files")
-    return 0

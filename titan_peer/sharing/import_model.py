@@ -1,4 +1,4 @@
-"""`titan-peer import`: an exported folder as a checkpoint that decoding, evaluation and training take."""
+"""Making a checkpoint, which decoding, evaluation and training take, of an exported folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from titan_peer.checkpoint.checkpointer import Checkpointer
 from titan_peer.checkpoint.files import DamagedCheckpointError, misfits, read_tokenizer_files, verify
 from titan_peer.checkpoint.folder import CONFIG, MANIFEST, TRAIN_STATE
 from titan_peer.checkpoint.saving import CheckpointSaveError
-from titan_peer.common.command_line import parse_options
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import job_from_table
@@ -28,7 +25,8 @@ from titan_peer.config.saved_job import read_saved_job
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer, rope_table
 from titan_peer.optim.optimizers import Optimizers
-from titan_peer.sharing.export import CONFIG_JSON, INDEX, is_table, new_folder, transformers_config
+from titan_peer.sharing.export import is_table, transformers_config
+from titan_peer.sharing.folder import CONFIG_JSON, INDEX, new_folder, require_exported
 
 logger = logging.getLogger("titan_peer")
 
@@ -152,13 +150,12 @@ def _job_around(config: dict[str, Any], file: Path) -> JobConfig:
 def import_model(folder: Path, output: Path) -> Path:
     """Make the run folder `output` with a checkpoint of an exported model; returns the checkpoint.
 
-    Training goes on from it with the optimizer's moments at zero; the random numbers are those of a new run.
+    Training continues from it with the optimizer's moments at zero; the random numbers are those of a new run.
 
     Raises:
         UserError: the export is damaged or foreign, or the output exists.
     """
-    if not folder.is_dir():
-        raise UserError(f"--input {folder}: is no folder")
+    require_exported(folder)
     _remove_remains(output)
     new_folder("--output", output, folder)
     job, state = read_job(folder)
@@ -192,7 +189,7 @@ def import_model(folder: Path, output: Path) -> Path:
 
 
 def _remove_remains(output: Path) -> None:
-    """Of an import that was killed, so that it can be started again."""
+    """Remove what an import that was killed left behind, so that it can be started again."""
     if (output / _UNFINISHED).is_file():
         shutil.rmtree(output)
 
@@ -212,28 +209,3 @@ def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, s
     ((_, saved),) = checkpointer.newly_saved()
     (output / _UNFINISHED).unlink()
     return saved
-
-
-_DESCRIPTION = """Make a checkpoint, in a run folder of its own, of a folder that titan-peer export wrote.
-
-Examples:
-  titan-peer import --input debug_model_export --output outputs/imported
-  titan-peer generate --checkpoint outputs/imported --prompt "In the beginning"
-  ./run_train.sh --job.config_file outputs/imported/config.toml --training.steps 100"""
-
-
-@dataclass
-class ImportArgs:
-    """What the command is told."""
-
-    input: Path
-    """A folder that titan-peer export wrote."""
-    output: Path
-    """A new run folder (job.dump_folder)."""
-
-
-def main(words: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_options(ImportArgs, words, "import", _DESCRIPTION)
-    print(import_model(args.input, args.output))
-    return 0

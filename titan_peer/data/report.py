@@ -1,54 +1,19 @@
-"""`titan-peer data inspect`: shows what a job would be trained on, before it starts."""
+"""What a job would be trained on: sequences as text, each source's share, the lengths of documents."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
-from titan_peer.config.job import JobConfig
-from titan_peer.config.parse import load_config
-from titan_peer.data.loader import TrainingLoader, build_dataloader
+from titan_peer.data.loader import TrainingLoader
 from titan_peer.data.pipeline import Batch
-from titan_peer.data.special_tokens import describe as describe_borders
-from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
-
-_EXAMPLE = """\
-Any key of the job may be given as well, as for run_train.sh.
-
-example:
-  titan-peer data inspect --job.config_file train_configs/debug_model.toml --sequences 2 --output outputs/inspect
-"""
-
-
-def parse(args: Sequence[str]) -> tuple[argparse.Namespace, JobConfig]:
-    parser = CommandParser(
-        "data inspect",
-        "Show a job's data: decoded sequences with document borders, each source's share, and the lengths of its "
-        "documents.",
-        _EXAMPLE,
-    )
-    parser.add_argument("--sequences", type=int, default=2, help="sequences to show (default: 2)")
-    parser.add_argument("--batches", type=int, default=20, help="global batches to count shares over (default: 20)")
-    parser.add_argument(
-        "--documents", type=int, default=2000, help="documents of each source to measure (default: 2000)"
-    )
-    parser.add_argument(
-        "--output", default="", help="folder for document_lengths.png, a histogram (default: not written)"
-    )
-    options, job = parser.parse_known_args(args)
-    for name in ("sequences", "batches", "documents"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)}: must not be negative")
-    return options, load_config(job)
 
 
 def describe(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[str]:
@@ -84,7 +49,7 @@ def document_lengths(loader: TrainingLoader, limit: int) -> dict[str, list[int]]
 
 
 def lengths_table(lengths: dict[str, list[int]], seq_len: int) -> Iterator[str]:
-    """One line per source: its documents' lengths in tokens, and the share of them that does not fit a sequence."""
+    """One line per source: how many tokens its documents have, and which part of them does not fit into a sequence."""
     width = max(6, *map(len, lengths))
     yield f"{'source':<{width}}  {'documents':>9}  {'median':>9}  {'90 %':>9}  {'longest':>9}  longer than {seq_len:,}"
     for name, values in lengths.items():
@@ -119,7 +84,7 @@ def plot_lengths(lengths: dict[str, list[int]], seq_len: int, output: Path) -> N
 
 
 def shares_table(loader: TrainingLoader) -> Iterator[str]:
-    """One line per source: the share that was asked for and the actual one."""
+    """One line per source: the share that was asked for and the share it had."""
     sources, statistics = loader.pipeline.sources, loader.statistics()
     total = sum(source.config.weight for source in sources)
     width = max(6, *(len(source.name) for source in sources))
@@ -132,41 +97,3 @@ def shares_table(loader: TrainingLoader) -> Iterator[str]:
             f"{source.name:<{width}}  {source.config.weight / total:>7.2%}  {share:>7.2%}  {tokens:>13,}  {epoch:>5}  "
             f"{skipped:>8,}  {source.num_chunks:,}"
         )
-
-
-def main(args: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    options, config = parse(args)
-    tokenizer, training = load_tokenizer(config.model.tokenizer_path), config.training
-    batch_size = training.local_batch_size if training.global_batch_size == -1 else training.global_batch_size
-    loader = build_dataloader(
-        data=config.data,
-        tokenizer=tokenizer,
-        seq_len=training.seq_len,
-        global_batch_size=batch_size,
-        local_batch_size=batch_size,
-        dp_rank=0,
-        dp_world_size=1,
-        seed=config.debug.seed,
-    )
-    print(f"{config.model.tokenizer_path}: {describe_borders(tokenizer.specials, config.data)}\n")
-    shown = 0
-    for _ in tqdm(range(max(options.batches, 1)), unit="batch", desc="reading", disable=not sys.stderr.isatty()):
-        batch = next(loader)
-        for row in range(min(options.sequences - shown, batch_size)):
-            print("\n".join(describe(batch, row, tokenizer)))
-            shown += 1
-    print(f"\n{loader.pipeline.num_streams} streams, packing {config.data.packing}, {max(options.batches, 1)} batches:")
-    print("\n".join(shares_table(loader)))
-    lengths = document_lengths(loader, options.documents)
-    print("\n" + "\n".join(lengths_table(lengths, training.seq_len)))
-    if not options.output:
-        return 0
-    folder = Path(options.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_lengths(lengths, training.seq_len, folder / "document_lengths.png")
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written: {error.strerror or error}") from None
-    print(f"\n{folder / 'document_lengths.png'}")
-    return 0
