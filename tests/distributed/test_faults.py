@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_peer.checkpoint.files import verify
 from titan_peer.checkpoint.folder import saved_steps
-from titan_peer.distributed.launch import first_failure
+from titan_peer.distributed.agent import first_failure
 
 JOB = [*SMALL, "--checkpoint.interval", 2, "--checkpoint.async_mode", "async", "--lr_scheduler.warmup_steps", 4]
 

@@ -14,7 +14,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_peer.common.errors import UserError
-from titan_peer.distributed.launch import _is_rendezvous, check_port, has_said_why, is_final, trains_nothing
+from titan_peer.distributed.agent import has_said_why, is_final
+from titan_peer.distributed.launch import trains_nothing
+from titan_peer.distributed.rendezvous import _is_rendezvous, check_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
