@@ -31,7 +31,7 @@ def test_no_recompilation_after_the_third_step_and_no_graph_break(
     for step in range(1, 7):
         trainer.step = step
         with torch._dynamo.config.patch(error_on_recompile=step > 3):
-            losses.append(trainer.train_step(batches)[0])
+            losses.append(trainer.train_step(batches).loss)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[2] == graphs[-1]

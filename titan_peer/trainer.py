@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.distributed.collectives import on_all_processes
 from titan_peer.distributed.float8 import precompute_scales_after_step
-from titan_peer.distributed.parallelize import World, autocast, compute_dtype, init_world, materialize, parallelize
+from titan_peer.distributed.parallelize import World, init_world, materialize, parallelize
 from titan_peer.distributed.sharded_init import sharded_init
 from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
@@ -47,18 +47,20 @@ from titan_peer.metrics.profiling import Profiler
 from titan_peer.model import Transformer
 from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
-from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optim.optimizers import Optimizers, local
 from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
+from titan_peer.train_step import (
+    Batch,
+    EndOfDataError,
+    StepResult,
+    TrainStep,
+    model_inputs,
+    read_global_batch,
+)
 
 logger = logging.getLogger("titan_peer")
 
-MAX_EMPTY_BATCHES = 1000  # without anything to learn, in turn
 SAVE_GRACE_SECONDS = 15  # that a job which fails waits for a checkpoint being written
-
-
-class EndOfDataError(Exception):
-    """The sources have ended (data.sources[i].max_epochs) before training.steps."""
 
 
 class Trainer:
@@ -93,17 +95,18 @@ class Trainer:
         tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
         self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
         precompute_scales_after_step(model, self.optimizers.adamw, config.float8)
-        self.dtype = compute_dtype(training.mixed_precision_param, self.device)
-        self.precision = autocast(self.device, self.dtype)
 
         self.step, self.tokens_seen = 0, 0
         self.checkpointer = Checkpointer(config, model, self.optimizers)
+        # an asynchronous save may still be copying the parameters
+        wait = self.checkpointer.wait_until_copied
+        self._update = TrainStep(model, self.optimizers, world, training, before_update=wait)
         if config.checkpoint.enable:
             self._resume()
         on_all_processes(self._begin_reports)
         self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
         if training.expert_balance_coeff:
-            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps)
+            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps * world.world_size)
         self.revival: ExpertRevival | None = None
         if training.reinit_dead_experts_freq:
             self.revival = ExpertRevival(
@@ -114,8 +117,8 @@ class Trainer:
             on_all_processes(self._begin_expert_usage)
         self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
         self.stop_signal, self.stop_time = 0, 0.0
-        self._unreported: dict[str, Any] = {}
-        """What the last step gave, as long as it is not logged."""
+        self._unreported: StepResult | None = None
+        """The last step's result, until it is logged."""
 
     # ---- set-up
 
@@ -202,7 +205,7 @@ class Trainer:
     def banner(self) -> str:
         """What will run, for a person."""
         config, training = self.config, self.config.training
-        mla = config.model.mla
+        mla, dtype = config.model.mla, self._update.dtype
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         batch = (
             f"{training.global_batch_size} x {training.seq_len} tokens a step"
@@ -214,9 +217,9 @@ class Trainer:
             f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
             f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
             f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
-            f"device     {self.world.world_size} x {device}, compute {str(self.dtype).removeprefix('torch.')}, "
+            f"device     {self.world.world_size} x {device}, compute {str(dtype).removeprefix('torch.')}, "
             f"compile {'on' if config.compile.enable else 'off'}",
-            f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, self.dtype.itemsize)}",
+            f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, dtype.itemsize)}",
             f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
             f"batch      {batch}, {self._steps_line()}",
             f"rate       {self._rate_line()}",
@@ -281,12 +284,12 @@ class Trainer:
             if self.lock is not None:
                 self.lock.require_mine()
             try:
-                loss, grad_norm, lr, stop = self.train_step(batches)
+                result = self.train_step(batches)
             except EndOfDataError:
                 self._end_early()
                 break
-            self._require_finite(loss, grad_norm, lr)
-            self._unreported = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+            self._require_finite(result)
+            self._unreported, stop = result, result.stop
             if self.metrics.due(self.step) or stop:
                 self._log_step()
             if self.expert_usage is not None and self.expert_usage.due(self.step):
@@ -310,44 +313,38 @@ class Trainer:
         self.checkpointer.finish()
         self._report_saved()
 
-    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, float, bool]:
-        """One optimizer step over the global batch.
+    def train_step(self, batches: Iterator[Batch]) -> StepResult:
+        """One optimizer step over the global batch. Called by every process.
 
-        Returns:
-            Loss (nats a learnt token, mean over the global batch), gradient norm before clipping, learning rate, and
-            whether any process has been told to stop.
+        Raises:
+            EndOfDataError, UserError: as `read_global_batch`.
         """
-        config, n_processes = self.config, self.world.world_size
-        micro_batches, learnt_tokens = self._global_batch(batches)
-        loss_sum = torch.zeros((), device=self.device)
-        for i, batch in enumerate(micro_batches):
-            self._synchronise_gradients_only_on(last=i == len(micro_batches) - 1)
-            with self.precision():
-                micro_loss = self.model(*self._inputs(batch))
-            # FSDP averages gradients over processes: n_processes makes that the sum the global mean needs
-            (micro_loss * (n_processes / learnt_tokens)).backward()
-            loss_sum += micro_loss.detach()
-
-        lr = config.optimizer.lr * learning_rate_factor(self.step, config.training.steps, config.lr_scheduler)
-        self.optimizers.set_learning_rate(lr)
-        self.optimizers.exchange_expert_gradients()
-        self.checkpointer.wait_until_copied()
-        grad_norm = self.optimizers.clip_and_step(config.training.max_norm, row_scale=1 / n_processes)
-
-        sums = torch.stack([loss_sum.double().cpu(), torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)])
-        with self.metrics.waiting():
-            sums = self._sum_over_processes(sums)
-        tokens = config.training.global_batch_size * config.training.seq_len
+        training = self.config.training
+        batch = read_global_batch(
+            batches, self.accumulation_steps, step=self.step, sum_over_processes=self._wait_and_sum
+        )
+        lr = self.config.optimizer.lr * learning_rate_factor(self.step, training.steps, self.config.lr_scheduler)
+        loss_sum, grad_norm = self._update(batch, lr)
+        told_to_stop = torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)
+        sums = self._wait_and_sum(torch.stack([loss_sum.double().cpu(), told_to_stop]))
+        tokens = training.global_batch_size * training.seq_len
         self.tokens_seen += tokens
         self.metrics.count(tokens)
-        return (sums[0] / learnt_tokens).item(), grad_norm.item(), lr, bool(sums[1] > 0)
+        loss = (sums[0] / batch.learnt_tokens).item()
+        return StepResult(loss, grad_norm.item(), lr, stop=bool(sums[1] > 0))
 
     def _log_step(self) -> None:
         """Report the last step, unless that has been done. Called by every process."""
-        numbers, self._unreported = self._unreported, {}
-        if numbers:
-            statistics = self.loader.statistics()
-            self.metrics.log_step(self.step, **numbers, tokens_seen=self.tokens_seen, data=statistics)
+        result, self._unreported = self._unreported, None
+        if result is not None:
+            self.metrics.log_step(
+                self.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=result.lr,
+                tokens_seen=self.tokens_seen,
+                data=self.loader.statistics(),
+            )
 
     def validate(self) -> None:
         """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
@@ -390,12 +387,12 @@ class Trainer:
             evaluation.write_report(self.dump_folder / METRICS)
         self.metrics.exclude(seconds)
 
-    def _held_out_loss(self, batches: Iterable[dict[str, Tensor]], max_batches: int = -1) -> HeldOutLoss:
+    def _held_out_loss(self, batches: Iterable[Batch], max_batches: int = -1) -> HeldOutLoss:
         """That of the training model on this process's batches, all processes together."""
 
-        def summed_loss(batch: dict[str, Tensor]) -> Tensor:
-            with self.precision():
-                return self.model(*self._inputs(batch))
+        def summed_loss(batch: Batch) -> Tensor:
+            with self._update.precision():
+                return self.model(*model_inputs(batch, self.device))
 
         self.model.eval()
         # Compiling a second, inference-only graph on a CPU takes longer than it saves.
@@ -421,56 +418,22 @@ class Trainer:
 
     # ---- one call down
 
-    def _global_batch(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], float]:
-        """This process's micro-batches of the next step, and how many tokens all processes learn from in it.
-
-        Batches with tokens but nothing to learn (documents of one token each) are passed over.
-
-        Raises:
-            EndOfDataError: no process has a token left.
-            UserError: the data cannot be read on some process, or have nothing to learn batch after batch.
-        """
-        for _ in range(MAX_EMPTY_BATCHES):
-            micro_batches, failure = self._read(batches)
-            learnt = -math.inf if failure else sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
-            present = sum((batch["document_ids"] >= 0).sum() for batch in micro_batches)  # padding's are negative
-            counts = torch.tensor([float(learnt), float(present)], dtype=torch.float64)
-            with self.metrics.waiting():
-                learnt_tokens, present_tokens = self._sum_over_processes(counts).tolist()
-            if learnt_tokens < 0:
-                on_all_processes(lambda failure=failure: _raise(failure))  # type: ignore[misc]
-            if learnt_tokens > 0:
-                return micro_batches, learnt_tokens
-            if present_tokens == 0:
-                raise EndOfDataError
-            logger.warning("step %d: a batch in which no token has one to predict is passed over", self.step)
-        raise UserError(f"data.sources: {MAX_EMPTY_BATCHES} batches in turn in which no token has one to predict")
-
-    def _read(self, batches: Iterator[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], Exception | None]:
-        """The step's micro-batches; or why there are none, which all processes are to hear, not only this one."""
-        try:
-            return [next(batches) for _ in range(self.accumulation_steps)], None
-        except Exception as failure:
-            return [], failure
-
-    def _inputs(self, batch: dict[str, Tensor]) -> Sequence[Tensor]:
-        return [batch[key].to(self.device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
-
-    def _synchronise_gradients_only_on(self, last: bool) -> None:
-        if self.world.mesh is not None:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         if self.world.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def _require_finite(self, loss: float, grad_norm: float, lr: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _wait_and_sum(self, values: Tensor) -> Tensor:
+        """The same in a training step, where the time until the slowest process has come is of interest."""
+        with self.metrics.waiting():
+            return self._sum_over_processes(values)
+
+    def _require_finite(self, result: StepResult) -> None:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return
         names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach().sum()).item()]
         message = (
-            f"step {self.step}: loss = {loss}, gradient norm = {grad_norm}, learning rate = {lr:.3e}, "
+            f"step {self.step}: loss = {result.loss}, gradient norm = {result.grad_norm}, learning rate = {result.lr:.3e}, "
             f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
             f"{self.checkpointer.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
@@ -546,11 +509,6 @@ class Trainer:
         except OSError as error:
             logger.error("the loss plot could not be written: %s", error)
         logger.info("peak memory %.2f GiB; loss plot %s", peak_memory_gib(self.device), plot)
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
 
 
 def run_job(config: JobConfig) -> int:

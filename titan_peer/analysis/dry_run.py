@@ -24,11 +24,12 @@ from titan_peer.common.units import bytes_text
 from titan_peer.config.job import JobConfig
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.distributed.parallelize import World, autocast, compute_dtype, init_world, parallelize
+from titan_peer.distributed.parallelize import World, compute_dtype, init_world, parallelize
 from titan_peer.experts.usage import ExpertUsage
 from titan_peer.model import PEERArgs, Transformer
 from titan_peer.ops import cross_entropy
 from titan_peer.optim.optimizers import Optimizers
+from titan_peer.train_step import GlobalBatch, Stage, TrainStep
 
 KINDS = (
     "parameters",
@@ -110,16 +111,28 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
             usage = ExpertUsage(model) if config.metrics.log_expert_usage else None
         with ledger.booked_as("moments"):
             optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens * micro_batches)
-        step = _Step(config, world, model, optimizers, ledger, micro_batches)
-        step.run()  # the first one makes what is kept from step to step
-        ledger.forget_peak()
-        step.run()
+        step = _booked_step(config, world, model, optimizers, ledger)
+        for _ in range(2):  # the first step makes what is kept from step to step; the second one counts
+            ledger.forget_peak()
+            with ledger.booked_as("activations"):
+                batch = _empty_batch(config, world, micro_batches)
+            step(batch, config.optimizer.lr)
+            del batch
         del usage
     dims = _mesh_dims(world)
     traffic = {(dims.get(c.group_name, "all"), c): t for c, t in ledger.traffic.items()}
     memory = {kind: ledger.peak[kind] for kind in KINDS}
     memory["activations"] += sum(size for kind, size in ledger.peak.items() if kind not in KINDS)
     return StepTrace(memory, traffic, micro_batches)
+
+
+def _empty_batch(config: JobConfig, world: World, micro_batches: int) -> GlobalBatch:
+    """A batch of the job's shape, all of its micro-batches the same one: the device holds one at a time."""
+    training = config.training
+    shape = (training.local_batch_size, training.seq_len)
+    keys = ("tokens", "document_ids", "labels")
+    micro_batch = {key: torch.zeros(shape, dtype=torch.int64, device=world.device) for key in keys}
+    return GlobalBatch([micro_batch] * micro_batches, training.global_batch_size * training.seq_len)
 
 
 def _with_dtype_of_this_machine(config: JobConfig) -> JobConfig:
@@ -167,48 +180,38 @@ def _mesh_dims(world: World) -> dict[str, str]:
     return names
 
 
-@dataclass
-class _Step:
-    """The loop body of `Trainer.train_step` for the ledger."""
+_KIND_OF_STAGE: dict[Stage, str] = {
+    "forward": "activations",
+    "backward": "activations",
+    "exchange": "row-gradient factors",
+    "update": "update workspace",
+}
 
-    config: JobConfig
-    world: World
-    model: Transformer
-    optimizers: Optimizers
-    ledger: TensorLedger
-    micro_batches: int
 
-    def __post_init__(self) -> None:
-        self.dtype = compute_dtype(self.config.training.mixed_precision_param, self.world.device)
-        self.model.norm.register_forward_hook(self._loss_begins)
-        for parameter in self.model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+def _booked_step(
+    config: JobConfig, world: World, model: Transformer, optimizers: Optimizers, ledger: TensorLedger
+) -> TrainStep:
+    """The job's training step, which books its memory by stage, the loss and the gradients separately."""
 
-    def _loss_begins(self, *_: Any) -> None:
-        self.ledger.kind = "loss chunk"
+    def loss_begins(*_: Any) -> None:
+        ledger.kind = "loss chunk"
 
-    def _gradient_is_there(self, parameter: Tensor) -> None:
-        self.ledger.book([parameter.grad], "gradients")
+    def gradient_is_there(parameter: Tensor) -> None:
+        ledger.book([parameter.grad], "gradients")
 
-    def run(self) -> None:
-        ledger, training = self.ledger, self.config.training
-        for i in range(self.micro_batches):
-            if self.world.mesh is not None:
-                self.model.set_requires_gradient_sync(i == self.micro_batches - 1)  # type: ignore[operator]
-            with ledger.booked_as("activations"):
-                shape = (training.local_batch_size, training.seq_len)
-                batch = [torch.zeros(shape, dtype=torch.int64, device=self.world.device) for _ in range(3)]
-                with autocast(self.world.device, self.dtype)():
-                    loss = self.model(*batch)
-                ledger.kind = "activations"
-                loss.backward()
-            ledger.book((p.grad for p in self.model.parameters()), "gradients")
-            for collector in self.optimizers.collectors:
+    @contextmanager
+    def booked(stage: Stage) -> Iterator[None]:
+        with ledger.booked_as(_KIND_OF_STAGE[stage]):
+            yield
+        if stage == "backward":
+            ledger.book((p.grad for p in model.parameters()), "gradients")
+            for collector in optimizers.collectors:
                 ledger.book(collector.factors(), "row-gradient factors")
-        with ledger.booked_as("row-gradient factors"):
-            self.optimizers.exchange_expert_gradients()
-        with ledger.booked_as("update workspace"):
-            self.optimizers.clip_and_step(training.max_norm, row_scale=1 / self.world.world_size)
+
+    model.norm.register_forward_hook(loss_begins)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(gradient_is_there)
+    return TrainStep(model, optimizers, world, config.training, stage=booked)
 
 
 def report(config: JobConfig, world_size: int) -> str:

@@ -188,6 +188,10 @@ def apply_data_parallel(
         fully_shard(block, ignored_params=others, mp_policy=policy, **options)
         if float8 and world.device.type == "cpu":
             block.set_custom_all_gather(GatherBytes())  # type: ignore[operator]
+    for module in (model, *model.layers):
+        # gradients are summed over processes, not averaged: see train_step.py
+        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:

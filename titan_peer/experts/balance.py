@@ -65,7 +65,7 @@ def add_balance_loss(model: Transformer, coeff: float, micro_batches: int) -> No
     Each process' micro-batch has its own; what is minimised is the mean over micro-batches and processes.
 
     Args:
-        micro_batches: of a process in an optimizer step.
+        micro_batches: of all processes in an optimizer step, since gradients are summed over them (train_step.py).
     """
     for _, peer in peer_layers(model):
         peer.route = partial(  # type: ignore[method-assign]
