@@ -27,7 +27,7 @@ from report import RESULTS, device_name, markdown_table, square_number, versions
 
 from titan_peer.common.command_line import FlagParser
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,7 @@ from report import RESULTS, markdown_table, median_ms, synchronize, write_result
 from titan_peer.common.command_line import FlagParser
 from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.experts.plots import draw
 from titan_peer.experts.usage import count_experts, peer_layers
 from titan_peer.trainer import Trainer

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from titan_peer.common.command_line import FlagParser
 from titan_peer.common.host_memory import keep_freed_memory, peak_resident_bytes
 from titan_peer.model import PEER, PEERArgs
-from titan_peer.optim.optimizers import RowwiseAdamW
+from titan_peer.optim.rowwise import RowwiseAdamW
 
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 NUM_BATCHES = 4  # inputs in rotation, so that a step's rows are not those of the step before

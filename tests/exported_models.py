@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.sharing.export import export_checkpoint
 from titan_peer.trainer import Trainer
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

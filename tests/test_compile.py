@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from titan_peer import train, trainer
 from titan_peer.checkpoint.folder import saved_steps
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.dump_folder import JobLock
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from titan_peer.experts.balance import add_balance_loss, unevenness
 from titan_peer.experts.usage import ExpertUsage
 from titan_peer.model import QueryBatchNorm, Transformer
 from titan_peer.ops import backends
-from titan_peer.optim.optimizers import collect_row_gradients
+from titan_peer.optim.rowwise import collect_row_gradients
 
 LENGTHS = (9, 1, 14, 5)
 Batch = tuple[Tensor, Tensor, Tensor]

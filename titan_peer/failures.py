@@ -5,11 +5,11 @@ torch is imported where it is needed, since a mistake in the arguments is answer
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 
 from titan_peer.common.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
+from titan_peer.common.launched import launched_as
 
 
 class NonFiniteLossError(Exception):
@@ -18,7 +18,7 @@ class NonFiniteLossError(Exception):
 
 def is_first_process() -> bool:
     """Whether this is rank 0 of the job, as the launcher has said in the environment."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched_as()[0] == 0
 
 
 def exit_status(failure: BaseException) -> int:

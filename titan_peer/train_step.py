@@ -26,7 +26,8 @@ from torch import Tensor
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import Training
 from titan_peer.distributed.collectives import on_all_processes
-from titan_peer.distributed.parallelize import World, autocast, compute_dtype
+from titan_peer.distributed.parallelize import autocast, compute_dtype
+from titan_peer.distributed.world import World
 from titan_peer.model import Transformer
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optim.optimizers import Optimizers

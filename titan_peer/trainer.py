@@ -24,16 +24,18 @@ from titan_peer.analysis.model_size import model_size
 from titan_peer.checkpoint.checkpointer import Checkpointer
 from titan_peer.common.errors import UserError
 from titan_peer.common.host_memory import keep_freed_memory
+from titan_peer.common.launched import launched_as
 from titan_peer.common.units import bytes_text
 from titan_peer.config.job import JobConfig
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
 from titan_peer.data.special_tokens import describe
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.distributed.collectives import on_all_processes
+from titan_peer.distributed.collectives import local, on_all_processes, sum_over_processes
 from titan_peer.distributed.float8 import precompute_scales_after_step
-from titan_peer.distributed.parallelize import World, init_world, materialize, parallelize
+from titan_peer.distributed.parallelize import materialize, parallelize
 from titan_peer.distributed.sharded_init import sharded_init
+from titan_peer.distributed.world import World, init_world
 from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
 from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
 from titan_peer.evaluation.perplexity import held_out_loss
@@ -47,7 +49,7 @@ from titan_peer.metrics.profiling import Profiler
 from titan_peer.model import Transformer
 from titan_peer.ops import backend_report, set_table_gradient
 from titan_peer.ops.attention import attention_backend
-from titan_peer.optim.optimizers import Optimizers, local
+from titan_peer.optim.optimizers import Optimizers
 from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 from titan_peer.train_step import (
     Batch,
@@ -79,7 +81,7 @@ class Trainer:
         self.dump_folder = Path(config.job.dump_folder)
         self._make_reproducible()
 
-        self.accumulation_steps = resolve_batch(training, world.world_size)
+        self.accumulation_steps = resolve_batch(training, world.dp_degree)
         on_all_processes(self._open_data)
         self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
 
@@ -94,7 +96,7 @@ class Trainer:
         self.model = model
         tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
         self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
-        precompute_scales_after_step(model, self.optimizers.adamw, config.float8)
+        precompute_scales_after_step(model, self.optimizers.dense, config.float8)
 
         self.step, self.tokens_seen = 0, 0
         self.checkpointer = Checkpointer(config, model, self.optimizers)
@@ -106,7 +108,7 @@ class Trainer:
         on_all_processes(self._begin_reports)
         self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
         if training.expert_balance_coeff:
-            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps * world.world_size)
+            add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps * world.dp_degree)
         self.revival: ExpertRevival | None = None
         if training.reinit_dead_experts_freq:
             self.revival = ExpertRevival(
@@ -145,8 +147,8 @@ class Trainer:
             seq_len=training.seq_len,
             global_batch_size=training.global_batch_size,
             local_batch_size=training.local_batch_size,
-            dp_rank=self.world.rank,
-            dp_world_size=self.world.world_size,
+            dp_rank=self.world.dp_rank,
+            dp_world_size=self.world.dp_degree,
             seed=self.config.debug.seed,
             pin_memory=self.device.type == "cuda",
         )
@@ -158,8 +160,8 @@ class Trainer:
             tokenizer=self.tokenizer,
             seq_len=self.config.training.seq_len,
             local_batch_size=validation.local_batch_size,
-            dp_rank=self.world.rank,
-            dp_world_size=self.world.world_size,
+            dp_rank=self.world.dp_rank,
+            dp_world_size=self.world.dp_degree,
             data=self.config.data,
         )
 
@@ -185,7 +187,7 @@ class Trainer:
             self.config,
             self.dump_folder,
             device=self.device,
-            num_devices=self.world.world_size,
+            num_devices=self.world.size,
             training_flops_per_token=self.size.training_flops,
             total_steps=self.config.training.steps,
             resumed_step=self.step,
@@ -217,7 +219,7 @@ class Trainer:
             f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
             f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
             f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
-            f"device     {self.world.world_size} x {device}, compute {str(dtype).removeprefix('torch.')}, "
+            f"device     {self.world.size} x {device}, compute {str(dtype).removeprefix('torch.')}, "
             f"compile {'on' if config.compile.enable else 'off'}",
             f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, dtype.itemsize)}",
             f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
@@ -419,9 +421,7 @@ class Trainer:
     # ---- one call down
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        if self.world.world_size > 1:
-            dist.all_reduce(values)
-        return values
+        return sum_over_processes(values)
 
     def _wait_and_sum(self, values: Tensor) -> Tensor:
         """The same in a training step, where the time until the slowest process has come is of interest."""
@@ -516,7 +516,7 @@ def run_job(config: JobConfig) -> int:
     try:
         if config.comm.mode == "fake_backend":
             if is_first_process():
-                print(dry_run.report(config, int(os.environ.get("WORLD_SIZE", 1))))
+                print(dry_run.report(config, launched_as()[1]))
             return 0
         keep_freed_memory()
         return _train(config)

@@ -12,7 +12,7 @@ from titan_peer.checkpoint.choice import find_checkpoint
 from titan_peer.commands import main as cli
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

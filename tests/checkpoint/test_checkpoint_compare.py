@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from titan_peer.checkpoint.compare import changed_function, model_keys, tokenizer_function
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs
 from titan_peer.trainer import Trainer
 

@@ -15,7 +15,7 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.config.version import CONFIG_VERSION, KEY, migrated, rename
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

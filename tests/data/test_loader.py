@@ -123,13 +123,11 @@ def test_a_batch_is_what_the_model_takes() -> None:
     # named, since an order that follows the path would depend on where the clone lies
     batch = next(make_loader([DataSource(str(SAMPLE), name="sample")], seq_len=256))
     tokens, labels, documents = batch["tokens"], batch["labels"], batch["document_ids"]
-    assert tokens.shape == labels.shape == documents.shape == batch["positions"].shape == (8, 256)
-    assert tokens.dtype == labels.dtype == torch.int64 and documents.dtype == batch["positions"].dtype == torch.int32
+    assert tokens.shape == labels.shape == documents.shape == (8, 256)
+    assert tokens.dtype == labels.dtype == torch.int64 and documents.dtype == torch.int32
     same = documents[:, 1:] == documents[:, :-1]
     assert torch.equal(labels[:, :-1][same], tokens[:, 1:][same])
     assert (labels[:, :-1][~same] == IGNORE_INDEX).all() and (~same).sum() > 0
-    starts = torch.cat([torch.ones(8, 1, dtype=torch.bool), ~same], 1)
-    assert torch.equal(batch["positions"] == 0, starts)
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
 from titan_peer.trainer import Trainer
 

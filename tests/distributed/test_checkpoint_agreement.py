@@ -22,7 +22,7 @@ def _trainer(folder: str, *arguments: str) -> Any:
     import torch.distributed as dist
 
     from titan_peer.config.parse import load_config
-    from titan_peer.distributed.parallelize import init_world
+    from titan_peer.distributed.world import init_world
     from titan_peer.trainer import Trainer
 
     if not dist.is_initialized():

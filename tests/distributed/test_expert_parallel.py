@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.collectives import new_gloo_group, one_gloo_thread
 from titan_peer.distributed.expert_parallel import ExpertParallel, ShardedExperts
-from titan_peer.distributed.parallelize import apply_expert_parallel, init_world
+from titan_peer.distributed.parallelize import apply_expert_parallel
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
+from titan_peer.distributed.world import init_world
 from titan_peer.model import Experts, MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients
 from titan_peer.trainer import Trainer

@@ -8,7 +8,8 @@ import torch
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import Parallelism
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import World, init_world, parallelize
+from titan_peer.distributed.parallelize import parallelize
+from titan_peer.distributed.world import World, init_world
 from titan_peer.model import Transformer
 
 DEBUG = ["--job.config_file", "train_configs/debug_model.toml"]
@@ -63,6 +64,7 @@ def test_degrees_that_do_not_fit_the_processes(
             "--optimizer.expert_update dense --optimizer.expert_compute_dtype bfloat16",
             'expert_compute_dtype = bfloat16: needs optimizer.expert_update = "rowwise"',
         ),
+        ("--optimizer.name adamv", "optimizer.name = adamv: must be one of adamw"),
         ("--metrics.heartbeat_seconds -1", "heartbeat_seconds = -1: must be from 0 to 31536000"),
     ],
 )

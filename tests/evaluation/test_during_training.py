@@ -28,7 +28,8 @@ from processes import train_jobs
 from titan_peer import train
 from titan_peer.commands import main as cli
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import World, parallelize
+from titan_peer.distributed.parallelize import parallelize
+from titan_peer.distributed.world import World
 from titan_peer.evaluation.during_training import PeriodicEvaluation, whole_model
 from titan_peer.evaluation.results import BOOTSTRAP_OF
 from titan_peer.evaluation.suite import generative_evaluations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.experts.balance import add_balance_loss, unevenness
 from titan_peer.experts.revival import counterparts, find_dead_keys
 from titan_peer.experts.usage import DEAD_AFTER, peer_layers

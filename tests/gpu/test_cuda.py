@@ -22,7 +22,7 @@ from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients, backend_report, peer_experts, product_key_retrieve, reference, rowwise_adamw_
 from titan_peer.ops import triton as kernels
 from titan_peer.ops.triton import tuning
-from titan_peer.optim.optimizers import RowwiseAdamW
+from titan_peer.optim.rowwise import RowwiseAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda")

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from titan_peer.common.errors import UserError
 from titan_peer.model import PEER, PEERArgs
 from titan_peer.ops import backends
-from titan_peer.optim.optimizers import RowwiseAdamW
+from titan_peer.optim.rowwise import RowwiseAdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

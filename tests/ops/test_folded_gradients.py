@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from titan_peer.model import Experts, PEERArgs
 from titan_peer.ops import RowGradients, backends, peer_experts
-from titan_peer.optim.optimizers import RowwiseAdamW
+from titan_peer.optim.rowwise import RowwiseAdamW
 
 N, E, D, K, T = 16, 2, 24, 4, 6
 DENSE_BYTES = 2 * 4 * N * E * D

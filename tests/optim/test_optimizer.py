@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_models import built, small_model
 
-from titan_peer.config.job import LRScheduler, Optimizer
+from titan_peer.config.optimizer import OPTIMIZERS, LRScheduler, Optimizer
+from titan_peer.model import QueryBatchNorm
+from titan_peer.optim.groups import parameter_groups
 from titan_peer.optim.optimizers import Optimizers
 from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 
@@ -58,17 +60,38 @@ def test_a_schedule_that_does_not_fit_is_cut_and_said(steps, warmup_steps, decay
 def test_weight_decay_spares_norms_gains_and_expert_tables() -> None:
     model = built(small_model())
     optimizers = Optimizers(model, Optimizer(expert_update="dense", weight_decay=0.3, expert_lr_factor=2.0))
-    decay = {id(p): g["weight_decay"] for g in optimizers.adamw.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in optimizers.dense.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         spared = "norm" in name or "expert_" in name
         assert decay[id(parameter)] == (0.0 if spared else 0.3), name
     optimizers.set_learning_rate(0.5)
     (tables,) = [
         g
-        for g in optimizers.adamw.param_groups
+        for g in optimizers.dense.param_groups
         if any(p is model.layers[1].peer.experts.expert_up for p in g["params"])
     ]
     assert tables["lr"] == 1.0
+
+
+def test_what_is_a_norm_follows_from_its_type_not_from_its_name() -> None:
+    class NormalisedProjection(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(NormalisedProjection(4, 4), QueryBatchNorm(2, 3), torch.nn.LayerNorm((2, 3)))
+    decayed, plain = parameter_groups(model, Optimizer(weight_decay=0.3), set(), with_tables=False)
+    assert [p is model[0].weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 0.3
+    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_an_optimizer_is_there_before_the_first_step(name: str) -> None:
+    model = built(small_model())
+    optimizers = Optimizers(model, Optimizer(name=name))
+    before = {key: tensor.shape for key, tensor in optimizers.named_state()}
+    tokens = torch.randint(50, (2, 16))
+    (model(tokens, labels=tokens) / 32).backward()
+    optimizers.clip_and_step(1.0)
+    assert {key: tensor.shape for key, tensor in optimizers.named_state()} == before
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.01])

@@ -24,7 +24,7 @@ from titan_peer.checkpoint.files import manifest_entries, verify, write_manifest
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.commands import main as cli
 from titan_peer.config.parse import load_config
-from titan_peer.distributed.parallelize import init_world
+from titan_peer.distributed.world import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
 from titan_peer.sharing.export import export_checkpoint
 from titan_peer.sharing.import_model import import_model

@@ -24,7 +24,8 @@ from titan_peer.common.units import bytes_text
 from titan_peer.config.job import JobConfig
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.distributed.parallelize import World, compute_dtype, init_world, parallelize
+from titan_peer.distributed.parallelize import compute_dtype, parallelize
+from titan_peer.distributed.world import World, init_world
 from titan_peer.experts.usage import ExpertUsage
 from titan_peer.model import PEERArgs, Transformer
 from titan_peer.ops import cross_entropy
@@ -77,13 +78,13 @@ def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def resolve(config: JobConfig, world_size: int) -> int:
-    """Fill in what follows from the tokenizer and the number of processes; returns the micro-batches a step."""
+def resolve(config: JobConfig, dp_degree: int) -> int:
+    """Fill in what follows from the tokenizer and the data-parallel degree; returns the micro-batches a step."""
     model = config.model
     # a job whose tokenizer is still to be made can be looked at where it says how many entries that will have
     if model.vocab_size == 0 or model.tokenizer_path == "byte" or Path(model.tokenizer_path).exists():
         resolve_vocabulary(model, load_tokenizer(model.tokenizer_path).vocab_size)
-    return resolve_batch(config.training, world_size)
+    return resolve_batch(config.training, dp_degree)
 
 
 def trace_step(config: JobConfig, world: World) -> StepTrace:
@@ -92,7 +93,7 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
     With compile.enable the blocks are traced and cut into forward and backward as the compiler does, but no code is made.
     How many places of a token an expert-parallel process has is not known: they are taken to be spread by chance.
     """
-    micro_batches = resolve(config, world.world_size)
+    micro_batches = resolve(config, world.dp_degree)
     config = _with_dtype_of_this_machine(config)
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -102,7 +103,7 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
         for block in model.layers:
             block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     tokens = config.training.local_batch_size * config.training.seq_len
-    places = _places_on_one_process(config.model.peer, world.expert_parallel_degree)
+    places = _places_on_one_process(config.model.peer, world.ep_degree)
     ledger = TensorLedger(lambda number: 1.0 if number.is_floating_point() else places)
     with _stand_in_for_compiler(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         with ledger.booked_as("parameters"):

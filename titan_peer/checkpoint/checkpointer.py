@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -50,6 +49,7 @@ from titan_peer.config.job import JobConfig
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.distributed.collectives import ProcessesFailedError
 from titan_peer.distributed.float8 import master_weight
+from titan_peer.distributed.world import joined_as
 from titan_peer.optim.optimizers import Optimizers
 
 logger = logging.getLogger("titan_peer")
@@ -361,7 +361,7 @@ def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set
 
 
 def _random_states() -> dict[str, Tensor]:
-    return dict(_named_random_states(dist.get_rank() if dist.is_initialized() else 0))
+    return dict(_named_random_states(joined_as()[0]))
 
 
 def _named_random_states(rank: int) -> Iterator[tuple[str, Tensor]]:

@@ -35,6 +35,7 @@ from titan_peer.checkpoint.files import ManifestEntries, manifest_entries, sync,
 from titan_peer.checkpoint.removal import hidden_name
 from titan_peer.common.errors import UserError
 from titan_peer.distributed.collectives import ProcessesFailedError, new_gloo_group, on_all_processes
+from titan_peer.distributed.world import joined_as
 
 logger = logging.getLogger("titan_peer")
 
@@ -57,8 +58,7 @@ class Ranks:
     def __init__(self) -> None:
         self.is_alone = not dist.is_initialized()
         self.group = None if self.is_alone else new_gloo_group(_SLOWEST_WRITER)
-        self.rank = 0 if self.is_alone else dist.get_rank()
-        self.size = 1 if self.is_alone else dist.get_world_size()
+        self.rank, self.size = joined_as()
         self.is_first = self.rank == 0
 
     def all_do(self, action: Callable[[], T]) -> list[T]:

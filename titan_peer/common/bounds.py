@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 _LARGEST = {int: 2**63 - 1, float: 3.4028234663852886e38}  # in C++ and in float32
 _SMALLEST = 1.1754943508222875e-38  # the smallest positive normal float32
@@ -78,3 +78,20 @@ def out_of_range(settings: Any, prefix: str) -> Iterator[str]:
         elif allowed is not None:
             numbers = [(f"{key}[{i}]", n) for i, n in enumerate(value)] if isinstance(value, list) else [(key, value)]
             yield from (f"{name} = {n}: {allowed.problem(n)}" for name, n in numbers if n not in allowed)
+
+
+class Section:
+    """A section of a job: a dataclass of keys, some with a range. `class Training(Section, name="training")`."""
+
+    section: ClassVar[str]
+
+    def __init_subclass__(cls, name: str) -> None:
+        cls.section = name
+
+    def problems(self) -> list[str]:
+        """What makes the values impossible: one line per problem, naming key, value and what is allowed."""
+        return list(out_of_range(self, f"{self.section}."))
+
+    def problem(self, field: str, allowed: str) -> list[str]:
+        """The problem with one field's value, as a list to be added to `problems`."""
+        return [f"{self.section}.{field} = {getattr(self, field)}: {allowed}"]

@@ -81,8 +81,8 @@ def _build(cls: type, table: dict[str, Any], prefix: str, where: str, left_out: 
     """A dataclass from its table.
 
     Args:
-        left_out: if given, keys that are unknown or have impossible types are put in here instead of being errors, except
-            those of [model].
+        left_out: if given, keys that are unknown or have a wrong type are added to it instead of being errors, except keys
+            of [model].
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
@@ -107,7 +107,7 @@ def data_sources(tables: Any, key: str, where: str) -> list[DataSource]:
     """Tables of a TOML file, which `where` names, as data sources.
 
     Raises:
-        UserError: they are none.
+        UserError: they do not describe data sources.
     """
     return typing.cast(list[DataSource], _convert(tables, list[DataSource], key, where))
 
@@ -132,7 +132,7 @@ def job_from_table(table: dict[str, Any], where: str, left_out: list[str] | None
     """The job of a TOML file's table, which `where` names; values and combinations are not checked.
 
     Args:
-        left_out: if given, keys outside of [model] that are unknown or of a wrong type are put in here and not taken.
+        left_out: if given, keys outside of [model] that are unknown or have a wrong type are added to it and ignored.
     Raises:
         UserError: an unknown key, or a value of a wrong type.
     """
@@ -160,7 +160,7 @@ def _source_key(key: str) -> str | None:
 
 
 def _checked_arguments(args: Sequence[str]) -> list[str]:
-    """Command-line arguments with known keys only, and booleans as tyro spells them; `--key=value` is taken apart."""
+    """Command-line arguments with only known keys, and booleans as tyro spells them; `--key=value` is split."""
     types_of = {key: expected for key, expected, _ in leaf_keys()}
     source_types = typing.get_type_hints(DataSource)
     flat: list[str] = []

@@ -1,4 +1,4 @@
-"""Keys of a job that follow from other things: the vocabulary from the tokenizer, the batch from the processes."""
+"""Keys of a job that depend on other things: the vocabulary on the tokenizer, the batch on the data-parallel degree."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from titan_peer.config.job import Model, Training
 
 
 def resolve_vocabulary(model: Model, known: int) -> None:
-    """Fill in model.vocab_size = 0 with the bound of the tokenizer's ids, `known`.
+    """Replace model.vocab_size = 0 by the number of the tokenizer's ids, `known`.
 
     Raises:
-        UserError: the tokenizer has ids that the key leaves no room for.
+        UserError: model.vocab_size is too small for the tokenizer's ids.
     """
     if model.vocab_size == 0:
         model.vocab_size = known
@@ -21,19 +21,19 @@ def resolve_vocabulary(model: Model, known: int) -> None:
         )
 
 
-def resolve_batch(training: Training, world_size: int) -> int:
-    """Fill in training.global_batch_size = -1; returns the micro-batches a process has in a step.
+def resolve_batch(training: Training, dp_degree: int) -> int:
+    """Replace training.global_batch_size = -1 by its value; returns the number of micro-batches per process and step.
 
     Raises:
-        UserError: the global batch does not divide into micro-batches of `world_size` processes.
+        UserError: the global batch cannot be divided into micro-batches of `dp_degree` processes.
     """
-    sequences = training.local_batch_size * world_size
+    sequences = training.local_batch_size * dp_degree
     if training.global_batch_size == -1:
         training.global_batch_size = sequences
     if training.global_batch_size % sequences:
         raise UserError(
             f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
             f"training.local_batch_size x data-parallel degree = {training.local_batch_size} x "
-            f"{world_size} = {sequences}"
+            f"{dp_degree} = {sequences}"
         )
     return training.global_batch_size // sequences

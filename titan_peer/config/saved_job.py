@@ -1,4 +1,4 @@
-"""The job that made a checkpoint or an export, as its config.toml has it, whichever version wrote that."""
+"""The job that wrote a checkpoint or an export, read from its config.toml, whichever version wrote it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger("titan_peer")
 def read_saved_job(file: Path) -> JobConfig:
     """The job of a saved config.toml.
 
-    Keys of earlier versions are migrated. What this version does not know, or no longer allows, is left out and said in one
-    line, except in [model], which says what the weights mean.
+    Keys of earlier versions are migrated. Keys and values that this version does not know are left out and reported in one
+    line; in [model], which says what the weights mean, they are errors.
 
     Raises:
-        UserError: the file cannot be read, or its [model] is not one that this version can build.
+        UserError: the file cannot be read, or this version cannot build its [model].
     """
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))

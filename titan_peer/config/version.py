@@ -1,8 +1,8 @@
 """The version of a job's keys, and how files of earlier versions are read.
 
-A job is written with `config_version`. Whoever renames, moves or removes a key, or changes what a value means, raises
-CONFIG_VERSION and adds the step from the version before to MIGRATIONS, so that checkpoints saved until then go on to open
-and resume. New keys need nothing: a file that lacks one gets its default, which must be what was done before.
+A job is written with `config_version`. A change that renames, moves or removes a key, or changes what a value means, raises
+CONFIG_VERSION and adds the step from the previous version to MIGRATIONS, so that checkpoints saved before still open and
+resume. A new key needs nothing: a file without it gets the default, which must mean what was done before.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from titan_peer.common.errors import UserError
 
 KEY = "config_version"
 CONFIG_VERSION = 1
-"""Of the keys as they are now. Files without the key are of version 0, which had the same keys."""
+"""The version of the present keys. Files without `config_version` have version 0, which had the same keys."""
 
 Migration = Callable[[dict[str, Any]], None]
 """Changes a job's table in place."""
 
 MIGRATIONS: Mapping[int, Migration] = {}
-"""Version -> what makes a table of it one of the next; a version that is not here has the same keys as the next."""
+"""Version -> the change that turns its table into one of the next version; a version not listed has the same keys as the next."""
 
 
 def rename(table: dict[str, Any], old: str, new: str) -> None:
-    """For migrations: the value of the key `old` ("training.steps") under the name `new`, if it is there."""
+    """For migrations: move the value of the key `old` ("training.steps") to the name `new`, if there is one."""
     *old_sections, old_name = old.split(".")
     *new_sections, new_name = new.split(".")
     path = [table]
@@ -54,9 +54,9 @@ def migrated(
 
     Args:
         where: the file, for messages.
-        unversioned: the version of a table that does not say its own; of a job that somebody writes, this one.
+        unversioned: the version of a table without `config_version`; for a job that a user writes, the present one.
     Raises:
-        UserError: `config_version` is no whole number from 0 on.
+        UserError: `config_version` is not a whole number of at least 0.
     """
     result = copy.deepcopy(dict(table))
     version = result.pop(KEY, unversioned)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import itertools
-import json
 import logging
 import os
 import signal
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -38,6 +36,7 @@ from titan_peer.data.sources import open_sources
 from titan_peer.data.special_tokens import missing
 from titan_peer.data.streams import State
 from titan_peer.data.tokenizer import Tokenizer
+from titan_peer.distributed.collectives import max_over_processes, on_all_processes, sum_over_processes
 
 _STATE_FORMAT = 1
 
@@ -203,8 +202,8 @@ class TrainingLoader:
         tokens = torch.from_numpy(self._tokens.copy())
         latest = torch.from_numpy(np.stack([self._skipped, self._epochs]))
         if self.dp_world_size > 1:
-            dist.all_reduce(tokens)
-            dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+            sum_over_processes(tokens)
+            max_over_processes(latest)
         skipped, epochs = latest[0].sum(0).tolist(), latest[1].amax(0).tolist()
         totals = {}
         for i, source in enumerate(self.pipeline.sources):
@@ -233,9 +232,8 @@ class TrainingLoader:
         It takes a few hundred bytes per stream and source, however much has been read.
         """
         assert self._micro_step == 0, "the state can be read only after a whole global batch"
-        streams = merge_streams([self._start_streams, *_reader_states(self._loader)])
-        if self.dp_world_size > 1:
-            streams = merge_streams(gather(streams))
+        own = merge_streams([self._start_streams, *_reader_states(self._loader)])
+        streams = merge_streams(on_all_processes(lambda: own)) if self.dp_world_size > 1 else own
         totals = self._totals()
         return {
             "format": _STATE_FORMAT,
@@ -317,21 +315,6 @@ def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
         return [state["dataset_state"]]
     workers = state["_snapshot"]["_worker_snapshots"].values()
     return [worker["dataset_state"] for worker in workers if worker["dataset_state"] is not None]
-
-
-def gather(value: Any) -> list[Any]:
-    """Every process's `value`, which JSON can hold, in the order of ranks. Called by every process."""
-    if not dist.is_initialized():
-        return [value]
-    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)]))
-    longest = int(max(sizes).item())
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(mine)] = mine
-    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(texts, padded)
-    return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes)]
 
 
 class ValidationSet:

@@ -31,7 +31,6 @@ class PackedSequence(NamedTuple):
     tokens: NDArray[np.int32]  # [S]
     labels: NDArray[np.int32]  # [S], IGNORE_INDEX: not learnt
     document_ids: NDArray[np.int32]  # [S], 0, 1, 2 ... within the sequence; padding -1, -2, -3 ...
-    positions: NDArray[np.int32]  # [S], of a token within its document's part of the sequence
     num_bytes: float  # UTF-8 bytes of the text its labels stand for
     source_tokens: NDArray[np.int64]  # [sources], tokens of each source, padding left out
     epochs: NDArray[np.int64]  # [sources], epoch of each source's latest document; -1: none here
@@ -70,7 +69,6 @@ class PackingFormat(NamedTuple):
         tokens = np.full(self.seq_len, self.pad_token, np.int32)
         labels = np.full(self.seq_len, IGNORE_INDEX, np.int32)
         document_ids = np.zeros(self.seq_len, np.int32)
-        positions = np.zeros(self.seq_len, np.int32)
         source_tokens = np.zeros(self.num_sources, np.int64)
         epochs = np.full(self.num_sources, -1, np.int64)
         num_bytes, end = 0.0, 0
@@ -80,7 +78,6 @@ class PackingFormat(NamedTuple):
             known = document.tokens[start + 1 : stop + 1]
             labels[begin : begin + len(known)] = known
             document_ids[begin:end] = number
-            positions[begin:end] = np.arange(stop - start)
             # a document's first token is never one of its labels, so its bytes are spread evenly over the other tokens
             num_bytes += document.num_bytes * len(known) / max(len(document.tokens) - 1, 1)
             source_tokens[document.source] += stop - start
@@ -89,7 +86,7 @@ class PackingFormat(NamedTuple):
                 after = pieces[number + 1].document.tokens[0] if number + 1 < len(pieces) else following
                 labels[end - 1] = IGNORE_INDEX if after is None else after
         document_ids[end:] = -1 - np.arange(self.seq_len - end)
-        return PackedSequence(tokens, labels, document_ids, positions, num_bytes, source_tokens, epochs)
+        return PackedSequence(tokens, labels, document_ids, num_bytes, source_tokens, epochs)
 
     def empty(self) -> PackedSequence:
         """A sequence of padding."""

@@ -17,7 +17,7 @@ from titan_peer.data.streams import DocumentEncoder, DocumentStream, State, requ
 from titan_peer.data.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
-"""tokens, labels (-100: not learnt) int64 [B, S]; document_ids, positions (in the document) int32 [B, S]; num_bytes
+"""tokens, labels (-100: not learnt) int64 [B, S]; document_ids int32 [B, S]; num_bytes
 float64 0-d, UTF-8 bytes of the text that the labels stand for."""
 
 
@@ -29,7 +29,6 @@ def collate(sequences: Sequence[PackedSequence], pin_memory: bool = False) -> Ba
         "tokens": stack("tokens", torch.int64),
         "labels": stack("labels", torch.int64),
         "document_ids": stack("document_ids", torch.int32),
-        "positions": stack("positions", torch.int32),
         "num_bytes": torch.tensor(sum(s.num_bytes for s in sequences), dtype=torch.float64),
     }
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks whose activations are made again in the backward pass instead of being kept."""
+"""Activation checkpointing: the backward pass recomputes the activations of blocks instead of keeping them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titan_peer.config.job import ActivationCheckpoint
 from titan_peer.model import Transformer
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-"""Around the forward pass, and around its repetition."""
+"""Contexts for the forward pass and for its recomputation."""
 
 KEPT_OPS = (
     "titan_peer::product_key_retrieve",
@@ -31,15 +31,15 @@ KEPT_OPS = (
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
 )
-"""Ops whose outputs `selective_op` keeps: attention, retrieval and experts, which are dear for what they return.
-FlexAttention, a higher-order op without a schema, is one more."""
+"""Ops whose outputs `selective_op` keeps: attention, retrieval and experts, which compute much for the size of their outputs.
+FlexAttention, a higher-order op without a schema, is kept too."""
 
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint, *, compiled: bool) -> None:
-    """Wrap the blocks that `config` chooses.
+    """Wrap the blocks that `config` selects.
 
     Args:
-        compiled: blocks are compiled after this; the compiler then sees what is repeated and writes a buffer once.
+        compiled: blocks are compiled after this; the compiler sees the recomputation and writes each buffer only once.
     """
     if config.mode == "none":
         return
@@ -73,7 +73,7 @@ def _with_buffers_kept(inner: Any, block: nn.Module) -> Contexts:
 
 @contextmanager
 def _buffers_kept(block: nn.Module, inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Repeating a block must not count its batch a second time in the running statistics of batch norm."""
+    """Restore the buffers afterwards: the recomputation must not count its batch twice in batch norm's running statistics."""
     saved = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         with inner:

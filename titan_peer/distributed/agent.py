@@ -26,7 +26,7 @@ from titan_peer.common.errors import FINAL_STATUSES, USER_ERROR_STATUS, UserErro
 from titan_peer.distributed.rendezvous import check_port
 
 KILLED_AFTER_SECONDS = 20  # torchrun waits 30 for a process that it has sent SIGTERM
-SHUTDOWN_SECONDS = 600  # that workers have after a signal to write their last checkpoint
+SHUTDOWN_SECONDS = 600  # for workers to write their last checkpoint after a signal
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -56,7 +56,7 @@ def describe(rank: int, failure: ProcessFailure) -> str:
 
 
 def is_final(failures: dict[int, ProcessFailure]) -> bool:
-    """Whether the job would end in the same way if it were started again."""
+    """Whether the job would fail in the same way if it were restarted."""
     return any(failure.exitcode in FINAL_STATUSES for failure in failures.values())
 
 
@@ -86,7 +86,7 @@ class Agent(LocalElasticAgent):
         handlers = context.subprocess_handlers.values() if isinstance(context, SubprocessContext) else ()
         Agent.exit_statuses = [handler.proc.returncode for handler in handlers]
 
-    exit_statuses: list[int] = []  # noqa: RUF012 - of this process' workers, after the last shutdown
+    exit_statuses: list[int] = []  # noqa: RUF012 - of the workers of this process, after the last shutdown
 
 
 def _status(exitcode: int) -> int:
@@ -95,7 +95,7 @@ def _status(exitcode: int) -> int:
 
 def launch(words: Sequence[str]) -> None:
     """Start the processes that torchrun's arguments describe and wait for their end; exits with the job's status."""
-    # The agent logs each failing worker with a traceback of its own; the lines printed here replace it.
+    # The agent logs every failed worker with a traceback; the lines printed here replace these.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     torch.distributed.launcher.api.LocalElasticAgent = Agent  # type: ignore[misc]
     parser = get_args_parser()
@@ -106,7 +106,7 @@ def launch(words: Sequence[str]) -> None:
         run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR_STATUS)  # without waiting for a question that nobody answers
+        os._exit(USER_ERROR_STATUS)  # without waiting for the thread in `_is_rendezvous`
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if not has_said_why(error.failures):

@@ -1,8 +1,9 @@
-"""The collectives used here under one name each: PyTorch 2.13 renamed them, and the old names warn there.
+"""Everything that processes exchange goes through the functions here, each of which does one thing.
 
-`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients; `all_gather_into` fills a tensor outside
-of graphs. Process groups are made inside `one_gloo_thread`. What can fail on one process goes through `on_all_processes`, so that
-nobody waits in the next collective for a process that has given up.
+`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients (PyTorch 2.13 renamed what they call, and
+warns about the old names). `all_gather_into`, `sum_over_processes` and `max_over_processes` work on tensors outside of
+graphs, `on_all_processes` on Python objects: it also runs what may fail on one process only, so that the others do not wait
+for that process in the next collective. Process groups are created inside `one_gloo_thread`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
 
 from titan_peer.common.errors import UserError
 
@@ -33,18 +35,18 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenation of all processes' `part` [T, ...] -> [group x T, ...]; the backward pass sums and scatters."""
+    """Concatenate the `part` [T, ...] of all processes -> [group x T, ...]; the backward pass sums and scatters."""
     gather = _all_gather_autograd if part.requires_grad else _all_gather
     return gather(part.contiguous(), 0, group)  # type: ignore[no-any-return]
 
 
 def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of all processes' `whole` [group x T, ...], of which each gets its [T, ...]; the backward pass all-gathers."""
+    """Sum the `whole` [group x T, ...] of all processes; each gets its part [T, ...]. The backward pass all-gathers."""
     return _reduce_scatter_autograd(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 
 def sum_and_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`reduce_scatter` without gradients, inside of compiled graphs or not."""
+    """`reduce_scatter` without gradients, inside or outside of compiled graphs."""
     return _reduce_scatter(whole.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 
@@ -55,6 +57,25 @@ def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return whole
 
 
+def sum_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum `values` in place over the processes of a group (None: of all); as they are where there is no process group."""
+    if dist.is_initialized():
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def max_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The elementwise maximum, otherwise as `sum_over_processes`."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+    return values
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor, detached; the whole tensor where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 class ProcessesFailedError(Exception):
     """Something failed on some processes; raised on all of them. Where it failed here, the cause is chained."""
 
@@ -62,15 +83,15 @@ class ProcessesFailedError(Exception):
 def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `action`, which may fail and must hold no collective, on every process; all get everyone's results.
 
-    Call it on all processes. Results are pickled from process to process: keep them small.
+    Call it on all processes. Results are pickled and sent to every process, so keep them small.
 
     Args:
-        group: of all processes, with tensors on the CPU; None takes the default one.
+        group: a group of all processes that communicates tensors on the CPU; None takes the default group.
     Returns:
-        The results in the order of ranks; of this process alone where there are no others.
+        The results in the order of ranks; a single process gets a list with its own.
     Raises:
-        UserError: on every process, when nothing but UserError was raised on any; their messages.
-        ProcessesFailedError: on every process, when another exception was raised on any; the message names ranks and causes.
+        UserError: on every process, when only UserErrors were raised; with all their messages.
+        ProcessesFailedError: on every process, when any other exception was raised; the message names ranks and causes.
     """
     mine: tuple[T | None, str, bool]
     cause: Exception | None = None
@@ -97,7 +118,7 @@ def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = 
 
 
 class GatherBytes:
-    """FSDP2's all-gather, for `set_custom_all_gather`, of numbers that gloo does not know (float8) as bytes."""
+    """An all-gather for FSDP2's `set_custom_all_gather` that sends numbers gloo does not support (float8) as bytes."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -111,11 +132,11 @@ class GatherBytes:
 
 @contextmanager
 def one_gloo_thread() -> Iterator[None]:
-    """Process groups over gloo that are made inside run their collectives in one thread each, one after another.
+    """Process groups over gloo that are created inside this context run their collectives in one thread, one after another.
 
-    PyTorch gives them two threads, which write the name of the collective just done to one std::string without a lock.
-    Where two collectives of a group end at once, as those of an expert-parallel layer do, its memory is freed twice, and
-    the process dies of it later (seen with PyTorch 2.13).
+    PyTorch gives them two threads, which write the name of the last collective to one std::string without a lock. When two
+    collectives of a group end at the same time, as those of an expert-parallel layer do, the string's memory is freed twice
+    and the process crashes later (seen with PyTorch 2.13).
     """
     original = dist.ProcessGroupGloo
 
@@ -137,6 +158,6 @@ def one_gloo_thread() -> Iterator[None]:
 
 
 def new_gloo_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
-    """All processes in a group on the CPU that training does not use."""
+    """A group of all processes on the CPU, separate from the groups that training uses."""
     with one_gloo_thread():
         return dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[no-any-return]

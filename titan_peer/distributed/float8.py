@@ -1,4 +1,4 @@
-"""float8 matmuls by torchao: which linear layers compute in it, and how FSDP2 gathers their weights."""
+"""float8 matrix products by torchao: which linear layers use them, and how FSDP2 gathers their weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.job import Float8
 from titan_peer.model import Transformer
 
-HEAD = "output"  # its weight goes into the chunked loss, and the last layer is the most sensitive one
+HEAD = "output"  # the chunked loss reads its weight, and the last layer is the most sensitive to rounding
 
 
 def apply_float8(model: Transformer, config: Float8, *, sharded: bool) -> list[str]:
-    """Make linear layers compute in float8: those of the blocks whose dims fit and whose name no filter names.
+    """Convert linear layers to float8: those of the blocks whose dims are multiples of 16 and whose names match no filter.
 
     Args:
         model: may be on the meta device.
-        sharded: FSDP2 will shard the model; without it there is nothing to gather in float8.
+        sharded: FSDP2 will shard the model; otherwise there is nothing to gather in float8.
     Returns:
         The names of the converted layers.
     Raises:
-        UserError: torchao is not installed, the device cannot, or no layer is left to convert.
+        UserError: torchao is not installed, the device has no float8, or there is no layer to convert.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -62,8 +62,8 @@ def apply_float8(model: Transformer, config: Float8, *, sharded: bool) -> list[s
 
 
 def master_weight(weight: Tensor) -> Tensor:
-    """A weight that FSDP2 gathers in float8 without what torchao wraps it in: the same memory, for checkpoints, which any
-    job can read. Other tensors as they are."""
+    """The weight itself, without the wrapper that torchao puts around it for gathering in float8. It shares the memory;
+    checkpoints hold it, so that any job can read them. Other tensors are returned unchanged."""
     if not isinstance(weight, DTensor) or "torchao.float8.fsdp_utils" not in sys.modules:
         return weight
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
@@ -78,8 +78,8 @@ def master_weight(weight: Tensor) -> Tensor:
 
 
 def precompute_scales_after_step(model: Transformer, optimizer: torch.optim.Optimizer, config: Float8) -> None:
-    """Have the scales of all weights that FSDP2 gathers in float8 made at once after each step: one all-reduce for the
-    model instead of one a layer."""
+    """After each step, compute the scales of all weights that FSDP2 gathers in float8 at once: one all-reduce for the model
+    instead of one per layer."""
     if not (config.enable and config.precompute_float8_dynamic_scale_for_fsdp):
         return
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp

@@ -18,7 +18,7 @@ TRAINER = "titan_peer.train"
 
 
 def trains_nothing(arguments: Sequence[str]) -> bool:
-    """Whether a job's arguments only ask for something to be printed."""
+    """Whether the arguments only ask for something to be printed."""
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if key in ("-h", "--help"):

@@ -1,8 +1,8 @@
 """How processes that hold the same experts sum their row-wise table gradients.
 
-A gradient exists as factors (see `titan_peer.ops.RowGradients`), whose size follows the tokens of a step, and could be
-made dense, whose size follows the experts. Whichever moves fewer bytes is exchanged; after it every process has the same
-gradient in the same order, so that all update their tables alike, to the last bit.
+A gradient exists as factors (see `titan_peer.ops.RowGradients`), whose size follows the tokens of a step; it could also be
+made dense, whose size follows the experts. The form that moves fewer bytes is exchanged. Afterwards every process has the
+same gradient in the same order, so all processes make exactly the same update, to the last bit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from titan_peer.ops import RowGradients
 
 
 def factors_move_fewer_bytes(factor_bytes: int, table_bytes: int, replicas: int) -> bool:
-    """Whether all-gathering factors receives less than all-reducing dense gradients.
+    """Whether all-gathering the factors moves fewer bytes than all-reducing dense gradients.
 
-    An all-gather brings each process (replicas - 1) x factor_bytes, a ring all-reduce 2 x (replicas - 1) / replicas x
-    table_bytes.
+    Each process receives (replicas - 1) x factor_bytes in an all-gather, and 2 x (replicas - 1) / replicas x table_bytes in
+    a ring all-reduce.
 
     Args:
-        factor_bytes: one process' factors of one optimizer step.
+        factor_bytes: the factors of one process in one optimizer step.
         table_bytes: the dense gradients of the rows that this process holds, both tables.
     """
     return replicas * factor_bytes < 2 * table_bytes
@@ -32,23 +32,25 @@ def factor_bytes(num_tokens: int, places: int, expert_hidden_size: int, dim: int
     """Bytes of the factors of a pair of tables: int64 indices, float32 dz and hidden, x and dy of `element_size` bytes.
 
     Args:
-        num_tokens: times a token went through these tables in the step: layers that share them count each.
-        places: experts a token, heads x k.
+        num_tokens: how many tokens went through these tables in the step; each layer that shares the tables counts them.
+        places: experts per token, heads x k.
     """
     return num_tokens * (places * (8 + 2 * 4 * expert_hidden_size) + 2 * element_size * dim)
 
 
 def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGroup, *, compact: bool) -> None:
-    """Give every process of the group the row-wise gradients of all, summed.
+    """Give every process of the group the sum of the row-wise gradients of all.
 
     Args:
         group: the processes that hold the same experts.
-        compact: first drop the places of experts that are not here, of which an expert-parallel group has many.
+        compact: first drop the places of experts that this process does not have; in an expert-parallel group these are many.
     """
     for collector in collectors:
         if collector.is_empty:
             continue
-        dense = collector.take_dense()  # all processes have had as many tokens, and have folded them or not
+        dense = (
+            collector.take_dense()
+        )  # every process has had the same number of tokens, so all have folded them or none has
         if dense is not None:
             for part in dense[:2]:
                 dist.all_reduce(part, group=group)
@@ -67,7 +69,7 @@ def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGr
 
 
 def _compact(indices: Tensor, dz: Tensor, hidden: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, K] -> [T, K'], present places first, with the smallest K' that serves every token of every process."""
+    """[T, K] -> [T, K'], present places first, with the smallest K' that is enough for every token of every process."""
     present = indices >= 0
     most = present.sum(1).max().clamp_min(1)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
@@ -77,8 +79,8 @@ def _compact(indices: Tensor, dz: Tensor, hidden: Tensor, group: dist.ProcessGro
 
 
 def _all_reduce_dense(collector: RowGradients, group: dist.ProcessGroup) -> None:
-    """Sum as dense tables, then keep the rows that any process has used as factors again: a gradient row [E, D] is E
-    tokens, each with one expert, of weight 1 in one hidden neuron."""
+    """Sum dense gradients, then turn the rows that any process has used back into factors: a gradient row [E, D] becomes E
+    tokens, each with one expert, with weight 1 in one hidden neuron."""
     num_experts, expert_hidden_size, _ = collector.expert_down.shape
     indices = collector.factors()[0]
     used = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)

@@ -1,8 +1,8 @@
-"""Random initial weights that do not depend on how a model is spread over processes.
+"""Random initial weights that do not depend on how a model is sharded over processes.
 
-Inside `sharded_init(seed)` every `nn.init.normal_` is made chunk of rows by chunk, each chunk from a generator seeded by
-(seed, number of the call, number of the chunk). A process that holds a part of a tensor makes only the chunks its part
-lies in, so tables that fit no single process are never made whole, and any sharding gives the same weights.
+Inside `sharded_init(seed)` every `nn.init.normal_` fills its tensor in chunks of rows, each from a generator seeded with
+(seed, number of the call, number of the chunk). A process that holds a part of a tensor fills only the chunks that overlap
+its part. So a table too large for one process is never created whole, and any sharding gives the same weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class sharded_init(TorchFunctionMode):  # noqa: N801 - a context manager, used l
     """Context manager; see the module's docstring.
 
     Args:
-        seed: of all weights made inside.
+        seed: for all weights that are initialised inside.
     """
 
     def __init__(self, seed: int) -> None:
@@ -49,12 +49,12 @@ def _fill_normal(
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     if local.numel() == 0:
         return tensor
-    rows_a_chunk = max(1, _CHUNK_ELEMENTS * shape[0] // max(tensor.numel(), 1))
+    rows_per_chunk = max(1, _CHUNK_ELEMENTS * shape[0] // max(tensor.numel(), 1))
     first, last = offset[0], offset[0] + local.shape[0]
     columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], local.shape[1:]))
     chunk_generator = torch.Generator(local.device)
-    for chunk in range(first // rows_a_chunk, -(-last // rows_a_chunk)):
-        start, stop = chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, shape[0])
+    for chunk in range(first // rows_per_chunk, -(-last // rows_per_chunk)):
+        start, stop = chunk * rows_per_chunk, min((chunk + 1) * rows_per_chunk, shape[0])
         chunk_seed = hashlib.sha256(repr((seed, call, chunk)).encode()).digest()[:7]
         chunk_generator.manual_seed(int.from_bytes(chunk_seed, "little"))
         values = torch.empty(stop - start, *shape[1:], dtype=local.dtype, device=local.device)

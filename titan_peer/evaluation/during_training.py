@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from titan_peer.config.job import JobConfig
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.distributed.collectives import new_gloo_group, on_all_processes
-from titan_peer.distributed.parallelize import World, autocast, compute_dtype
+from titan_peer.distributed.collectives import max_over_processes, new_gloo_group, on_all_processes
+from titan_peer.distributed.parallelize import autocast, compute_dtype
+from titan_peer.distributed.world import World
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.results import Result, history_table, plot_history
 from titan_peer.evaluation.suite import (
@@ -61,7 +61,7 @@ class PeriodicEvaluation:
         self.title = config.job.description or config.job.config_file
         on_all_processes(lambda: self._open(config))
         # Waiting is done on the CPU, outside the training collectives' timeout.
-        self.group = new_gloo_group(_LONGEST_EVALUATION) if world.world_size > 1 else None
+        self.group = new_gloo_group(_LONGEST_EVALUATION) if world.size > 1 else None
         on_all_processes(self._prepare, self.group)
 
     def due(self, step: int, is_last: bool) -> bool:
@@ -76,8 +76,8 @@ class PeriodicEvaluation:
                 seq_len=config.training.seq_len,
                 batch_size=self.settings.batch_size,
                 data=config.data,
-                rank=self.world.rank,
-                world_size=self.world.world_size,
+                dp_rank=self.world.dp_rank,
+                dp_world_size=self.world.dp_degree,
             )
             for i, source in enumerate(self.settings.perplexity)
         ]
@@ -131,10 +131,10 @@ class PeriodicEvaluation:
                 evaluation.prepare()
 
     def _share(self) -> list[GenerativeEvaluation]:
-        return self.evaluations[self.world.rank :: self.world.world_size]
+        return self.evaluations[self.world.rank :: self.world.size]
 
     def _run_share(self, model: nn.Module, records: Path, should_stop: Callable[[], bool]) -> list[Result]:
-        """Run every world_size-th evaluation on a plain model; returns the results of all processes, in order."""
+        """Run this process' share of the evaluations on a plain model; returns the results of all processes, in order."""
         mine = self._share()
         try:
             language_model = self._language_model(model, should_stop)
@@ -144,10 +144,7 @@ class PeriodicEvaluation:
             results = [Result(evaluation.kind, evaluation.name, error=why) for evaluation in mine]
         else:
             results = [run_one(evaluation, language_model, records) for evaluation in mine]
-        if self.group is None:
-            return results
-        shares: list[list[Result]] = [[] for _ in range(self.world.world_size)]
-        dist.all_gather_object(shares, results, group=self.group)
+        shares = on_all_processes(lambda: results, self.group)
         return [shares[i % len(shares)][i // len(shares)] for i in range(len(self.evaluations))]
 
     def _language_model(self, model: nn.Module, should_stop: Callable[[], bool]) -> LanguageModel:
@@ -166,8 +163,7 @@ class PeriodicEvaluation:
             except Exception as error:
                 problem = error
             state = torch.tensor([problem is not None, batch is None], dtype=torch.int32)
-            if self.group is not None:
-                dist.all_reduce(state, dist.ReduceOp.MAX, group=self.group)
+            max_over_processes(state, self.group)
             if state[0]:
                 raise problem or RuntimeError("another process could not read its batches")
             if state[1] or batch is None:

@@ -47,8 +47,8 @@ def held_out_batches(
     seq_len: int,
     batch_size: int,
     data: Data,
-    rank: int = 0,
-    world_size: int = 1,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
 ) -> Batches:
     """One pass over a held-out set, packed as in training.
 
@@ -64,8 +64,8 @@ def held_out_batches(
             tokenizer=tokenizer,
             seq_len=seq_len,
             local_batch_size=batch_size,
-            dp_rank=rank,
-            dp_world_size=world_size,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
             data=data,
         )
     return _NamedBatches(batches, key)

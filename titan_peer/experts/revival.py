@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from titan_peer.distributed.collectives import sum_over_processes
 from titan_peer.experts.usage import DEAD_AFTER, Counts, ExpertUsage, peer_layers
 from titan_peer.model import PEER, Experts, Transformer
 from titan_peer.optim.optimizers import Optimizers
@@ -94,7 +94,7 @@ def copy_rows(tensor: Tensor, sources: Tensor, targets: Tensor) -> None:
         rows = torch.zeros(len(some_sources), *local.shape[1:], dtype=torch.float32, device=local.device)
         mine = (some_sources >= first) & (some_sources < first + local.shape[0])
         rows[mine] = local[some_sources[mine] - first].float()
-        dist.all_reduce(rows, group=mesh.get_group())  # each row is on one process
+        sum_over_processes(rows, mesh.get_group())  # each row is on one process
         mine = (some_targets >= first) & (some_targets < first + local.shape[0])
         local[some_targets[mine] - first] = rows[mine].to(local.dtype)
 
@@ -171,9 +171,7 @@ class ExpertRevival:
 
     def _state(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What the optimizer keeps for each element or row of a parameter."""
-        for optimizer in (self.optimizers.adamw, self.optimizers.rowwise):
-            if optimizer is not None and parameter in optimizer.state:
-                yield from ((name, t) for name, t in optimizer.state[parameter].items() if t.ndim > 0)
+        yield from ((name, t) for name, t in self.optimizers.state_of(parameter).items() if t.ndim > 0)
 
     def _with_state(self, experts: Experts) -> Iterator[Tensor]:
         for table in experts.parameters():

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from titan_peer.distributed.collectives import sum_over_processes
 from titan_peer.metrics.sinks import Histogram
 from titan_peer.model import PEER, Transformer
 
@@ -136,9 +136,8 @@ class ExpertUsage:
             total, gates = counts.long(), gate_sums.clone()
             counts.zero_()
             gate_sums.zero_()
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(total)
-                dist.all_reduce(gates)
+            sum_over_processes(total)
+            sum_over_processes(gates)
             used = total.sum(0) > 0
             idle = self._idle[layer]
             idle.add_(total.sum() / total.shape[1]).masked_fill_(used, 0.0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from titan_peer.config.job import LRScheduler
+from titan_peer.config.optimizer import LRScheduler
 
 
 def schedule_phases(total_steps: int, config: LRScheduler) -> tuple[int, int, int]:
-    """Steps of warm-up, at the peak rate, and of decay, as they fit into `total_steps`.
+    """The numbers of steps of warm-up, at the peak rate, and of decay that fit into `total_steps`.
 
-    What is too long is cut, the decay first; the only step of a job is never one of decay, which would end at once.
+    A schedule that is too long is cut, the decay first. A job of one step has no decay, which would make its rate the last one.
     """
     warmup = min(config.warmup_steps, total_steps)
     decay = min(round(config.decay_ratio * total_steps), total_steps - warmup)
@@ -20,7 +20,7 @@ def schedule_phases(total_steps: int, config: LRScheduler) -> tuple[int, int, in
 
 
 def schedule_cuts(total_steps: int, config: LRScheduler) -> list[str]:
-    """What of the schedule does not fit into `total_steps` and is cut, a sentence each."""
+    """One sentence for each part of the schedule that does not fit into `total_steps` and is cut."""
     warmup, _, decay = schedule_phases(total_steps, config)
     asked = round(config.decay_ratio * total_steps)
     found = []
@@ -42,7 +42,7 @@ def learning_rate_factor(step: int, total_steps: int, config: LRScheduler) -> fl
 
     Linear warmup over `warmup_steps`, then 1, then a decay over the last `decay_ratio * total_steps` steps that reaches
     `min_lr_factor` at the last one: linear, cosine, or sqrt (1 - sqrt of the share done). `schedule_phases` says what
-    happens where these do not fit.
+    happens if these do not fit.
     """
     warmup_steps, _, decay_steps = schedule_phases(total_steps, config)
     if step <= warmup_steps:

@@ -1,0 +1,142 @@
+"""AdamW on only those rows of expert tables that a step used, with gradients that are kept as factors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from titan_peer.config.optimizer import Optimizer as OptimizerConfig
+from titan_peer.distributed.collectives import local
+from titan_peer.model import Experts
+from titan_peer.ops import RowGradients, rowwise_adamw_
+from titan_peer.ops.sorted_pairs import SortedPairs
+
+
+def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
+    """Record the tables' gradients as factors from now on, for as long as the returned collectors live."""
+    for module in experts:
+        module.rowwise = True
+    return [RowGradients(*(local(table) for table in module.tables())) for module in experts]
+
+
+class RowwiseAdamW(torch.optim.Optimizer):
+    """AdamW on the rows of expert tables that a step used; it neither reads nor writes the rows of other experts.
+
+    A row in use gets the AdamW update (arXiv 1711.05101), with bias correction by the step count of the whole table. Any other
+    row keeps its weights and moments unchanged: its moments do not decay, and it gets no weight decay.
+
+    Args:
+        experts: modules whose tables are updated; their `rowwise` is switched on and a gradient collector is registered.
+        moment_dtype: dtype in which moments are stored; bfloat16 is written with stochastic rounding.
+        second_moment: "element", or "row" for one number per table row (the mean square of its gradient).
+        compute_dtype: dtype of the tables that forward and backward read. Any other than float32 creates copies, in which a
+            step writes the rows that it has updated.
+    """
+
+    def __init__(
+        self,
+        experts: list[Experts],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        moment_dtype: torch.dtype = torch.float32,
+        second_moment: str = "element",
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        tables = [table for module in experts for table in (module.expert_down, module.expert_up)]
+        super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.experts = experts
+        for module in experts if compute_dtype != torch.float32 else []:
+            down, up = local(module.expert_down), local(module.expert_up)
+            module.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
+        self.collectors = collect_row_gradients(experts)
+        for table in tables:
+            self.state[table] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(table, dtype=moment_dtype),
+                "exp_avg_sq": (
+                    torch.zeros_like(table, dtype=moment_dtype)
+                    if second_moment == "element"
+                    else torch.zeros_like(table[:, 0, 0].detach(), dtype=torch.float32)
+                ),
+            }
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
+        """Apply the recorded gradients, times `grad_scale`, and clear them."""
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        tables = iter(group["params"])
+        for collector in self.collectors:
+            down, up = next(tables), next(tables)
+            which: Literal["down", "up"]
+            for which, table in (("down", down), ("up", up)):
+                state = self.state[table]
+                state["step"] += 1
+                step = int(state["step"])
+                if collector.is_empty:
+                    continue
+                pairs, weights, vectors = collector.table_factors(which)
+                rowwise_adamw_(
+                    local(table),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
+                    pairs,
+                    weights,
+                    vectors,
+                    grad_scale=grad_scale,
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    bias_correction1=1 - beta1**step,
+                    bias_correction2=1 - beta2**step,
+                    seed=step,
+                )
+                self._update_copy(table, pairs)
+            collector.clear()
+
+    def _update_copy(self, table: Tensor, pairs: SortedPairs) -> None:
+        """Write the updated rows of a table into its copy."""
+        copy = self._copies().get(table)
+        if copy is None:
+            return
+        rows = pairs.row_ids[: int(pairs.num_rows)].long()
+        for part in rows.split(1 << 14):
+            copy.index_copy_(0, part, local(table).index_select(0, part).to(copy.dtype))
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        copies: dict[Tensor, Tensor] = {}
+        for module in self.experts:
+            if module.compute_copies is not None:
+                copies.update(zip((module.expert_down, module.expert_up), module.compute_copies))
+        return copies
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Recreate the copies after something other than `step` has written the tables."""
+        for table, copy in self._copies().items():
+            copy.copy_(local(table))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for collector in self.collectors:
+            collector.clear()
+
+
+def build(experts: list[Experts], config: OptimizerConfig) -> RowwiseAdamW:
+    """The row-wise optimizer of a job's expert tables."""
+    return RowwiseAdamW(
+        experts,
+        lr=config.lr * config.expert_lr_factor,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.expert_weight_decay,
+        moment_dtype=getattr(torch, config.expert_moment_dtype),
+        second_moment=config.expert_second_moment,
+        compute_dtype=getattr(torch, config.expert_compute_dtype),
+    )
