@@ -12,11 +12,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_peer.distributed.parallelize import autocast
 from titan_peer.inference.latent_cache import CacheStep, LatentCache
-from titan_peer.model import MLA, Block, Experts, Transformer
+from titan_peer.model import MLA, PEER, Block, Experts, Transformer
 from titan_peer.ops import peer_experts
 from titan_peer.ops.attention import causal_attention
 from titan_peer.ops.latent_attention import (
@@ -46,6 +46,7 @@ class Decoder:
         self.model, self.compile = model, compile
         self.device = model.tok_embeddings.weight.device
         self.precision = autocast(self.device, model.output.weight.dtype)
+        self._bytes_per_step, self._bytes_per_token = _weights_read(model)
         mla = model.args.mla
         shape = (mla.kv_lora_rank, mla.qk_rope_head_dim)
         self.no_flash_mla = flash_mla_unavailable_reason(self.device, self.cache_dtype(), *shape)
@@ -70,6 +71,10 @@ class Decoder:
             return "decode attention: FlashMLA"
         how = "compiled" if self.compile else "not compiled"
         return f"decode attention: PyTorch, absorbed form, {how} ({self.no_flash_mla})"
+
+    def bytes_read(self, num_sequences: int) -> int:
+        """Bytes of weights that a decode step reads."""
+        return self._bytes_per_step + num_sequences * self._bytes_per_token
 
     def whole(self, tokens: Tensor) -> Tensor:
         """Run whole sequences without a cache: int64 [B, S] -> [B, S, D], normed; padding belongs on the right."""
@@ -109,6 +114,21 @@ class Decoder:
                 assert isinstance(block, Block)
                 x = block_forward(block, x, rope, pool, step, form, schedule, model.shared_experts)
             return model.norm(x)
+
+
+def _weights_read(model: Transformer) -> tuple[int, int]:
+    """Bytes that a decode step reads whatever the batch, and those of the expert rows that each token chooses."""
+    per_token = 0
+    by_row: set[nn.Parameter] = set() if model.args.tie_embeddings else {model.tok_embeddings.weight}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            by_row |= {module.expert_down, module.expert_up}
+        elif isinstance(module, PEER):
+            experts = module.experts or model.shared_experts
+            assert experts is not None
+            row = sum(table[0].numel() * table.element_size() for table in experts.tables())
+            per_token += module.num_heads * module.num_experts_per_tok * row
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p not in by_row), per_token
 
 
 def _block(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from titan_peer.common.characters import require_whole
+from titan_peer.common.cpu_threads import one_thread, threads_are_chosen
 from titan_peer.common.errors import UserError
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.inference.decoder import Decoder
@@ -32,6 +33,9 @@ logger = logging.getLogger("titan_peer")
 
 _PREFILL_TOKENS = 8192  # of all sequences together that are run at a time
 _LOGIT_ELEMENTS = 1 << 26  # logits that exist at a time in log_likelihoods: 256 MiB
+# A decode step on a CPU that reads less has so short loops that waking threads takes longer than they save (docs/generate.md).
+_ONE_THREAD_BYTES = 64 << 20
+_THREADS_OF_TORCH = torch.get_num_threads()  # before the user has set another number
 
 
 @dataclass(frozen=True)
@@ -245,9 +249,15 @@ class Generator:
         self, sequences: list[_Sequence], batch: CacheBatch, sampler: Sampler, cache: LatentCache
     ) -> list[TextPiece]:
         """One token further for every sequence."""
-        tokens = torch.tensor([[s.token_ids[-1]] for s in sequences], device=self.device)
-        hidden = self.decoder(tokens, batch.step([1] * len(sequences)), cache)
-        return self._choose(sequences, sampler, hidden[:, 0])
+        with self._decoding_threads(len(sequences)):
+            tokens = torch.tensor([[s.token_ids[-1]] for s in sequences], device=self.device)
+            hidden = self.decoder(tokens, batch.step([1] * len(sequences)), cache)
+            return self._choose(sequences, sampler, hidden[:, 0])
+
+    def _decoding_threads(self, num_sequences: int) -> AbstractContextManager[None]:
+        """One CPU thread where a step has little to read, unless the user has set how many there are."""
+        short = self.device.type == "cpu" and self.decoder.bytes_read(num_sequences) < _ONE_THREAD_BYTES
+        return one_thread() if short and not threads_are_chosen(_THREADS_OF_TORCH) else nullcontext()
 
     def _choose(self, sequences: list[_Sequence], sampler: Sampler, hidden: Tensor) -> list[TextPiece]:
         """Each sequence's next token from its hidden state [B, D]."""
