@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError, os_failure
 from titan_peer.common.folder_lock import FolderLock
 from titan_peer.config.job import JobConfig
 from titan_peer.metrics.sinks import complete_lines
@@ -54,8 +54,8 @@ class JobLock:
             lock.release()
 
 
-def cannot_be_written(config: JobConfig, error: OSError) -> UserError:
-    return UserError(f"job.dump_folder = {config.job.dump_folder}: cannot be written ({error.strerror})")
+def cannot_be_written(config: JobConfig, error: OSError) -> UserError | TransientError:
+    return os_failure(f"job.dump_folder = {config.job.dump_folder}: cannot be written", error)
 
 
 def begin_reports(config: JobConfig, resumed_step: int) -> None:

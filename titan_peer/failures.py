@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from titan_peer.common.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, UserError
+from titan_peer.common.errors import NOT_FINITE_STATUS, USER_ERROR_STATUS, TransientError, UserError
 from titan_peer.common.launched import launched_as
 
 
@@ -33,6 +33,9 @@ def exit_status(failure: BaseException) -> int:
         case NonFiniteLossError():
             _tell(failure, [str(failure)])
             return NOT_FINITE_STATUS
+        case TransientError():
+            _tell(failure, str(failure).splitlines())
+            return 1
     _tell_of_a_fault(failure)
     return 1
 
@@ -58,7 +61,9 @@ def _tell_of_a_fault(failure: BaseException) -> None:
             if is_first_process():
                 print(f"error: the job ends without its last checkpoint: {failure}", file=sys.stderr)
         case ProcessesFailedError():
-            if failure.__cause__ is not None:  # it went wrong on this process
+            if not isinstance(
+                failure.__cause__, type(None) | UserError | TransientError
+            ):  # it went wrong on this process
                 traceback.print_exception(failure.__cause__)
             leave_word(failure)
             if is_first_process():

@@ -16,7 +16,7 @@ from corpora import ROOT, make_loader, sample_texts, take, write_jsonl, write_pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.parse import load_config
 from titan_peer.data import hub
@@ -356,7 +356,7 @@ def test_a_network_that_fails_is_tried_again_where_it_was_and_said(
     assert "shard 0: failed (ConnectionError: reset by peer); try 2 of 3 in 0.01 s" in caplog.text
 
     failures = iter([True] * 100)
-    with pytest.raises(UserError, match=r"shard 0: cannot be read: ConnectionError: reset by peer"):
+    with pytest.raises(TransientError, match=r"shard 0: cannot be read: ConnectionError: reset by peer"):
         read(source)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -29,6 +30,7 @@ JOBS = {
     "the number of held-out documents": validated("fewer.jsonl"),
     "a held-out file": validated("only_of_rank_0.jsonl"),
     "a document": ["--data.sources.0.path", "bad.jsonl", "--training.steps", "1000"],
+    "a disk that fails": ["--data.sources.0.path", "failing.jsonl", "--training.steps", "1000"],
     "the folder of a report": ["--job.dump_folder", "blocked"],
 }
 
@@ -39,7 +41,7 @@ def write_files(folder: Path) -> None:
     for rank in (0, 1):
         own = folder / f"rank{rank}"
         (own / "blocked").mkdir(parents=True)
-        files = {"train": good, "bad": good, "fewer": good, "only_of_rank_0": good}
+        files = {"train": good, "bad": good, "failing": good, "fewer": good, "only_of_rank_0": good}
         if rank == 0:
             (own / "blocked" / "expert_usage").write_text("a file", encoding="utf-8")
         else:
@@ -49,11 +51,27 @@ def write_files(folder: Path) -> None:
             (own / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def fail_on_this_process() -> None:
+    """Records of failing.jsonl cannot be read any more after the first dozen."""
+    from titan_peer.data.formats import JsonLines
+
+    whole = JsonLines._record
+
+    def record(self: JsonLines, line: bytes, length: int, position: int) -> object:
+        if self.path.name == "failing.jsonl" and position > 3000:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return whole(self, line, length, position)
+
+    JsonLines._record = record  # type: ignore[method-assign, assignment]
+
+
 def run_jobs(folder: str, ports: list[int]) -> list[tuple[int, float, str]]:
     """Exit status, seconds and standard error of each job on this process."""
     from titan_peer import train
 
     os.chdir(Path(folder) / f"rank{os.environ['RANK']}")
+    if os.environ["RANK"] == "1":
+        fail_on_this_process()
     found = []
     for (name, more), port in zip(JOBS.items(), ports):
         os.environ["MASTER_PORT"] = str(port)
@@ -80,6 +98,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, 
         ("the number of held-out documents", 2, "all processes must see the same files"),
         ("a held-out file", 2, "only_of_rank_0.jsonl"),
         ("a document", 2, "bad.jsonl"),
+        ("a disk that fails", 1, "error: failing.jsonl: cannot be read: Stale file handle\n"),
         ("the folder of a report", 1, "rank 0: "),
     ],
 )

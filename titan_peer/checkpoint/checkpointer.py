@@ -44,7 +44,7 @@ from titan_peer.checkpoint.files import (
 from titan_peer.checkpoint.folder import CONFIG, TOKENIZER, TRAIN_STATE, saved_steps
 from titan_peer.checkpoint.removal import Retention, restore_replaced
 from titan_peer.checkpoint.saving import BackgroundSave, CheckpointSaveError, Ranks, write_checkpoint
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.distributed.collectives import ProcessesFailedError
@@ -98,7 +98,11 @@ class Checkpointer:
         try:
             self._ranks.all_do(create_a_file)
         except ProcessesFailedError as error:
-            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written to: {error}") from None
+            raise self._cannot_be_written(error) from None
+
+    def _cannot_be_written(self, error: ProcessesFailedError) -> UserError | TransientError:
+        kind = TransientError if error.is_transient else UserError
+        return kind(f"checkpoint.folder = {self.settings.folder}: cannot be written to: {error}")
 
     # ---- save
 
@@ -334,7 +338,7 @@ class Checkpointer:
         try:
             self._ranks.first_does(rename)
         except ProcessesFailedError as error:
-            raise UserError(f"checkpoint.folder = {self.settings.folder}: cannot be written to: {error}") from None
+            raise self._cannot_be_written(error) from None
 
 
 # Names of parts of a checkpoint in checkpoint.exclude_from_loading, besides patterns of tensor names.

@@ -65,7 +65,7 @@ class Ranks:
         """`on_all_processes` over this group.
 
         Raises:
-            UserError, ProcessesFailedError: on every process.
+            UserError, TransientError, ProcessesFailedError: on every process.
         """
         try:
             return on_all_processes(action, self.group)

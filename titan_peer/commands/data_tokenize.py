@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from titan_peer.common.command_line import parse_options
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.config.data_source import DataSource
 
 
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
     try:
         tokenization.run()
     except OSError as error:
-        raise UserError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
+        raise os_failure(f"--output {options.output}: cannot be written", error) from None
     shards, skipped = tokenization.manifest["shards"], tokenization.manifest["skipped"]
     documents, tokens = sum(s["documents"] for s in shards), sum(s["tokens"] for s in shards)
     print(f"{options.output}: {documents:,} documents, {tokens:,} tokens in {len(shards)} shards, {skipped:,} left out")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from titan_peer.common.characters import write_every_character
 from titan_peer.common.command_line import wrapped
 from titan_peer.common.cpu_threads import let_waiting_threads_sleep
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import USER_ERROR_STATUS, TransientError, UserError
 
 # command: (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -78,10 +78,10 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     try:
         return _run(words)
-    except UserError as error:
+    except (UserError, TransientError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0

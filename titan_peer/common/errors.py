@@ -1,4 +1,8 @@
-"""The exception for errors that the user can correct, printed as a message without a traceback; and the exit statuses."""
+"""Errors that are printed as a message without a traceback: what the user can correct, and what may pass; and the exit statuses."""
+
+from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -9,8 +13,38 @@ class UserError(Exception):
     """
 
 
+class TransientError(Exception):
+    """A disk, a file server or the network has failed, and may work the next time.
+
+    Entry points print it as they do a UserError, but exit with status 1: a job is started again by MAX_RESTARTS.
+    """
+
+
 USER_ERROR_STATUS = 2
 NOT_FINITE_STATUS = 3
 """The loss or the gradient is NaN or infinite."""
 FINAL_STATUSES = (USER_ERROR_STATUS, NOT_FINITE_STATUS)
 """Exit statuses of a job that would end in the same way if it were started again."""
+
+# What a person has to mend: a path, a right, a full disk. All else that the system reports may be gone the next time.
+_LASTING = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EXDEV),
+    *(errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENODEV, errno.ENXIO),
+}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether doing the same again may go well: an I/O error, a stale handle, a connection, a timeout.
+
+    An OSError without a number is a library's own, which has found the file's content to be wrong.
+    """
+    if isinstance(error, TransientError | ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+
+
+def os_failure(what: str, error: OSError) -> UserError | TransientError:
+    """The exception to raise when the system reports `error`; `what` says what cannot be done."""
+    message = f"{what}: {error.strerror or error}"
+    return TransientError(message) if is_transient(error) else UserError(message)

@@ -17,7 +17,7 @@ import tyro
 from titan_peer.common.bounds import declared_range
 from titan_peer.common.characters import require_whole
 from titan_peer.common.command_line import wrapped_for_tyro
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.config import version as config_version
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import JobConfig, check
@@ -117,7 +117,7 @@ def _read_toml(path: str) -> JobConfig:
         with Path(path).open("rb") as file:
             table = tomllib.load(file)
     except OSError as error:
-        raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
+        raise os_failure(f"job.config_file = {path}: cannot be read", error) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"job.config_file = {path}: is not valid TOML: {error}") from None
     config = job_from_table(config_version.migrated(table, path), path)

@@ -7,7 +7,7 @@ import logging
 import tomllib
 from pathlib import Path
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import job_from_table
 from titan_peer.config.version import CONFIG_VERSION, KEY, migrated
@@ -26,7 +26,9 @@ def read_saved_job(file: Path) -> JobConfig:
     """
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise os_failure(f"{file}: cannot be read", error) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     written_by = table.get(KEY, 0)
     left_out: list[str] = []

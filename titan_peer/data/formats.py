@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError, is_transient, os_failure
 from titan_peer.data.local_files import suffix_of
 from titan_peer.data.records import BYTE_ORDER_MARK, BadDocument, Divisible, RecordReader
 
@@ -34,7 +34,7 @@ def open_file(path: Path, reader: RecordReader, key: str) -> Divisible:
         _require_lines(lines.head, path, key)
         return lines
     except OSError as error:
-        raise UserError(f"{key}: {path}: cannot be read: {error.strerror or error}") from None
+        raise os_failure(f"{key}: {path}: cannot be read", error) from None
 
 
 def _require_lines(head: bytes, path: Path, key: str) -> None:
@@ -60,6 +60,18 @@ def import_pyarrow(path: Path, key: str) -> Any:
     except ImportError:
         raise UserError(f"{key}: {path}: needs pyarrow; install it with: pip install 'titan_peer[data]'") from None
     return pyarrow
+
+
+def _unread(where: str, what: str, error: Exception) -> BadDocument:
+    """What to say of a document that `error` stands in the way of.
+
+    Raises:
+        TransientError: it is not the document's fault: another time it may be read.
+    """
+    why = getattr(error, "strerror", None) or error
+    if is_transient(error):
+        raise TransientError(f"{where}: cannot be read: {why}")
+    return BadDocument(where, f"{what}: {why}")
 
 
 class TextFile:
@@ -93,7 +105,7 @@ class TextFile:
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"is not UTF-8 ({error.reason} at byte {error.start})")
         except OSError as error:
-            yield BadDocument(where, f"cannot be read: {error.strerror}")
+            yield _unread(where, "cannot be read", error)
 
 
 def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
@@ -142,7 +154,7 @@ class JsonLines:
         try:
             yield from self._records(chunk, start)
         except OSError as error:
-            yield BadDocument(str(self.path), f"cannot be read: {error.strerror or error}")
+            yield _unread(str(self.path), "cannot be read", error)
 
     def _records(self, chunk: int, start: int) -> Iterator[str | BadDocument]:
         position, end = chunk * self.chunk_bytes, min((chunk + 1) * self.chunk_bytes, self.size)
@@ -201,8 +213,8 @@ class CompressedJsonLines:
             with self._open() as file:
                 sample = file.read(_SAMPLE_BYTES)
             self.head, sampled, lines = sample[:_HEAD_BYTES], len(sample), sample.count(b"\n")
-        except (EOFError, OSError, zlib.error):
-            pass  # reading its records reports the error
+        except (EOFError, OSError, zlib.error) as error:
+            _unread(f"{key}: {path}", "is damaged", error)  # else reading its records reports it
         self._documents = max(lines, 1) * max(self._RATIO * self.size / max(sampled, 1), 1)
 
     @property
@@ -243,7 +255,7 @@ class CompressedJsonLines:
                         yield self.reader.from_json(line, where)
         except (EOFError, OSError, zlib.error) as error:
             where = f"{self.path}:{line_number + 1}"
-            yield BadDocument(where, f"the file is damaged or cut off from here on: {error}")
+            yield _unread(where, "the file is damaged or cut off from here on", error)
 
 
 class ParquetFile:
@@ -262,7 +274,7 @@ class ParquetFile:
                 self._groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
                 self._columns = [c for c in reader.columns if c in file.schema_arrow.names]
         except (self._pyarrow.ArrowInvalid, self._pyarrow.ArrowException, OSError) as error:
-            self.damage = f"is not a complete Parquet file: {error}"
+            self.damage = _unread(f"{key}: {path}", "is not a complete Parquet file", error).reason
         self.size = sum(self._groups)
         self.divide(1)
 
@@ -309,4 +321,4 @@ class ParquetFile:
                     row += len(batch)
         except (self._pyarrow.ArrowException, OSError) as error:
             where = f"{self.path}: row {offset + max(row, wanted)}"
-            yield BadDocument(where, f"the row group is damaged from here on: {error}")
+            yield _unread(where, "the row group is damaged from here on", error)

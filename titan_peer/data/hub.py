@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError, is_transient
 from titan_peer.data.records import DOCUMENTS_PER_STREAM, BadDocument, Divisible, RecordReader
 
 logger = logging.getLogger("titan_peer")
@@ -64,7 +64,8 @@ def open_dataset(
     """The shards of a split.
 
     Raises:
-        UserError: the library is missing, or the dataset, subset, split or column does not exist or cannot be reached.
+        UserError: the library is missing, or the dataset, subset, split or column does not exist.
+        TransientError: the network failed at every try.
     """
     try:
         import datasets
@@ -82,7 +83,8 @@ def open_dataset(
         )
     except Exception as error:
         shown = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise UserError(
+        failure = UserError if datasets.config.HF_HUB_OFFLINE or not _is_network_error(error) else TransientError
+        raise failure(
             f"{key}.path = {path} (subset {subset or 'none'}, split {split}): is not a local file or folder, and cannot be "
             f"opened as a Hugging Face dataset: {shown}"
         ) from None
@@ -153,7 +155,8 @@ class StreamedShard:
                 return
             except Exception as error:
                 if failures == self.retries or not _is_network_error(error):
-                    raise UserError(f"{self.name}: cannot be read: {type(error).__name__}: {error}") from None
+                    failure = TransientError if _is_network_error(error) or is_transient(error) else UserError
+                    raise failure(f"{self.name}: cannot be read: {type(error).__name__}: {error}") from None
                 _pause(self.name, error, failures, self.retries)
                 failures += 1
 

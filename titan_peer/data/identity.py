@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import os_failure
 from titan_peer.config.data_source import DataSource
 from titan_peer.data.records import Divisible
 
@@ -25,7 +25,7 @@ def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dic
     reading   the keys that decide which documents are made from the files, and their values
 
     Raises:
-        UserError: a file can no longer be read.
+        UserError, TransientError: a file can no longer be read, or not at the moment.
     """
     files = [file for part in parts for file in part.files]
     digest = hashlib.blake2b(digest_size=8)
@@ -42,7 +42,7 @@ def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dic
             if i % step == 0:
                 _add_content(digest, file, status.st_size, blocks)
     except OSError as error:
-        raise UserError(f"{key}: {file}: cannot be read: {error.strerror or error}") from None
+        raise os_failure(f"{key}: {file}: cannot be read", error) from None
     return {"content": digest.hexdigest(), "modified": modified, "reading": _reading(config, parts)}
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Data
 from titan_peer.data.packing import PackedSequence, PackingFormat
@@ -52,8 +52,9 @@ class ReadSequence(NamedTuple):
 
 
 class ReadError(NamedTuple):
-    """The message of a UserError, passed out of a worker process."""
+    """A UserError or TransientError on its way out of a worker process."""
 
+    kind: type[UserError | TransientError]
     message: str
 
 
@@ -77,8 +78,8 @@ class SequenceReader(IterableDataset[ReadSequence | ReadError]):
         try:
             for i in itertools.count(first, self.world_size * workers):
                 yield self._read(i)
-        except UserError as error:
-            yield ReadError(str(error))
+        except (UserError, TransientError) as error:
+            yield ReadError(type(error), str(error))
 
     def _read(self, number: int) -> ReadSequence:
         """Sequence `number` of the job."""
@@ -117,7 +118,8 @@ class TrainingLoader:
     have ended (data.sources[i].max_epochs), batches contain only padding.
 
     Raises (from next):
-        UserError: a document or file is bad, or the network has failed for good.
+        UserError: a document or file is bad.
+        TransientError: a disk or the network has failed.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class TrainingLoader:
         sequences = []
         for item in itertools.islice(self._items, self.local_batch_size):
             if isinstance(item, ReadError):
-                raise UserError(item.message)
+                raise item.kind(item.message)
             sequences.append(item.sequence)
             self._tokens += item.sequence.source_tokens
             self._skipped[item.stream] = item.skipped
@@ -332,7 +334,8 @@ class ValidationSet:
         """Read the first `max_batches` batches (-1: all) unless they have been read; return how many of them there are.
 
         Raises:
-            UserError: a document or file is bad, or the network has failed for good.
+            UserError: a document or file is bad.
+            TransientError: a disk or the network has failed.
         """
         while max_batches < 0 or len(self._batches) < max_batches:
             if self._failure is not None:  # what was read before the failure is not the whole set

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.config.data_source import DataSource
 
 JSON_SUFFIXES = (".jsonl", ".json")
@@ -46,7 +46,7 @@ def local_files(source: DataSource, key: str) -> list[Path]:
         else:
             found = [path] if path.is_file() else list(_matches(source.path))
     except OSError as error:
-        raise UserError(f"{key}.path = {source.path}: {error.filename}: cannot be read: {error.strerror}") from None
+        raise os_failure(f"{key}.path = {source.path}: {error.filename}: cannot be read", error) from None
     if not found:
         raise UserError(
             f"{key}.path = {source.path}: is not a file, a folder with {', '.join(SUFFIXES)} files, or a pattern that "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.config.job import Data
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -61,7 +61,9 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise os_failure(f"{file}: cannot be read", error) from None
+    except ValueError as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold a JSON object")

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 from titan_peer.data.records import BadDocument, Divisible, TokenizedText
 
 MANIFEST = "tokenized.json"
@@ -49,7 +49,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _ = _DTYPES[manifest["dtype"]], manifest["tokenizer"], manifest["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise os_failure(f"{folder / MANIFEST}: cannot be read", error) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error})") from None
     return manifest
 
@@ -104,7 +106,9 @@ class TokenizedShard:
             self.ends, self.bytes = (np.load(file, mmap_mode="r", allow_pickle=False) for file in self.files[1:])
             empty = self.path.stat().st_size == 0
             tokens = np.empty(0, _DTYPES[dtype]) if empty else np.memmap(self.path, dtype=_DTYPES[dtype], mode="r")
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise os_failure(f"{key}: {self.path}: cannot be read", error) from None
+        except ValueError as error:
             raise UserError(f"{key}: {self.path}: cannot be read: {error}") from None
         self.tokens = tokens
         self._vocab_size = 2**31

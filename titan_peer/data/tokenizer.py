@@ -10,7 +10,7 @@ from typing import Protocol
 import tokenizers
 from tokenizers import AddedToken
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError, is_transient
 from titan_peer.data.byte_fallback import ByteRuns
 from titan_peer.data.special_tokens import Specials, SpecialToken, begin_and_end
 
@@ -184,8 +184,10 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(
             f"model.tokenizer_path = {path}: needs tiktoken; install it with: pip install 'titan_peer[data]'"
         ) from None
-    except UserError:
+    except (UserError, TransientError):
         raise
     except Exception as error:  # the libraries raise bare Exception
         kind = ".tiktoken file" if is_tiktoken else "tokenizer.json"
+        if is_transient(error):
+            raise TransientError(f"model.tokenizer_path = {path}: {file}: cannot be read: {error}") from None
         raise UserError(f"model.tokenizer_path = {path}: {file} is not a {kind}: {error}") from None

@@ -12,7 +12,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError, is_transient
 
 T = TypeVar("T")
 
@@ -79,6 +79,15 @@ def local(tensor: Tensor) -> Tensor:
 class ProcessesFailedError(Exception):
     """Something failed on some processes; raised on all of them. Where it failed here, the cause is chained."""
 
+    is_transient = False
+    """On all of them, by what may go well another time."""
+
+
+class _Failure(NamedTuple):
+    words: str
+    kind: type[UserError | TransientError] | None
+    is_transient: bool
+
 
 def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `action`, which may fail and must hold no collective, on every process; all get everyone's results.
@@ -91,30 +100,39 @@ def on_all_processes(action: Callable[[], T], group: dist.ProcessGroup | None = 
         The results in the order of ranks; a single process gets a list with its own.
     Raises:
         UserError: on every process, when only UserErrors were raised; with all their messages.
+        TransientError: on every process, when TransientErrors were raised, and at most UserErrors besides.
         ProcessesFailedError: on every process, when any other exception was raised; the message names ranks and causes.
     """
-    mine: tuple[T | None, str, bool]
+    mine: tuple[T | None, _Failure | None]
     cause: Exception | None = None
     try:
-        mine = (action(), "", False)
+        mine = (action(), None)
     except Exception as error:
         cause = error
         words = str(error).strip() or type(error).__name__
-        if not isinstance(error, UserError | OSError | ProcessesFailedError):
+        if not isinstance(error, UserError | TransientError | OSError | ProcessesFailedError):
             words = f"{type(error).__name__}: {words}" if str(error).strip() else words
-        mine = (None, words, isinstance(error, UserError))
+        kinds = (kind for kind in (UserError, TransientError) if isinstance(error, kind))
+        mine = (None, _Failure(words, next(kinds, None), is_transient(error)))
     everyone: list[Any] = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
-    failures = {rank: (words, by_user) for rank, (_, words, by_user) in enumerate(everyone) if words}
-    if failures and all(by_user for _, by_user in failures.values()):
-        raise UserError("\n".join(dict.fromkeys(words for words, _ in failures.values()))) from cause
+    failures: dict[int, _Failure] = {rank: found for rank, (_, found) in enumerate(everyone) if found is not None}
     if failures:
-        raise ProcessesFailedError(
-            "; ".join(f"rank {rank}: {words}" for rank, (words, _) in failures.items())
-        ) from cause
-    return [result for result, _, _ in everyone]
+        raise _together(failures) from cause
+    return [result for result, _ in everyone]
+
+
+def _together(failures: dict[int, _Failure]) -> Exception:
+    """One exception for those of all ranks."""
+    kinds = {failure.kind for failure in failures.values()}
+    if None not in kinds:
+        kind = TransientError if TransientError in kinds else UserError
+        return kind("\n".join(dict.fromkeys(failure.words for failure in failures.values())))
+    together = ProcessesFailedError("; ".join(f"rank {rank}: {failure.words}" for rank, failure in failures.items()))
+    together.is_transient = all(failure.is_transient for failure in failures.values())
+    return together
 
 
 class GatherBytes:

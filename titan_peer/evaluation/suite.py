@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import TransientError, UserError
 from titan_peer.config.data_source import DataSource, source_name
 from titan_peer.config.job import Data, Evaluation
 from titan_peer.data.loader import build_validation_dataloader
@@ -87,7 +87,7 @@ def _named(key: str) -> Iterator[None]:
     """Errors about the only validation set are about the set `key`; a set on a command line has no keys of its own."""
     try:
         yield
-    except UserError as error:
+    except (UserError, TransientError) as error:
         message = str(error).replace("validation.sources[0]", key)
         if key.startswith("--"):
             message = message.replace(f"{key}.path = ", f"{key} ")
@@ -95,7 +95,7 @@ def _named(key: str) -> Iterator[None]:
             message += (
                 "; a set in a job's [[evaluation.perplexity]] may have text_key and on_bad_document" if advice else ""
             )
-        raise UserError(message) from None
+        raise type(error)(message) from None
 
 
 def generative_evaluations(settings: Evaluation) -> list[GenerativeEvaluation]:
@@ -138,7 +138,7 @@ def _guarded(kind: str, name: str, run: Callable[[], Result]) -> Result:
         result = run()
     except EvaluationStoppedError as stop:
         return Result(kind, name, error=str(stop), stopped=True)
-    except UserError as error:  # says all that there is to say
+    except (UserError, TransientError) as error:  # says all that there is to say
         result = Result(kind, name, error=str(error))
     except Exception as error:
         logger.error("evaluation %s of %s failed", name, kind, exc_info=error)

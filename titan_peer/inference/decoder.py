@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_peer.distributed.parallelize import autocast
 from titan_peer.inference.latent_cache import CacheStep, LatentCache
@@ -119,7 +119,7 @@ class Decoder:
 def _weights_read(model: Transformer) -> tuple[int, int]:
     """Bytes that a decode step reads whatever the batch, and those of the expert rows that each token chooses."""
     per_token = 0
-    by_row: set[nn.Parameter] = set() if model.args.tie_embeddings else {model.tok_embeddings.weight}
+    by_row: set[Tensor] = set() if model.args.tie_embeddings else {model.tok_embeddings.weight}
     for module in model.modules():
         if isinstance(module, Experts):
             by_row |= {module.expert_down, module.expert_up}
