@@ -4,9 +4,9 @@
 #   NGPU           processes on this machine            (default: the visible GPUs, else 1 process on the CPU)
 #   CONFIG_FILE    the same as --job.config_file        (the argument wins)
 #   LOG_RANK       local ranks whose output is shown    (default: 0)
-#   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        several machines; start this script on each
-#   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES without them
-#   MAX_RESTARTS   times that all processes are started anew, from the newest checkpoint, after one was lost (default: 0)
+#   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        for several machines; start this script on each
+#   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES processes
+#   MAX_RESTARTS   how many times all processes are restarted from the newest checkpoint after one was lost (default: 0)
 #   PYTHON         the interpreter                      (default: python)
 #   OMP_WAIT_POLICY, GOMP_SPINCOUNT, KMP_BLOCKTIME       how threads wait on a CPU (default: they sleep, OMP_WAIT_POLICY=PASSIVE)
 set -euo pipefail

@@ -15,7 +15,7 @@ from titan_peer.commands import main as cli
     ("more", "message"),
     [
         ([], "nothing to evaluate: give --perplexity, --evals or --tasks"),
-        (["--perplexity", "no/such.jsonl"], "--perplexity no/such.jsonl: no such file"),
+        (["--perplexity", "no/such.jsonl"], "--perplexity no/such.jsonl: is not a file, a folder with"),
         (["--perplexity", "a="], "--perplexity a=: needs a path, after NAME= if it is to have a name"),
         (["--perplexity", VALIDATION, "--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--perplexity", VALIDATION, "--device", "tpu9"], "device = tpu9: must be auto, cpu, cuda or cuda:N"),
