@@ -65,7 +65,7 @@ def cases() -> list[Case]:
         words = [*name.split(), *more]
         found += [
             Case(
-                f"{name}: no checkpoint", [*words, "--checkpoint", "no/such"], 2, "--checkpoint no/such: is not there"
+                f"{name}: no checkpoint", [*words, "--checkpoint", "no/such"], 2, "--checkpoint no/such: does not exist"
             ),
             Case(
                 f"{name}: folder without one", [*words, "--checkpoint", "assets"], 2, "has no complete checkpoint in it"
