@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _VARIABLES = r"(?:[A-Z_]+=\S+ )*"
 _OURS = r"\./run_train\.sh|titan-peer|scripts/\S+\.sh|python3? (?:-m titan_peer\S*|(?:scripts|benchmarks)/\S+\.py)"

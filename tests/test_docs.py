@@ -200,7 +200,7 @@ def test_every_reason_not_to_run_a_command_still_has_one() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_line_of_a_block_without_a_language_is_a_command(page: Path) -> None:
-    known = {"bash", "sh", "console", "python", "text", "toml", "json"}
+    known = {"bash", "sh", "console", "python", "text", "toml", "json", "mermaid"}
     assert {language for language, _ in blocks(page)} <= known
     unknown = [step.text for step in steps(page) if step.language == "bash" and not PROGRAM.match(step.text)]
     assert not unknown, "say of which language the block is, or let PROGRAM know the command"
