@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from titan_peer.common.characters import write_every_character
-from titan_peer.common.errors import USER_ERROR_STATUS, UserError
+from titan_peer.common.errors import USER_ERROR_STATUS, TransientError, UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import load_config
 from titan_peer.failures import exit_status, is_first_process
@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return USER_ERROR_STATUS
     try:
         config = load_config(arguments)
-    except UserError as error:
+    except (UserError, TransientError) as error:
         return exit_status(error)
     if config.job.print_config:
         print_config(config)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from titan_peer.common.errors import UserError
+from titan_peer import train
+from titan_peer.common.errors import TransientError, UserError
+from titan_peer.distributed import launch
 from titan_peer.distributed.agent import has_said_why, is_final
 from titan_peer.distributed.launch import trains_nothing
 from titan_peer.distributed.rendezvous import _is_rendezvous, check_port
@@ -95,6 +97,19 @@ def test_a_job_that_would_end_in_the_same_way_is_not_started_again(statuses, fin
 )
 def test_what_trains_nothing_is_recognised(arguments: list[str], nothing: bool) -> None:
     assert trains_nothing(arguments) == nothing
+
+
+def test_a_disk_that_fails_while_the_job_is_read_is_left_to_the_processes_which_may_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_arguments: list[str]) -> None:
+        raise TransientError("job.config_file = x.toml: cannot be read: Input/output error")
+
+    monkeypatch.setattr(launch, "load_config", failing)
+    monkeypatch.setattr(train, "load_config", failing)
+    assert launch.answer_without_processes(["--job.config_file", "x.toml"]) is None
+    assert train.main(["--job.config_file", "x.toml"]) == 1
+    assert capsys.readouterr().err == "error: job.config_file = x.toml: cannot be read: Input/output error\n"
 
 
 def run_train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from titan_peer.common.errors import USER_ERROR_STATUS, UserError
+from titan_peer.common.errors import USER_ERROR_STATUS, TransientError, UserError
 from titan_peer.config.parse import load_config
 
 TRAINER = "titan_peer.train"
@@ -46,6 +46,8 @@ def answer_without_processes(arguments: Sequence[str]) -> int | None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return USER_ERROR_STATUS
+    except TransientError:
+        pass  # the processes read the job again, and are started again where it still fails
     return None
 
 
