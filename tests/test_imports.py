@@ -35,7 +35,11 @@ def test_every_file_imports_from_the_floors_below():
     ("file", "line", "said"),
     [
         ("common/units.py", "def late():\n    import titan_peer.train\n", "titan_peer.common is not allowed to import"),
-        ("inference/sampling.py", "from titan_peer.metrics import sinks\n", "titan_peer.inference is not allowed to import"),
+        (
+            "inference/sampling.py",
+            "from titan_peer.metrics import sinks\n",
+            "titan_peer.inference is not allowed to import",
+        ),
         ("data/records.py", "from titan_peer.data import loader\n", "no circles inside a room BROKEN"),
         ("attic/__init__.py", "", "attic"),
     ],
