@@ -45,8 +45,7 @@ class GenerateArgs:
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Text to continue; may be given several times. Without any, standard input is the prompt."""
     interactive: bool = False
-    """Type text, read how the model continues it, type more. /new begins a new text, /quit or Ctrl-D ends, Ctrl-C
-    interrupts."""
+    """Type text and read how the model continues it; /new begins a new text, /quit or Ctrl-D ends, Ctrl-C interrupts."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(default_factory=SamplingParams)
     num_samples: int = 1
     """Completions per prompt."""
