@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def test_the_loss_is_the_unevenness_and_its_gradient_is_right() -> None:
         dense_unevenness(indices, gates, 50).item(), rel=1e-12
     )
     assert torch.autograd.gradcheck(lambda g: unevenness(indices, g, 50), (gates,))
+
+
+@pytest.mark.parametrize("gates_of", [torch.relu, torch.sigmoid], ids=["relu", "sigmoid"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gates_that_are_all_zero_have_no_gradient(gates_of: Callable[[Tensor], Tensor], padded: bool) -> None:
+    scores = torch.full((4, 2, 8), -300.0, requires_grad=True)
+    indices = torch.full((4, 2, 8), -1) if padded else torch.randint(64, (4, 2, 8))
+    gates = gates_of(scores)
+    assert not gates.any()
+    gates.retain_grad()
+    loss = unevenness(indices, gates, 64)
+    assert loss.item() == pytest.approx(math.log(64))
+    (1e3 * loss).backward()
+    assert gates.grad is not None and scores.grad is not None
+    assert not gates.grad.any() and not scores.grad.any()
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

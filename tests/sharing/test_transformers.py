@@ -404,10 +404,29 @@ def test_router_scores_are_not_rounded_in_a_bfloat16_model(folder: Path) -> None
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         scores, _ = peer.retrieve(x, None)
-        queries = peer.query_norm(peer.wq(x).unflatten(-1, (-1, peer.peer["query_dim"])), None)
+        queries = peer.query_norm(peer.wq(x).float().unflatten(-1, (-1, peer.peer["query_dim"])), None)
         keys = [axis.float() for axis in peer.sub_keys]
-        wanted, _ = product_key_retrieve(queries.float(), keys, peer.peer["num_experts_per_tok"])
+        wanted, _ = product_key_retrieve(queries, keys, peer.peer["num_experts_per_tok"])
     torch.testing.assert_close(scores, wanted, **EXACT)
+
+
+def test_autocast_rounds_what_it_rounds_in_titan_peer_and_neither_scores_nor_sums_over_experts(
+    theirs: Any, ours: Transformer
+) -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    our_peer, their_peer = ours.layers[1].peer, theirs.layers[1].peer
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        our_indices, our_scores = our_peer.retrieve(x)
+        scores, indices = their_peer.retrieve(x, None)
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, our_scores, rtol=1e-5, atol=1e-5)
+        assert (indices == our_indices).float().mean() > 0.99  # all but ties
+
+        of_ours = our_peer(x[None], ours.shared_experts)
+        found = their_peer(x[None], None, theirs.shared_experts)
+    assert found.dtype == of_ours.dtype == torch.bfloat16
+    assert (found == of_ours).float().mean() > 0.97  # the others by the order of float32 sums, on the edge of rounding
+    torch.testing.assert_close(found, of_ours, rtol=2**-7, atol=1e-3)
 
 
 # ---- training

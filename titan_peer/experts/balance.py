@@ -27,14 +27,16 @@ def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
         indices: int64, any shape; places of negative index (padding) have no share.
         gates: the same shape; not negative.
     Returns:
-        0-d, dtype of gates, nats; differentiable in gates.
+        0-d, dtype of gates, nats; differentiable in gates. log N, without a gradient, if all gates are zero.
     """
     experts, order = indices.flatten().sort()
     is_first = torch.cat([experts.new_zeros(1, dtype=torch.bool), experts[1:] != experts[:-1]])
     present = torch.where(indices < 0, 0, gates).flatten()
     sums = torch.zeros_like(present).index_add(0, is_first.cumsum(0), present[order])
     tiny = torch.finfo(sums.dtype).tiny
-    shares = sums / sums.sum().clamp_min(tiny)  # nothing but padding: no shares, and no gradient
+    total = sums.sum()
+    # without any gate above zero there are no shares, and no gradient: dividing by `tiny` alone would make it infinite
+    shares = torch.where(total > tiny, sums / total.clamp_min(tiny), 0)
     return math.log(num_experts) + (shares * shares.clamp_min(tiny).log()).sum()
 
 

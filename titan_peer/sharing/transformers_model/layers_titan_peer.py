@@ -25,6 +25,18 @@ _ACTIVATIONS = {
 }
 
 
+def never_rounded(x: Tensor) -> Any:
+    """A context in which autocast does not lower the precision of matrix products on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What linear layers multiply `x` in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def residual_scale(config: Any) -> float:
     """By which initial weights that write into the residual stream are smaller."""
     return float((2 * config.n_layers) ** -0.5)
@@ -210,11 +222,12 @@ class Experts(nn.Module):
         """x [T, D], indices and gates [T, K] -> sum_j gate_j * up_j^T act(down_j x), [T, D]."""
         size = max(1, _GATHERED_ELEMENTS // (indices.shape[1] * self.expert_down[0].numel()))
         out = []
-        for xs, index, gate in zip(x.split(size), indices.split(size), gates.split(size)):
-            z = torch.einsum("td,tked->tke", xs.float(), self.rows("expert_down", index, torch.float32))
-            hidden = self.activation(z) * gate[..., None].float()
-            out.append(torch.einsum("tke,tked->td", hidden, self.rows("expert_up", index, torch.float32)))
-        return torch.cat(out).to(x.dtype)
+        with never_rounded(x):
+            for xs, index, gate in zip(x.split(size), indices.split(size), gates.split(size)):
+                z = torch.einsum("td,tked->tke", xs.float(), self.rows("expert_down", index, torch.float32))
+                hidden = self.activation(z) * gate[..., None].float()
+                out.append(torch.einsum("tke,tked->td", hidden, self.rows("expert_up", index, torch.float32)))
+            return torch.cat(out).to(x.dtype)
 
 
 class PEER(nn.Module):
@@ -239,7 +252,7 @@ class PEER(nn.Module):
     def retrieve(self, x: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k best experts of each head: x [T, D], is_token bool [T] -> scores float32 and indices, [T, H, k]."""
         peer, k = self.peer, self.peer["num_experts_per_tok"]
-        queries = self.wq(x).unflatten(-1, (peer["num_heads"], peer["query_dim"]))
+        queries = self.wq(x).float().unflatten(-1, (peer["num_heads"], peer["query_dim"]))
         if isinstance(self.query_norm, QueryBatchNorm):
             queries = self.query_norm(queries, is_token)
         elif self.query_norm is not None:
@@ -249,8 +262,9 @@ class PEER(nn.Module):
             if peer["norm_query"]:
                 part = F.normalize(part, dim=-1)
             if peer["norm_keys"]:
-                keys = F.normalize(keys, dim=-1) * math.sqrt(self.axis_dim)
-            products = (part.float().transpose(0, 1) @ keys.float().mT).transpose(0, 1)  # [T, H, n]: never rounded
+                keys = F.normalize(keys.float(), dim=-1) * math.sqrt(self.axis_dim)
+            with never_rounded(x):
+                products = (part.transpose(0, 1) @ keys.float().mT).transpose(0, 1)  # [T, H, n]
             best = products.topk(min(k, keys.shape[1]), dim=-1)
             if axis == 0:
                 scores, indices = best.values, best.indices
@@ -270,6 +284,7 @@ class PEER(nn.Module):
         gates = F.dropout(kinds[self.peer["gates"]](scores), self.peer["dropout"], self.training)
         experts = self.experts if self.experts is not None else shared_experts
         assert experts is not None
+        tokens = tokens.to(compute_dtype(tokens))
         return experts(tokens, indices.flatten(1), gates.flatten(1)).view(x.shape)
 
 
