@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -148,7 +149,7 @@ class PeriodicEvaluation:
         return [shares[i % len(shares)][i // len(shares)] for i in range(len(self.evaluations))]
 
     def _language_model(self, model: nn.Module, should_stop: Callable[[], bool]) -> LanguageModel:
-        plain = whole_model(model, self.model_args, self.world.device)
+        plain = whole_model(model, self.model_args, self.world.device, self.group)
         generator = Generator(plain, self.tokenizer, max_batch_size=self.settings.batch_size, compile=False)
         settings = self.settings
         return LanguageModel(generator, settings.max_new_tokens, settings.batch_size, self.precision, should_stop)
@@ -171,12 +172,21 @@ class PeriodicEvaluation:
             yield batch
 
 
-def whole_model(model: nn.Module, args: ModelArgs, device: torch.device) -> Transformer:
+def whole_model(
+    model: nn.Module, args: ModelArgs, device: torch.device, group: dist.ProcessGroup | None = None
+) -> Transformer:
     """A plain Transformer, in evaluation mode, with the weights of a model that wrappers and shardings may cover.
 
     Parameters that are whole are shared, not copied; sharded ones are gathered (all processes must call).
+
+    Args:
+        group: a group of all processes that communicates tensors on the CPU; None takes the default group.
+    Raises:
+        ProcessesFailedError: on every process, when one of them has no room for the model.
     """
     state = get_model_state_dict(model)
+    sharded = [t for t in state.values() if isinstance(t, DTensor)]
+    on_all_processes(lambda: _require_room(sharded), group)
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
     with torch.device("meta"):
         plain = Transformer(args)
@@ -185,6 +195,14 @@ def whole_model(model: nn.Module, args: ModelArgs, device: torch.device) -> Tran
         plain.output.weight = plain.tok_embeddings.weight
     plain.rope = rope_table(args.mla, args.max_seq_len, device)
     return plain.requires_grad_(False).eval()
+
+
+def _require_room(sharded: Sequence[DTensor]) -> None:
+    """Raise if this process has no memory to gather the tensors, before the others wait for it in the first gathering."""
+    room = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sharded]
+    if sharded:  # a gathered tensor is put together from its parts
+        largest = max(sharded, key=lambda t: t.numel() * t.element_size())
+        room.append(torch.empty(largest.shape, dtype=largest.dtype, device=largest.device))
 
 
 @contextmanager
