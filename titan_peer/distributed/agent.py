@@ -1,8 +1,8 @@
-"""torchrun with the job's exit status and without its traceback: the part of the launcher that needs torch.
+"""torchrun that exits with the job's exit status and prints no traceback: the part of the launcher that needs torch.
 
-It says which rank was lost and how, starts all of them again while `--max-restarts` allows, and otherwise exits with the
-status of the worker that failed first (torchrun itself always exits with 1). SIGTERM and SIGINT reach the workers, which save
-and end by themselves.
+It says which rank failed and how, and restarts all processes as long as `--max-restarts` allows. Otherwise it exits with the
+status of the worker that failed first (torchrun itself always exits with 1). SIGTERM and SIGINT are passed on to the workers,
+which save and exit on their own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SHUTDOWN_SECONDS = 600  # for workers to write their last checkpoint after a sig
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """(rank, failure) that caused the others.
 
-    A killed process comes before those that lost contact with it. Last come those that torchrun itself ended: by SIGTERM, or,
-    where they hang, by SIGKILL half a minute later.
+    A killed process comes before those that lost contact with it. Last come those that torchrun itself ended: with SIGTERM, or
+    with SIGKILL half a minute later if they hang.
     """
     first = min(failure.timestamp for failure in failures.values())
 
@@ -47,9 +47,9 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
-    """The failure in a line, for the user."""
+    """The failure in one line, for the user."""
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-    # the worker's own message, where it could leave one (faults.py); `failure.message` has its call stack around it
+    # the worker's own message, if it could record one (faults.py); `failure.message` wraps it in a call stack
     word = failure.error_file_data.get("message")
     words = f": {word['message']}" if failure.exitcode > 0 and isinstance(word, dict) else ""
     return f"rank {rank} failed first ({how}, process {failure.pid}){words}"
@@ -106,7 +106,7 @@ def launch(words: Sequence[str]) -> None:
         run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR_STATUS)  # without waiting for the thread in `_is_rendezvous`
+        os._exit(USER_ERROR_STATUS)  # without waiting for the thread of rendezvous.py
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if not has_said_why(error.failures):

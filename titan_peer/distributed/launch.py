@@ -1,8 +1,8 @@
 """The launcher that `run_train.sh` starts for several processes: torchrun with the job's exit status (see agent.py).
 
 It takes torchrun's arguments. The job is checked here first, without torch: a mistake in a key, a value or the config file is
-answered at once and starts no process. What is no training (--help, --job.print_config, no arguments) is done here, by one
-process whose standard output is the answer and nothing else.
+answered at once and starts no process. Arguments that only ask for output (--help, --job.print_config, or none at all) are
+answered here, by one process that prints nothing else on standard output.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def trains_nothing(arguments: Sequence[str]) -> bool:
 
 
 def answer_without_processes(arguments: Sequence[str]) -> int | None:
-    """The exit status of what needs no processes, which is done here; None for a job to train.
+    """Answer arguments that need no other processes; returns the exit status, or None for a job to train.
 
     Args:
-        arguments: of the trainer, as every process would get them.
+        arguments: the trainer's, as every process would get them.
     """
     if trains_nothing(arguments):
-        train = importlib.import_module(TRAINER)  # on a higher floor: the launcher itself needs nothing of it
+        train = importlib.import_module(TRAINER)  # of a higher floor; the launcher itself does not need it
         status: int = train.main(arguments)
         return status
     try:
@@ -47,13 +47,13 @@ def answer_without_processes(arguments: Sequence[str]) -> int | None:
             print(f"error: {line}", file=sys.stderr)
         return USER_ERROR_STATUS
     except TransientError:
-        pass  # the processes read the job again, and are started again where it still fails
+        pass  # the processes read the job again, and are restarted if that still fails
     return None
 
 
 def main() -> None:
     words = sys.argv[1:]
-    if TRAINER in words:  # tests launch programs of their own
+    if TRAINER in words:  # tests launch other programs
         status = answer_without_processes(words[words.index(TRAINER) + 1 :])
         if status is not None:
             sys.exit(status)

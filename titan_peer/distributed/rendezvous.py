@@ -1,4 +1,4 @@
-"""Where the launchers of a job's machines meet: the endpoint is checked before anything waits for it."""
+"""The endpoint where the launchers of a job's machines meet; it is checked before anything waits for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from titan_peer.common.errors import UserError
 
-PORT_SECONDS = 5  # for a rendezvous that is there to answer
+PORT_SECONDS = 5  # in which a running rendezvous answers
 
 
 def check_port(endpoint: str, nodes: str) -> str:
@@ -48,7 +48,7 @@ def _is_rendezvous(host: str, port: int) -> bool:
             dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=PORT_SECONDS))
             answers.set()
 
-    # beside this thread, since it waits far longer than its timeout for a program that says nothing
+    # in a thread of its own, since it waits far longer than its timeout for a program that does not answer
     threading.Thread(target=ask, daemon=True).start()
     return answers.wait(PORT_SECONDS)
 
