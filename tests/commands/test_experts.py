@@ -14,7 +14,7 @@ import warm_processes
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.commands import experts
 from titan_peer.common.errors import UserError
-from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
+from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.experts import measure
 from titan_peer.experts.usage import peer_layers
 
@@ -33,18 +33,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = warm_processes.run(warm_processes.TRAIN, *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint" / "step-2"
-
-
-def test_rows_hold_the_first_tokens_of_the_documents_without_padding() -> None:
-    tokenizer = load_tokenizer(str(ROOT / "assets/tokenizer"))
-    first = next(measure.read_documents([TEXT], tokenizer)).tokens
-    work = measure.batches(measure.read_documents([TEXT], tokenizer), seq_len=64, batch_size=3, limit=1000)
-    assert [tuple(tokens.shape) for tokens, _ in work] == [(3, 64)] * 5 + [(1, 40)]
-    joined = torch.cat([tokens.flatten() for tokens, _ in work]).numpy()
-    np.testing.assert_array_equal(joined[: min(len(first), 1000)], first[:1000])
-    documents = torch.cat([numbers.flatten() for _, numbers in work])
-    starts = [0, *(1 + i for i in range(999) if documents[i + 1] != documents[i])]
-    assert all(joined[i] == tokenizer.bos_id for i in starts)
 
 
 def texts_of(tokenizer: Tokenizer, ids: list[int], place: int) -> list[str]:
