@@ -24,7 +24,8 @@ from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
 from titan_peer.experts.plots import draw
-from titan_peer.experts.usage import count_experts, peer_layers
+from titan_peer.experts.usage import count_experts
+from titan_peer.model import peer_layers
 from titan_peer.trainer import Trainer
 
 

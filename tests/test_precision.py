@@ -11,10 +11,9 @@ from small_models import built, small_model
 from torch import Tensor
 
 from titan_peer.distributed.parallelize import autocast, matrices
-from titan_peer.experts.usage import peer_layers
 from titan_peer.inference.decoder import Decoder
 from titan_peer.inference.latent_cache import CacheBatch
-from titan_peer.model import PEER, PEERArgs, Transformer
+from titan_peer.model import PEER, PEERArgs, Transformer, peer_layers
 from titan_peer.ops import backends, product_key_retrieve
 from titan_peer.ops.latent_attention import attend_to_latents
 
@@ -113,14 +112,12 @@ def test_the_residual_stream_is_float32_and_decoding_rounds_what_training_rounds
     def run(model: Transformer, forward: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits, residual streams and the chosen experts of each PEER layer."""
         routed: list[Tensor] = []
+
+        def record(_: PEER, indices: Tensor, gates: Tensor) -> None:
+            routed.append(indices.view(2, -1, *indices.shape[1:]))
+
         for _, peer in peer_layers(model):
-
-            def route(x: Tensor, is_token: Tensor | None = None, original=peer.route) -> tuple[Tensor, Tensor]:
-                indices, gates = original(x, is_token)
-                routed.append(indices.view(2, -1, *indices.shape[1:]))
-                return indices, gates
-
-            peer.route = route  # type: ignore[method-assign]
+            peer.attach("record", record)
         streams = residual_stream(model)
         with torch.no_grad():
             logits = forward()

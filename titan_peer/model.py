@@ -17,16 +17,17 @@ C product-key axes, E expert hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_peer.model_args import MLAArgs, ModelArgs, PEERArgs
-from titan_peer.ops import peer_experts, product_key_retrieve
+from titan_peer.model_args import FeedForwardKind, MLAArgs, ModelArgs, PEERArgs
+from titan_peer.ops import RowGradients, peer_experts, product_key_retrieve
 from titan_peer.ops.attention import AttentionMask, causal_attention, causal_mask, document_positions
 from titan_peer.ops.cross_entropy import linear_cross_entropy
 
@@ -221,18 +222,36 @@ class QueryBatchNorm(nn.Module):
         nn.init.ones_(self.running_var)
 
 
+EXPERT_TABLES = ("expert_down", "expert_up")
+"""The parameters of `Experts`, in the order in which they are computed with."""
+
+
+@dataclass
+class ExpertPlan:
+    """All that is set from outside on an `Experts` module. As it is made: one device, dense gradients."""
+
+    operator: Callable[..., Tensor] | None = None
+    """Called in place of `peer_experts`, with its arguments: for tables that are sharded over a group of processes
+    (`distributed/expert_parallel.py`), or that are on another device than the tokens (`inference/decoder.py`)."""
+    row_gradients: RowGradients | None = None
+    """Where backward passes record the tables' gradients, as factors of the rows used, in place of dense gradients; set by
+    the optimizer that reads them."""
+    compute_copies: tuple[Tensor, Tensor] | None = None
+    """The tables in a lower precision, [N, E, D] each, to compute with; the optimizer that made them keeps them up to date."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the module (deepcopy, pickle) is not what the optimizer updates: it computes with its own tables and
+        # gives them dense gradients, until it gets an optimizer of its own.
+        return ExpertPlan, (self.operator,)
+
+
 class Experts(nn.Module):
     """The tables of N tiny experts: expert n computes expert_up[n]^T act(expert_down[n] x)."""
-
-    # set from outside:
-    rowwise = False  # table gradients are kept as factors of the touched rows, not as dense tensors
-    compute_copies: tuple[Tensor, Tensor] | None = (
-        None  # the tables in lower precision, kept up to date by the optimizer
-    )
 
     def __init__(self, dim: int, args: PEERArgs) -> None:
         super().__init__()
         self.activation = args.activation
+        self.plan = ExpertPlan()  # set from outside
         shape = (args.num_experts, args.expert_hidden_size, dim)
         self.expert_down = nn.Parameter(torch.empty(shape))  # [N, E, D]
         self.expert_up = nn.Parameter(torch.empty(shape))  # [N, E, D]
@@ -242,11 +261,12 @@ class Experts(nn.Module):
 
         A place of index -1 adds nothing, and its gate gets no gradient.
         """
-        return peer_experts(x, indices, gates, *self.tables(), self.activation, rowwise=self.rowwise)
+        operator = self.plan.operator or peer_experts
+        return operator(x, indices, gates, *self.tables(), self.activation, self.plan.row_gradients)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """What is computed with: [N, E, D] each."""
-        return self.compute_copies if self.compute_copies is not None else (self.expert_down, self.expert_up)
+        return self.plan.compute_copies or (self.expert_down, self.expert_up)
 
     def init_weights(self, residual_scale: float) -> None:
         dim = self.expert_down.shape[-1]
@@ -254,8 +274,18 @@ class Experts(nn.Module):
         nn.init.normal_(self.expert_up, std=dim**-0.5 * residual_scale)
 
 
+RouteStage = Literal["record", "count", "loss"]
+RouteHook = Callable[["PEER", Tensor, Tensor], Tensor | None]
+"""Called with the layer, indices int64 [T, H, k] (-1: no expert) and gates [T, H, k] of each batch. Returns None, or the gates
+to go on with: the same values, for instance with a loss attached whose gradient the backward pass adds."""
+
+
 class PEER(nn.Module):
-    """Parameter-efficient expert retrieval (arXiv 2407.04153, algorithm 1)."""
+    """Parameter-efficient expert retrieval (arXiv 2407.04153, algorithm 1).
+
+    What looks at the routing from outside is attached as a hook, and can be detached. Hooks that record run first, then those
+    that count, then those that add a loss, in whatever order they were attached.
+    """
 
     def __init__(self, dim: int, args: PEERArgs) -> None:
         super().__init__()
@@ -276,6 +306,24 @@ class PEER(nn.Module):
             nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim)) for n_keys in args.product_key_dim
         )  # C x [H or 1, n_c, query_dim / C]
         self.experts = None if args.share_experts else Experts(dim, args)
+        self.route_hooks: list[tuple[RouteStage, RouteHook]] = []  # set from outside, by attach and detach
+
+    def attach(self, stage: RouteStage, hook: RouteHook) -> None:
+        """Call `hook` with the routing of every batch until it is detached. Hooks of one stage run in the order attached."""
+        self.route_hooks = sorted(
+            [*self.route_hooks, (stage, hook)], key=lambda entry: get_args(RouteStage).index(entry[0])
+        )
+
+    def detach(self, hook: RouteHook) -> None:
+        """Undo `attach`.
+
+        Raises:
+            ValueError: the hook is not attached.
+        """
+        kept = [entry for entry in self.route_hooks if entry[1] != hook]
+        if len(kept) == len(self.route_hooks):
+            raise ValueError(f"{hook}: is not attached to this layer")
+        self.route_hooks = kept
 
     def retrieve(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k].
@@ -315,7 +363,11 @@ class PEER(nn.Module):
         indices, scores = self.retrieve(x, is_token)
         if is_token is not None:
             indices = torch.where(is_token[:, None, None], indices, -1)
-        return indices, self.gate(scores)
+        gates = self.gate(scores)
+        for _, hook in self.route_hooks:
+            returned = hook(self, indices, gates)
+            gates = gates if returned is None else returned
+        return indices, gates
 
     def forward(self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]; is_token bool [B, S], false for padding, which gets zeros."""
@@ -349,28 +401,34 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]. The other two are for kinds that share tables or must know the padding."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
-    def init_weights(self, std: float, residual_std: float) -> None:
+    def init_weights(self, std: float, residual_scale: float) -> None:
         nn.init.normal_(self.w1.weight, std=std)
         nn.init.normal_(self.w3.weight, std=std)
-        nn.init.normal_(self.w2.weight, std=residual_std)
+        nn.init.normal_(self.w2.weight, std=std * residual_scale)
+
+
+FEED_FORWARD_KINDS: dict[FeedForwardKind, Callable[[ModelArgs], nn.Module]] = {
+    "feed_forward": lambda args: FeedForward(args.dim, args.ffn_hidden_dim),
+    "peer": lambda args: PEER(args.dim, args.peer),
+}
+"""What a block can have after its attention. A kind has the `forward` and `init_weights` of `FeedForward`; its parameters and
+FLOPs are counted in `analysis/model_size.py`, and `ModelArgs.feed_forward_kind` says which layers have it."""
 
 
 class Block(nn.Module):
-    """x + MLA(norm(x)), then x + PEER(norm(x)) or x + FeedForward(norm(x))."""
+    """x + MLA(norm(x)), then x + F(norm(x)) with F one of FEED_FORWARD_KINDS."""
 
     def __init__(self, layer: int, args: ModelArgs) -> None:
         super().__init__()
-        self.has_peer = args.has_peer(layer)
+        self.kind = args.feed_forward_kind(layer)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = MLA(args)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
-        if self.has_peer:
-            self.peer = PEER(args.dim, args.peer)
-        else:
-            self.feed_forward = FeedForward(args.dim, args.ffn_hidden_dim)
+        self.add_module(self.kind, FEED_FORWARD_KINDS[self.kind](args))
 
     def forward(
         self,
@@ -388,17 +446,14 @@ class Block(nn.Module):
         self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None
     ) -> Tensor:
         """The second half: x [B, S, D] -> [B, S, D]."""
-        h = self.ffn_norm(x)
-        return x + (self.peer(h, shared_experts, is_token) if self.has_peer else self.feed_forward(h))
+        feed_forward = getattr(self, self.kind)
+        return x + feed_forward(self.ffn_norm(x), shared_experts, is_token)
 
     def init_weights(self, std: float, residual_scale: float) -> None:
         self.attention_norm.reset_parameters()
         self.ffn_norm.reset_parameters()
         self.attention.init_weights(std, std * residual_scale)
-        if self.has_peer:
-            self.peer.init_weights(std, residual_scale)
-        else:
-            self.feed_forward.init_weights(std, std * residual_scale)
+        getattr(self, self.kind).init_weights(std, residual_scale)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -412,9 +467,11 @@ class Transformer(nn.Module):
     """
 
     rope: Tensor
+
+    # set from outside:
     loss_chunk_size = 1024  # tokens whose logits exist at a time when the loss is asked for
-    compile_loss = False  # set from outside, like the compilation of blocks
-    # set from outside where matrices are kept in a low precision: the context in which `forward` computes
+    compile_loss = False  # as blocks are compiled, in place
+    # the context in which `forward` computes, where matrices are kept in a low precision
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, args: ModelArgs) -> None:
@@ -423,8 +480,8 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(layer, args) for layer in range(args.n_layers))
-        any_peer = any(args.has_peer(layer) for layer in range(args.n_layers))
-        self.shared_experts = Experts(args.dim, args.peer) if any_peer and args.peer.share_experts else None
+        shares_experts = args.peer.share_experts and args.layers_of("peer")
+        self.shared_experts = Experts(args.dim, args.peer) if shares_experts else None
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
@@ -493,3 +550,25 @@ class Transformer(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.init_weights(residual_scale)
         self.norm.reset_parameters()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding parts, whatever blocks are wrapped in
+
+
+def experts_of(model: nn.Module) -> list[Experts]:
+    """All expert tables of a model, each pair once, in the order of layers; shared ones last."""
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
+def table_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all expert tables."""
+    return {table for experts in experts_of(model) for table in experts.parameters()}
+
+
+def peer_layers(model: Transformer) -> Iterator[tuple[int, PEER]]:
+    """The PEER modules, with the numbers of their blocks."""
+    for layer, block in enumerate(model.layers):
+        for module in block.modules():
+            if isinstance(module, PEER):
+                yield layer, module

@@ -8,6 +8,10 @@ from typing import Annotated, Literal
 
 from titan_peer.common.bounds import Range, out_of_range
 
+FeedForwardKind = Literal["feed_forward", "peer"]
+"""What a block can have after its attention: a dense SwiGLU or PEER. The kind is also the name of that part in the block and
+in checkpoints; `titan_peer.model.FEED_FORWARD_KINDS` builds it."""
+
 
 @dataclass
 class MLAArgs:
@@ -110,12 +114,17 @@ class ModelArgs:
     peer: PEERArgs = field(default_factory=PEERArgs)
     """Experts."""
 
-    def has_peer(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) has PEER in place of the dense feed-forward."""
+    def feed_forward_kind(self, layer: int) -> FeedForwardKind:
+        """What block `layer` (from 0) has after its attention. The only place that decides it."""
         if self.peer_layers:
-            return layer in self.peer_layers
+            return "peer" if layer in self.peer_layers else "feed_forward"
         after_dense = layer - self.n_dense_layers
-        return self.peer_every_n_layers > 0 and after_dense >= 0 and after_dense % self.peer_every_n_layers == 0
+        has_peer = self.peer_every_n_layers > 0 and after_dense >= 0 and after_dense % self.peer_every_n_layers == 0
+        return "peer" if has_peer else "feed_forward"
+
+    def layers_of(self, kind: FeedForwardKind) -> list[int]:
+        """The blocks (from 0) with this kind of feed-forward."""
+        return [layer for layer in range(self.n_layers) if self.feed_forward_kind(layer) == kind]
 
     def problems(self) -> list[str]:
         """What makes this architecture impossible: one line a problem, naming key, value and what is allowed."""
@@ -135,7 +144,7 @@ class ModelArgs:
             mla.beta_slow,
             f"must be at most model.mla.beta_fast = {mla.beta_fast}",
         )
-        if any(self.has_peer(layer) for layer in range(self.n_layers)):
+        if self.layers_of("peer"):
             axes = peer.product_key_dim
             require(bool(axes), "peer.product_key_dim", axes, "at least one axis is needed")
             require(

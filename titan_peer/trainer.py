@@ -213,7 +213,7 @@ class Trainer:
             f"{training.global_batch_size} x {training.seq_len} tokens a step"
             f" ({self.accumulation_steps} micro-batches a process)"
         )
-        n_peer = sum(config.model.has_peer(layer) for layer in range(config.model.n_layers))
+        n_peer = len(config.model.layers_of("peer"))
         lines = [
             f"titan_peer {__version__}, torch {torch.__version__}: {config.job.description or config.job.config_file}",
             f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "

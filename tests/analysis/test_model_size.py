@@ -51,7 +51,7 @@ def test_active_parameters_count_only_chosen_experts() -> None:
 
 
 def plain_experts(
-    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, *, rowwise: bool
+    x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, row_gradients: object
 ) -> Tensor:
     """What `peer_experts` computes, in operations that torch's counter knows: one batched product a table."""
     T, K = indices.shape

@@ -16,7 +16,7 @@ from titan_peer.commands import experts
 from titan_peer.common.errors import UserError
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.experts import measure
-from titan_peer.experts.usage import peer_layers
+from titan_peer.model import peer_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = str(ROOT / "assets/sample_text/validation.jsonl")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
-from titan_peer.experts.usage import Counts, peer_layers
-from titan_peer.model import PEER
+from titan_peer.experts.usage import Counts
+from titan_peer.model import PEER, peer_layers
 from titan_peer.trainer import Trainer
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
 from titan_peer.experts.revival import ExpertRevival
-from titan_peer.experts.usage import peer_layers
+from titan_peer.model import peer_layers
 from titan_peer.trainer import Trainer
 
 
@@ -35,9 +35,9 @@ def main(file: str, arguments: list[str]) -> None:
     revival = ExpertRevival(model, optimizers, freq=1, seed=5)
     peer = config.model.peer
     if world.is_first:
-        for layer, (counts, _) in revival.usage._counters.items():
+        for layer, counter in revival.usage._counters.items():
             generator = torch.Generator().manual_seed(layer)
-            grid = counts.view(peer.num_heads, *peer.product_key_dim)
+            grid = counter.counts.view(peer.num_heads, *peer.product_key_dim)
             grid.copy_(torch.randint(1, 9, grid.shape, generator=generator))
             grid[0, 3:9] = 0  # head 0, first axis: dead; the other head uses the experts
             grid[:, 20] = 0  # dead in all heads: experts too

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.collectives import new_gloo_group, one_gloo_thread
-from titan_peer.distributed.expert_parallel import ExpertParallel, ShardedExperts
+from titan_peer.distributed.expert_parallel import ExpertParallel, ExpertsOverGroup
 from titan_peer.distributed.parallelize import apply_expert_parallel
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factors_move_fewer_bytes
 from titan_peer.distributed.world import init_world
@@ -97,7 +97,7 @@ def _compare_sharded_with_whole() -> dict[str, float]:
 
     sharded = _experts()
     parallelize_module(sharded, mesh, ExpertParallel())
-    assert isinstance(sharded, ShardedExperts) and isinstance(sharded.expert_up, DTensor)
+    assert isinstance(sharded.plan.operator, ExpertsOverGroup) and isinstance(sharded.expert_up, DTensor)
     assert sharded.expert_up.shape == (N, E, D) and sharded.expert_up.to_local().shape[0] in (3, 1)
     own_x, own_gates = x.detach()[own].requires_grad_(), gates.detach()[own].requires_grad_()
     own_y = sharded(own_x, indices[own], own_gates)

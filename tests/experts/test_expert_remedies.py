@@ -19,8 +19,8 @@ from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
 from titan_peer.experts.balance import add_balance_loss, unevenness
 from titan_peer.experts.revival import counterparts, find_dead_keys
-from titan_peer.experts.usage import DEAD_AFTER, peer_layers
-from titan_peer.model import ModelArgs, PEERArgs, Transformer
+from titan_peer.experts.usage import DEAD_AFTER
+from titan_peer.model import PEER, ModelArgs, PEERArgs, Transformer, peer_layers
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,13 +72,12 @@ def test_training_minimises_loss_plus_coeff_times_unevenness(compiled: bool) -> 
     tokens = torch.randint(0, 64, (3, 32))
 
     routed: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: PEER, indices: Tensor, gates: Tensor) -> None:
+        routed.append((indices, gates))
+
     for _, layer in peer_layers(plain):
-
-        def route(x: Tensor, is_token: Tensor | None, original=layer.route) -> tuple[Tensor, Tensor]:
-            routed.append(original(x, is_token))
-            return routed[-1]
-
-        layer.route = route  # type: ignore[method-assign]
+        layer.attach("record", record)
     loss = plain(tokens, None, tokens)
     (loss + 3.0 * sum(dense_unevenness(i, g, 64) for i, g in routed)).backward()
 

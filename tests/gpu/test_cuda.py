@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from titan_peer.analysis.kernel_tuning import gpu_milliseconds, tune
 from titan_peer.config.parse import load_config
-from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer
+from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer, experts_of
 from titan_peer.ops import RowGradients, backend_report, peer_experts, product_key_retrieve, reference, rowwise_adamw_
 from titan_peer.ops import triton as kernels
 from titan_peer.ops.triton import tuning
@@ -110,7 +110,7 @@ def test_the_host_never_waits_in_a_step_of_the_operators() -> None:
 
     def step() -> None:
         scores, indices = product_key_retrieve(queries, sub_keys, 4)
-        y = peer_experts(x, indices.flatten(1), scores.softmax(-1).flatten(1), down, up, rowwise=True)
+        y = peer_experts(x, indices.flatten(1), scores.softmax(-1).flatten(1), down, up, row_gradients=collector)
         y.square().sum().backward()
         scale = collector.norm_squared().rsqrt()
         rowwise_adamw_(down.data, *state, *collector.table_factors("down"), grad_scale=scale, **ADAMW, seed=1)
@@ -147,7 +147,7 @@ def test_a_block_with_attention_and_experts_compiles_whole_and_never_again() -> 
     model = Transformer(args)
     model.init_weights()
     rowwise = RowwiseAdamW(
-        [layer.peer.experts for layer in model.layers if layer.has_peer],
+        experts_of(model),
         **{"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0},
     )
     for block in model.layers:

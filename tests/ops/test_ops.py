@@ -248,7 +248,7 @@ def test_factored_gradients_of_micro_batches_and_shared_layers_add_up_to_the_den
     batches = [(torch.randn(7, D), torch.randint(N, (7, 4)), torch.rand(7, 4)) for _ in range(3)]
     for x, indices, gates in batches:
         x = x.requires_grad_()
-        peer_experts(x, indices, gates, down, up, rowwise=True).square().sum().backward()
+        peer_experts(x, indices, gates, down, up, row_gradients=collector).square().sum().backward()
     assert down.grad is None and up.grad is None
     rows, down_rows, up_rows = collector.materialize()
     norm = collector.norm_squared()
@@ -261,9 +261,9 @@ def test_factored_gradients_of_micro_batches_and_shared_layers_add_up_to_the_den
     assert collector.is_empty
 
 
-def test_rowwise_without_a_collector_says_what_to_do() -> None:
+def test_a_backward_pass_whose_collector_is_gone_says_what_to_do() -> None:
     x, indices, gates, down, up, _ = inputs(4, 2, 5, 1, 8, 8)
-    y = peer_experts(x.requires_grad_(), indices, gates, down, up, rowwise=True)
+    y = peer_experts(x.requires_grad_(), indices, gates, down, up, row_gradients=RowGradients(down, up))
     with pytest.raises(RuntimeError, match="RowGradients"):
         y.sum().backward()
 
@@ -271,6 +271,6 @@ def test_rowwise_without_a_collector_says_what_to_do() -> None:
 def test_operators_obey_the_rules_of_custom_ops() -> None:
     x, indices, gates, down, up, _ = inputs(5, 3, 9, 1, 8, 8)
     arguments = [t.requires_grad_() if t.is_floating_point() else t for t in (x, indices, gates, down, up)]
-    torch.library.opcheck(torch.ops.titan_peer.peer_experts.default, (*arguments, "gelu", False, torch.float32))
+    torch.library.opcheck(torch.ops.titan_peer.peer_experts.default, (*arguments, "gelu", None, torch.float32))
     queries, keys = torch.randn(5, 2, 8, requires_grad=True), [torch.randn(2, 6, 4) for _ in range(2)]
     torch.library.opcheck(torch.ops.titan_peer.product_key_retrieve.default, (queries, keys, 3))

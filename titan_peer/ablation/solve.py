@@ -162,7 +162,7 @@ def solve(
 
 
 def _has_dense_blocks(config: JobConfig) -> bool:
-    return not all(config.model.has_peer(layer) for layer in range(config.model.n_layers))
+    return bool(config.model.layers_of("feed_forward"))
 
 
 def _nearest(config: JobConfig, number: FreeNumber, equal: Equal, wanted: int, processes: int) -> JobConfig:

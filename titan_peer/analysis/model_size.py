@@ -5,8 +5,9 @@ Counted from the modules themselves, so that nothing is missed; works on the met
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,12 +92,8 @@ def _of_blocks(model: Transformer, seq_len: int) -> Iterator[ComponentSize]:
         for name, module in block.named_children():
             if isinstance(module, MLA):
                 yield _attention(layer, module, seq_len)
-            elif isinstance(module, FeedForward):
-                weights = _count(module.parameters())
-                yield ComponentSize(layer, "feed-forward", weights, weights, **_linear(weights))
-            elif isinstance(module, PEER):
-                yield _retrieval(layer, module)
-                yield _experts(layer, module, module.experts or model.shared_experts)
+            elif type(module) in _FEED_FORWARDS:
+                yield from _FEED_FORWARDS[type(module)](layer, module, model)
             else:
                 assert name.endswith("norm"), f"no rule to count {type(module).__name__}"
                 gains = _count(module.parameters())
@@ -109,6 +106,23 @@ def _attention(layer: int, mla: MLA, seq_len: int) -> ComponentSize:
     # scores and their product with the values: each like a matrix of S columns a head
     pairs = mla.n_heads * seq_len * (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim)
     return ComponentSize(layer, "attention", parameters, parameters, **_linear(weights + pairs))
+
+
+def _feed_forward(layer: int, module: FeedForward, model: Transformer) -> Iterator[ComponentSize]:
+    weights = _count(module.parameters())
+    yield ComponentSize(layer, "feed-forward", weights, weights, **_linear(weights))
+
+
+def _peer(layer: int, module: PEER, model: Transformer) -> Iterator[ComponentSize]:
+    yield _retrieval(layer, module)
+    yield _experts(layer, module, module.experts or model.shared_experts)
+
+
+_FEED_FORWARDS: dict[type[nn.Module], Callable[[int, Any, Transformer], Iterator[ComponentSize]]] = {
+    FeedForward: _feed_forward,
+    PEER: _peer,
+}
+"""How each of `titan_peer.model.FEED_FORWARD_KINDS` is counted: block, module and model -> components."""
 
 
 def _retrieval(layer: int, peer: PEER) -> ComponentSize:

@@ -77,8 +77,8 @@ def changed_function(saved: ModelArgs, model: ModelArgs) -> Changes:
     names = [n for n in now if n not in _SEEN_IN_THE_TENSORS | _NOT_OF_THE_FUNCTION | _LAYOUT]
     if saved.mla.rope_factor <= 1 and model.mla.rope_factor <= 1:
         names = [n for n in names if n not in _YARN]
-    both = range(min(saved.n_layers, model.n_layers))
-    layouts = [[layer for layer in both if args.has_peer(layer)] for args in (saved, model)]
+    in_both = min(saved.n_layers, model.n_layers)
+    layouts = [[layer for layer in args.layers_of("peer") if layer < in_both] for args in (saved, model)]
     if not any(layouts):
         names = [n for n in names if not n.startswith("model.peer.")]
     changes = {n: (before[n], now[n]) for n in names if before[n] != now[n]}

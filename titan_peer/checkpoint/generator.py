@@ -11,7 +11,7 @@ import torch
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.common.errors import UserError
 from titan_peer.inference.generator import Generator
-from titan_peer.model import Experts, Transformer
+from titan_peer.model import Transformer, table_parameters
 
 logger = logging.getLogger("titan_peer")
 
@@ -70,9 +70,9 @@ def load_generator(
 
 def move_all_but_tables(model: Transformer, device: torch.device) -> None:
     """Move a model's parameters and buffers to a device; the expert tables stay where they are."""
-    tables = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    tables = table_parameters(model)
     for parameter in model.parameters():
-        if id(parameter) not in tables:
+        if parameter not in tables:
             parameter.data = parameter.data.to(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -28,7 +28,7 @@ from titan_peer.config.job import JobConfig
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.data.tokenizer import Tokenizer, load_tokenizer
 from titan_peer.distributed.parallelize import autocast, matrices
-from titan_peer.model import Transformer, rope_table
+from titan_peer.model import EXPERT_TABLES, Transformer, rope_table
 
 logger = logging.getLogger("titan_peer")
 
@@ -109,7 +109,7 @@ def _inference_weights(
     weights: dict[str, Tensor] = {}
     mapped: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        is_table = name.rpartition(".")[2] in ("expert_down", "expert_up")
+        is_table = name.rpartition(".")[2] in EXPERT_TABLES
         if mmap_tables and is_table:
             try:
                 mapped[name] = map_tensor(reader, f"model.{name}")

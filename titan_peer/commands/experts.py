@@ -63,8 +63,8 @@ def _report(options: argparse.Namespace, checkpoint: Path) -> int:
     from titan_peer.checkpoint.inference import load_model_for_inference
     from titan_peer.experts import measure
     from titan_peer.experts.plots import draw
-    from titan_peer.experts.usage import peer_layers
     from titan_peer.metrics.sinks import JsonlSink
+    from titan_peer.model import peer_layers
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, job, tokenizer = load_model_for_inference(checkpoint, device=device)

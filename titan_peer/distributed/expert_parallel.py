@@ -8,6 +8,7 @@ process has all experts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from titan_peer.distributed.collectives import all_gather, sum_and_scatter
 from titan_peer.model import Experts
+from titan_peer.ops import RowGradients
 from titan_peer.ops.peer_experts import backward_op, forward_op
 from titan_peer.ops.reference import accumulation_dtype
 
@@ -27,7 +29,7 @@ from titan_peer.ops.reference import accumulation_dtype
 class ExpertParallel(ParallelStyle):
     """The plan for one `Experts` module: tables sharded on the expert axis, `Shard(0)`, over a one-dimensional mesh.
 
-    Works on the meta device, so that no process ever has the whole table. The module becomes a `ShardedExperts`.
+    Works on the meta device, so that no process ever has the whole table. The module computes with `ExpertsOverGroup`.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -39,37 +41,44 @@ class ExpertParallel(ParallelStyle):
                 part, device_mesh, [Shard(0)], run_check=False, shape=table.shape, stride=table.stride()
             )
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=table.requires_grad))
-        # A change of class, not of the instance's forward: equal blocks stay equal for the compiler, which then has one
-        # compilation for all.
-        module.__class__ = ShardedExperts
-        assert isinstance(module, ShardedExperts)
-        module.group = device_mesh.get_group()
-        module.first, module.last = offset[0], offset[0] + shape[0]
+        module.plan.operator = ExpertsOverGroup(device_mesh.get_group(), offset[0], offset[0] + shape[0])
         return module
 
 
-class ShardedExperts(Experts):
-    """Experts of which this process has those from `first` to `last` - 1; its group has all."""
+@dataclass(frozen=True)
+class ExpertsOverGroup:
+    """`peer_experts` where this process has the experts from `first` to `last` - 1, and its group has all."""
 
     group: dist.ProcessGroup
     first: int
     last: int
 
-    def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-        """x [T, D], indices and gates [T, K] of this process' tokens -> [T, D]."""
+    def __call__(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        expert_down: Tensor,
+        expert_up: Tensor,
+        activation: str,
+        row_gradients: RowGradients | None,
+    ) -> Tensor:
+        """x [T, D], indices and gates [T, K] of this process' tokens, tables [last - first, E, D] -> [T, D]."""
         all_indices = all_gather(indices.int(), self.group).long()  # [group x T, K]
         is_here = (all_indices >= self.first) & (all_indices < self.last)
         here = torch.where(is_here, all_indices - self.first, -1)
+        handle = None if row_gradients is None else row_gradients.handle
         return _SummedOverGroup.apply(  # type: ignore[no-any-return]
-            x, here, gates, *self.tables(), self.activation, self.rowwise, self.group
+            x, here, gates, _part(expert_down), _part(expert_up), activation, handle, self.group
         )
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """What this process computes with: [last - first, E, D] each."""
-        if self.compute_copies is not None:
-            return self.compute_copies
-        assert isinstance(self.expert_down, DTensor) and isinstance(self.expert_up, DTensor)
-        return self.expert_down.to_local(), self.expert_up.to_local()
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsOverGroup:
+        return self  # a group of processes has no copies
+
+
+def _part(table: Tensor) -> Tensor:
+    """This process' experts, differentiably; copies of a lower precision are of those alone."""
+    return table.to_local() if isinstance(table, DTensor) else table
 
 
 class _SummedOverGroup(torch.autograd.Function):
@@ -88,22 +97,22 @@ class _SummedOverGroup(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         activation: str,
-        rowwise: bool,
+        handle: Tensor | None,
         group: dist.ProcessGroup,
     ) -> Tensor:
         """x [T, D], here [group x T, K], gates [T, K] -> [T, D]."""
         all_x, all_gates = all_gather(x.detach(), group), all_gather(gates.detach(), group)
         wide = accumulation_dtype(x.dtype)
-        part, z = forward_op(all_x, here, all_gates, down, up, activation, rowwise, wide)
-        ctx.save_for_backward(all_x, here, all_gates, z, down, up)
-        ctx.activation, ctx.rowwise, ctx.group = activation, rowwise, group
+        part, z = forward_op(all_x, here, all_gates, down, up, activation, handle, wide)
+        ctx.save_for_backward(all_x, here, all_gates, z, down, up, handle)
+        ctx.activation, ctx.group = activation, group
         return sum_and_scatter(part, group).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        all_x, here, all_gates, z, down, up = ctx.saved_tensors
+        all_x, here, all_gates, z, down, up, handle = ctx.saved_tensors
         all_dy, wide = all_gather(dy, ctx.group), accumulation_dtype(dy.dtype)
-        parts = backward_op(all_dy, all_x, here, all_gates, z, down, up, ctx.activation, ctx.rowwise, wide)
+        parts = backward_op(all_dy, all_x, here, all_gates, z, down, up, ctx.activation, handle, wide)
         dx, dgates = sum_and_scatter(parts[0], ctx.group).to(dy.dtype), sum_and_scatter(parts[1], ctx.group)
-        tables = (None, None) if ctx.rowwise else parts[2:]
+        tables = (None, None) if handle is not None else parts[2:]
         return dx, None, dgates, *tables, None, None, None

@@ -27,7 +27,7 @@ from titan_peer.distributed.collectives import GatherBytes, all_gather, local
 from titan_peer.distributed.expert_parallel import ExpertParallel
 from titan_peer.distributed.float8 import apply_float8
 from titan_peer.distributed.world import World
-from titan_peer.model import Experts, QueryBatchNorm, Transformer
+from titan_peer.model import QueryBatchNorm, Transformer, experts_of, table_parameters
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -66,9 +66,8 @@ def apply_compile(model: Transformer) -> None:
 
 
 def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    for module in list(model.modules()):
-        if isinstance(module, Experts):
-            parallelize_module(module, mesh, ExpertParallel())
+    for experts in experts_of(model):
+        parallelize_module(experts, mesh, ExpertParallel())
 
 
 def apply_data_parallel(
@@ -99,7 +98,7 @@ def apply_data_parallel(
         "mesh": mesh,
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
-    tables = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    tables = table_parameters(model)
     of_blocks = matrices(model.layers)
     # The whole model comes first: it takes the parameters, in all modules, that the blocks are then told to ignore.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -144,12 +143,11 @@ def materialize(model: Transformer, device: torch.device, *, offload: bool) -> N
         offload: dense parameters go to host memory, expert tables and buffers to `device`.
     """
     model.to_empty(device=torch.device("cpu") if offload else device)
-    for module in model.modules() if offload else []:
-        if isinstance(module, Experts):
-            module.to_empty(device=device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            prefer_huge_pages(local(module.expert_down))
-            prefer_huge_pages(local(module.expert_up))
+    if offload:
+        for experts in experts_of(model):
+            experts.to_empty(device=device)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    for table in table_parameters(model):
+        prefer_huge_pages(local(table))

@@ -59,9 +59,8 @@ def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGr
         indices, dz, hidden, x, dy = collector.factors()
         if compact:
             indices, dz, hidden = _compact(indices, dz, hidden, group)
-        tables = (collector.expert_down, collector.expert_up)
         moved = sum(factor.numel() * factor.element_size() for factor in (indices, dz, hidden, x, dy))
-        table_bytes = sum(4 * table.numel() for table in tables)
+        table_bytes = sum(4 * shape.numel() for shape in collector.shapes)
         if factors_move_fewer_bytes(moved, table_bytes, group.size()):
             collector.replace(*(all_gather_into(factor, group) for factor in (indices, dz, hidden, x, dy)))
         else:
@@ -81,15 +80,15 @@ def _compact(indices: Tensor, dz: Tensor, hidden: Tensor, group: dist.ProcessGro
 def _all_reduce_dense(collector: RowGradients, group: dist.ProcessGroup) -> None:
     """Sum dense gradients, then turn the rows that any process has used back into factors: a gradient row [E, D] becomes E
     tokens, each with one expert, with weight 1 in one hidden neuron."""
-    num_experts, expert_hidden_size, _ = collector.expert_down.shape
+    num_experts, expert_hidden_size, _ = collector.shapes[0]
     indices = collector.factors()[0]
     used = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)
     used[torch.where(indices < 0, num_experts, indices).flatten()] = 1  # the last entry takes the absent places
     dist.all_reduce(used, group=group)
     rows = used[:-1].nonzero().squeeze(1)
     vectors = []
-    for which, table in (("down", collector.expert_down), ("up", collector.expert_up)):
-        gradient = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+    for which, shape in zip(("down", "up"), collector.shapes):
+        gradient = torch.zeros(shape, dtype=torch.float32, device=indices.device)
         collector.write_dense(which, gradient)  # type: ignore[arg-type]
         dist.all_reduce(gradient, group=group)
         vectors.append(gradient[rows].flatten(0, 1))  # [R * E, D]

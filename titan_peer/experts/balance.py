@@ -8,14 +8,14 @@ the scores it moves queries and sub-keys. Experts that nothing retrieves get no 
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titan_peer.experts.usage import Route, peer_layers
-from titan_peer.model import PEER, Transformer
+from titan_peer.model import PEER, Transformer, peer_layers
 
 
 def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
@@ -52,24 +52,37 @@ class _AddLoss(torch.autograd.Function):
         return grad, grad.new_ones(())
 
 
-def _balanced_route(
-    peer: PEER, route: Route, num_experts: int, weight: float, x: Tensor, is_token: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    indices, gates = route(x, is_token)
-    if peer.training:
-        gates = _AddLoss.apply(gates, weight * unevenness(indices, gates, num_experts))
-    return indices, gates
+@dataclass(eq=False)
+class _BalanceLoss:
+    """The hook that adds the loss of one layer."""
+
+    num_experts: int
+    weight: float
+
+    def __call__(self, peer: PEER, indices: Tensor, gates: Tensor) -> Tensor | None:
+        if not peer.training:
+            return None
+        loss = self.weight * unevenness(indices, gates, self.num_experts)
+        return _AddLoss.apply(gates, loss)  # type: ignore[no-any-return]
 
 
-def add_balance_loss(model: Transformer, coeff: float, micro_batches: int) -> None:
+def add_balance_loss(model: Transformer, coeff: float, micro_batches: int) -> Callable[[], None]:
     """Have training also minimise coeff x the sum over PEER layers of their unevenness.
 
     Each process' micro-batch has its own; what is minimised is the mean over micro-batches and processes.
 
     Args:
         micro_batches: of all processes in an optimizer step, since gradients are summed over them (train_step.py).
+    Returns:
+        What takes the loss off again when it is called.
     """
-    for _, peer in peer_layers(model):
-        peer.route = partial(  # type: ignore[method-assign]
-            _balanced_route, peer, peer.route, model.args.peer.num_experts, coeff / micro_batches
-        )
+    loss = _BalanceLoss(model.args.peer.num_experts, coeff / micro_batches)
+    layers = [peer for _, peer in peer_layers(model)]
+    for peer in layers:
+        peer.attach("loss", loss)
+
+    def detach() -> None:
+        for peer in layers:
+            peer.detach(loss)
+
+    return detach

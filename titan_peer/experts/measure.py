@@ -7,7 +7,6 @@ import heapq
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +16,9 @@ from titan_peer.config.data_source import DataSource
 from titan_peer.data.sources import Source
 from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.experts.usage import ExpertUsage, LayerUsage, Route, layer_usage, peer_layers
+from titan_peer.experts.usage import ExpertUsage, LayerUsage, layer_usage
 from titan_peer.inference.text_stream import text_in_context
-from titan_peer.model import Transformer
+from titan_peer.model import PEER, Transformer, peer_layers
 
 logger = logging.getLogger("titan_peer")
 
@@ -87,6 +86,7 @@ def measure(model: Transformer, work: Sequence[Batch], num_hot: int = 10) -> lis
     usage = ExpertUsage(model, in_training=False)
     for _ in _run(model, work, "counting experts"):
         pass
+    usage.detach()
     return [layer_usage(layer, counts, num_hot=num_hot) for layer, counts in usage.read().items()]
 
 
@@ -111,8 +111,7 @@ class _TopTokens:
         """expert -> a heap of (gate, position of the token in the whole text, head)"""
         self.tokens_seen = 0
 
-    def route(self, original: Route, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        indices, gates = original(x, is_token)
+    def __call__(self, peer: PEER, indices: Tensor, gates: Tensor) -> None:
         found = torch.isin(indices, self.experts.to(indices.device)).nonzero()  # [P, 3]: token, head, rank
         chosen, weights = indices[tuple(found.T)].tolist(), gates[tuple(found.T)].tolist()
         best: dict[tuple[int, int], tuple[float, int]] = {}
@@ -124,7 +123,6 @@ class _TopTokens:
             if len(heap) > self.keep:
                 heapq.heappop(heap)
         self.tokens_seen += indices.shape[0]
-        return indices, gates
 
 
 def top_tokens(
@@ -132,12 +130,15 @@ def top_tokens(
 ) -> dict[int, dict[int, list[Activation]]]:
     """For the chosen experts of each layer, the tokens whose gates were largest, descending: layer -> expert -> tokens."""
     watchers = {}
-    for layer, peer in peer_layers(model):
+    layers = dict(peer_layers(model))
+    for layer in layers:
         if chosen.get(layer):
             watchers[layer] = _TopTokens(chosen[layer], keep)
-            peer.route = partial(watchers[layer].route, peer.route)  # type: ignore[method-assign]
+            layers[layer].attach("record", watchers[layer])
     for _ in _run(model, work, "finding tokens"):
         pass
+    for layer, watcher in watchers.items():
+        layers[layer].detach(watcher)
     tokens = torch.cat([batch[0].flatten() for batch in work])
     documents = torch.cat([batch[1].flatten() for batch in work])
 

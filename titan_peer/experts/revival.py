@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_peer.distributed.collectives import sum_over_processes
-from titan_peer.experts.usage import DEAD_AFTER, Counts, ExpertUsage, peer_layers
-from titan_peer.model import PEER, Experts, Transformer
+from titan_peer.experts.usage import DEAD_AFTER, Counts, ExpertUsage
+from titan_peer.model import PEER, Experts, Transformer, peer_layers
 from titan_peer.optim.optimizers import Optimizers
 
 _NOISE = 0.1

@@ -1,9 +1,9 @@
 """Which experts are used: counting on device, and the statistics of what was counted.
 
-A PEER layer's `route` is replaced from outside by one that also hands its indices and gates to an operator, which adds them
-to counters on the device: tokens x heads x k additions a layer, no synchronisation, nothing of the size of the table. The
-counters are read, summed over processes and cleared only when a report is due. Each process counts its own tokens over all
-experts, so sharded expert tables change nothing.
+A hook on a PEER layer's routing gives its indices and gates to an operator, which adds them to counters on the device:
+tokens x heads x k additions per layer, no synchronisation, nothing of the size of the table. The counters are read, summed
+over processes and cleared only when a report is due. Each process counts its own tokens over all experts, so sharded expert
+tables change nothing.
 
 Shapes: T tokens, H heads, k experts a head, N experts.
 """
@@ -11,16 +11,14 @@ Shapes: T tokens, H heads, k experts a head, N experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from titan_peer.distributed.collectives import sum_over_processes
 from titan_peer.metrics.sinks import Histogram
-from titan_peer.model import PEER, Transformer
+from titan_peer.model import PEER, Transformer, peer_layers
 
 DEAD_AFTER = 10.0
 """An expert is dead when uniform usage would have used it this often since its last use (by chance: e^-10)."""
@@ -28,17 +26,6 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 """Of the experts of a layer, by load."""
 LOAD_EDGES = (0.0, *(2.0**power for power in range(-6, 15)))
 """Bins of the histogram of loads, in multiples of uniform usage; unused experts are in the first."""
-
-Route = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
-def peer_layers(model: Transformer) -> Iterator[tuple[int, PEER]]:
-    """The PEER modules with the number of their block, whatever the blocks are wrapped in."""
-    for layer, block in enumerate(model.layers):
-        for module in block.modules():
-            if isinstance(module, PEER):
-                yield layer, module
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # Counting
@@ -69,20 +56,17 @@ def _(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Tensor) -> None
     return None
 
 
-def _counted_route(
-    peer: PEER,
-    route: Route,
-    in_training: bool,
-    counts: Tensor,
-    gate_sums: Tensor,
-    x: Tensor,
-    is_token: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`PEER.route`, counted."""
-    indices, gates = route(x, is_token)
-    if peer.training == in_training:
-        count_experts(counts, gate_sums, indices, gates.detach())
-    return indices, gates
+@dataclass(eq=False)
+class _Counter:
+    """The hook that counts one layer."""
+
+    in_training: bool
+    counts: Tensor
+    gate_sums: Tensor
+
+    def __call__(self, peer: PEER, indices: Tensor, gates: Tensor) -> None:
+        if peer.training == self.in_training:
+            count_experts(self.counts, self.gate_sums, indices, gates.detach())
 
 
 @dataclass
@@ -103,7 +87,7 @@ class Counts:
 
 
 class ExpertUsage:
-    """Counts the experts that a model's PEER layers use, from now on.
+    """Counts the experts that a model's PEER layers use, from now on until `detach`.
 
     Made when the model is on its device and before its first forward pass.
 
@@ -112,19 +96,23 @@ class ExpertUsage:
     """
 
     def __init__(self, model: Transformer, *, in_training: bool = True) -> None:
-        self._counters: dict[int, tuple[Tensor, Tensor]] = {}
+        self._counters: dict[int, _Counter] = {}
+        self._layers = dict(peer_layers(model))
         self._idle: dict[int, Tensor] = {}
         num_experts = model.args.peer.num_experts
-        for layer, peer in peer_layers(model):
+        for layer, peer in self._layers.items():
             device = peer.wq.weight.device
             shape = (peer.num_heads, num_experts)
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
             gate_sums = torch.zeros(shape, dtype=torch.float32, device=device)
-            self._counters[layer] = counts, gate_sums
+            self._counters[layer] = _Counter(in_training, counts, gate_sums)
             self._idle[layer] = torch.zeros(num_experts, device=device)
-            peer.route = partial(  # type: ignore[method-assign]
-                _counted_route, peer, peer.route, in_training, counts, gate_sums
-            )
+            peer.attach("count", self._counters[layer])
+
+    def detach(self) -> None:
+        """Count no more."""
+        for layer, peer in self._layers.items():
+            peer.detach(self._counters[layer])
 
     def read(self) -> dict[int, Counts]:
         """What was counted since the last call, by layer, summed over processes; the counters start anew.
@@ -132,10 +120,10 @@ class ExpertUsage:
         Called by every process.
         """
         window = {}
-        for layer, (counts, gate_sums) in self._counters.items():
-            total, gates = counts.long(), gate_sums.clone()
-            counts.zero_()
-            gate_sums.zero_()
+        for layer, counter in self._counters.items():
+            total, gates = counter.counts.long(), counter.gate_sums.clone()
+            counter.counts.zero_()
+            counter.gate_sums.zero_()
             sum_over_processes(total)
             sum_over_processes(gates)
             used = total.sum(0) > 0

@@ -8,15 +8,14 @@ latent space and all heads attend to the latents as to one key/value head; the l
 from __future__ import annotations
 
 import logging
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from titan_peer.distributed.parallelize import autocast
 from titan_peer.inference.latent_cache import CacheStep, LatentCache
-from titan_peer.model import MLA, PEER, Block, Experts, Transformer
+from titan_peer.model import MLA, PEER, Block, Experts, Transformer, experts_of
 from titan_peer.ops import peer_experts
 from titan_peer.ops.attention import causal_attention
 from titan_peer.ops.latent_attention import (
@@ -52,9 +51,9 @@ class Decoder:
         self.no_flash_mla = flash_mla_unavailable_reason(self.device, self.cache_dtype(), *shape)
         # FlashMLA's call is a graph break
         self.decode_block = torch.compile(_block, fullgraph=self.no_flash_mla is not None) if compile else _block
-        for module in model.modules():
-            if isinstance(module, Experts) and module.expert_down.device != self.device:
-                module.forward = partial(_experts_at_home, module)  # type: ignore[method-assign]
+        for experts in experts_of(model):
+            if experts.expert_down.device != self.device:
+                experts.plan.operator = _experts_at_home
 
     def cache_dtype(self) -> torch.dtype:
         """That of the latents the model makes."""
@@ -172,8 +171,10 @@ def _attention(
     return mla.wo(out.transpose(1, 2).flatten(2))
 
 
-def _experts_at_home(module: Experts, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-    """`Experts.forward` for tables on another device than the model: tokens go there and back, tables stay."""
-    home = module.expert_down.device
+def _experts_at_home(
+    x: Tensor, indices: Tensor, gates: Tensor, expert_down: Tensor, expert_up: Tensor, *options: Any
+) -> Tensor:
+    """`peer_experts` with tables on another device than the tokens: these go there and back, tables stay."""
+    home = expert_down.device
     at_home = (x.to(home), indices.to(home), gates.to(home))
-    return peer_experts(*at_home, module.expert_down, module.expert_up, module.activation).to(x.device)
+    return peer_experts(*at_home, expert_down, expert_up, *options).to(x.device)

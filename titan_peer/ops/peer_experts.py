@@ -26,8 +26,7 @@ def peer_experts(
     expert_down: Tensor,
     expert_up: Tensor,
     activation: str = "gelu",
-    *,
-    rowwise: bool = False,
+    row_gradients: RowGradients | None = None,
 ) -> Tensor:
     """y_t = sum_j gates[t, j] * sum_e act(expert_down[n, e] . x_t) * expert_up[n, e], with n = indices[t, j].
 
@@ -39,7 +38,8 @@ def peer_experts(
         expert_down: [N, E, D]; its dtype may differ from x's (float32 tables with bfloat16 x).
         expert_up: [N, E, D_out].
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        rowwise: the tables get no dense gradient; the backward pass records its factors in the tables' `RowGradients`.
+        row_gradients: where the backward pass records the factors of the tables' gradients; the tables then get no
+            dense ones. The caller keeps it until the backward pass is done.
     Returns:
         [T, D_out], dtype of x; sums are float32.
     Raises:
@@ -58,7 +58,8 @@ def peer_experts(
             f"indices {list(indices.shape)} and gates {list(gates.shape)} must both be [T, K] with T = {x.shape[0]}"
         )
     require_one_device(x=x, indices=indices, gates=gates, expert_down=expert_down, expert_up=expert_up)
-    return forward_op(x, indices, gates, expert_down, expert_up, activation, rowwise, x.dtype)[0]
+    handle = None if row_gradients is None else row_gradients.handle
+    return forward_op(x, indices, gates, expert_down, expert_up, activation, handle, x.dtype)[0]
 
 
 @torch.library.custom_op("titan_peer::peer_experts", mutates_args=())
@@ -69,10 +70,13 @@ def forward_op(
     down: Tensor,
     up: Tensor,
     activation: str,
-    rowwise: bool,
+    handle: Tensor | None,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """y in `sum_dtype` (float32 if y is one part of a sum), and the pre-activations z."""
+    """y in `sum_dtype` (float32 if y is one part of a sum), and the pre-activations z.
+
+    `handle` is that of the `RowGradients`; only the backward pass reads it.
+    """
     require_dtype("indices", indices, (torch.int64,))
     for name, tensor in (("x", x), ("gates", gates), ("expert_down", down), ("expert_up", up)):
         require_dtype(name, tensor, _FLOATS)
@@ -89,7 +93,7 @@ def _(
     down: Tensor,
     up: Tensor,
     activation: str,
-    rowwise: bool,
+    handle: Tensor | None,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     z = x.new_empty((*indices.shape, down.shape[1]), dtype=reference.accumulation_dtype(x.dtype))
@@ -106,17 +110,19 @@ def backward_op(
     down: Tensor,
     up: Tensor,
     activation: str,
-    rowwise: bool,
+    handle: Tensor | None,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (in `sum_dtype`), dgates, d down, d up. With `rowwise` the last two are empty and their factors go to the tables'
-    collector. Compilers do not see this side effect; it is safe because the op is opaque and its other results are always
-    needed."""
+    """dx (in `sum_dtype`), dgates, d down, d up.
+
+    With a handle the last two are empty and their factors go to its `RowGradients`. No compiler sees this side effect; it is
+    safe because the op is opaque and its other results are always needed.
+    """
     with torch.autocast(x.device.type, enabled=False):
         backend = backend_for(x, down)
         dx, dgates, dz, hidden = backend.peer_backward(dy, x, indices, gates, z, down, up, activation, sum_dtype)
-        if rowwise:
-            RowGradients.of(down).record(indices, dz, hidden, x, dy)
+        if handle is not None:
+            RowGradients.of(handle).record(indices, dz, hidden, x, dy)
             return dx, dgates, down.new_empty(0), up.new_empty(0)
         ddown, dup = torch.zeros_like(down), torch.zeros_like(up)
         backend.dense_gradients(indices, [(dz, x, ddown), (hidden, dy, dup)])
@@ -133,13 +139,13 @@ def _(
     down: Tensor,
     up: Tensor,
     activation: str,
-    rowwise: bool,
+    handle: Tensor | None,
     sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, dtype=sum_dtype)
-    if rowwise:
-        # While a compiler traces, the table is a stand-in without a collector; a dry run's fake table has one.
-        collector = RowGradients.find(down)
+    if handle is not None:
+        # While a compiler traces, the handle is a stand-in without a collector; a dry run's fake handle has one.
+        collector = RowGradients.find(handle)
         if collector is not None:
             collector.record(indices, torch.empty_like(z), torch.empty_like(z), x, dy)
         return dx, torch.empty_like(gates), down.new_empty(0), up.new_empty(0)
@@ -147,16 +153,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, indices, gates, down, up, ctx.activation, ctx.rowwise, _ = inputs
+    x, indices, gates, down, up, ctx.activation, handle, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, indices, gates, output[1], down, up)
+    ctx.save_for_backward(x, indices, gates, output[1], down, up, handle)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, indices, gates, z, down, up = ctx.saved_tensors
+    x, indices, gates, z, down, up, handle = ctx.saved_tensors
     factors = (dy.contiguous(), x, indices, gates, z, down, up)
-    dx, dgates, ddown, dup = backward_op(*factors, ctx.activation, ctx.rowwise, x.dtype)
-    tables = (None, None) if ctx.rowwise else (ddown, dup)
+    dx, dgates, ddown, dup = backward_op(*factors, ctx.activation, handle, x.dtype)
+    tables = (None, None) if handle is not None else (ddown, dup)
     return dx, None, dgates, *tables, None, None, None
 
 

@@ -11,37 +11,41 @@ added into dense gradients, from then on after each micro-batch.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from titan_peer.ops.backends import backend_for
 from titan_peer.ops.checks import require_adamw_state, require_one_device
 from titan_peer.ops.sorted_pairs import SortedPairs
 
+_numbers = itertools.count(1)
 _collectors: weakref.WeakValueDictionary[int, RowGradients] = weakref.WeakValueDictionary()
 
 
-def _memory_of(table: Tensor) -> int:
-    return table.untyped_storage()._cdata
-
-
 class RowGradients:
-    """The factored gradient of one pair of tables in one optimizer step.
+    """The factored gradient of one pair of tables in one optimizer step: the collector of these tables.
 
-    Several `record`s before a `clear` (micro-batches, layers that share the tables) add up. The collector is found by
-    expert_down's storage, because autograd and compilers hand the backward pass new tensor objects; fake tensors have
-    storages too.
+    It is given to `peer_experts`, and every backward pass through that call records its factors here. Several `record`s
+    before a `clear` (micro-batches, layers that share the tables) add up.
+
+    The operator gets the collector's number as a tensor, `handle`. Compilers take a tensor as an input, so equal blocks, each
+    with its own collector, share one compilation; a Python integer would become a constant of the compiled code. The
+    collector knows the tables' shapes only, neither their memory nor their dtype: they may be moved.
+
+    A copy (deepcopy, pickle) is another, empty collector.
 
     Args:
-        expert_down: [N, E, D]
-        expert_up: [N, E, D_out]
+        expert_down: [N, E, D], whose shape alone is read.
+        expert_up: [N, E, D_out], likewise.
     """
 
     def __init__(self, expert_down: Tensor, expert_up: Tensor) -> None:
-        self.expert_down, self.expert_up = expert_down, expert_up
+        self.shapes = expert_down.shape, expert_up.shape
         # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since the first
         # touch of new memory costs more than the copy into it
         self._buffers: tuple[Tensor, ...] | None = None
@@ -50,27 +54,38 @@ class RowGradients:
         # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last is for absent places)
         self._dense: tuple[Tensor, Tensor, Tensor] | None = None
         self.num_tokens = 0
-        _collectors[_memory_of(expert_down)] = self
+        number = next(_numbers)
+        self.handle = torch.tensor(number, device="cpu")
+        """0-d int64, always on the CPU, where reading it waits for no device."""
+        _collectors[number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGradients, tuple(torch.empty(shape, device="meta") for shape in self.shapes)
 
     @staticmethod
-    def of(expert_down: Tensor) -> RowGradients:
-        """The collector of a table.
+    def of(handle: Tensor) -> RowGradients:
+        """The collector with this handle.
 
         Raises:
-            RuntimeError: the table has none.
+            RuntimeError: it no longer exists.
         """
-        collector = RowGradients.find(expert_down)
+        collector = RowGradients.find(handle)
         if collector is None:
             raise RuntimeError(
-                "peer_experts(rowwise=True): these tables have no RowGradients; create one and keep it alive, "
-                "as titan_peer.optim.optimizers.RowwiseAdamW does"
+                "the RowGradients given to peer_experts no longer exists, so this backward pass cannot record the gradient "
+                "of the expert tables; keep it until the backward pass is done, as titan_peer.model.Experts does"
             )
         return collector
 
     @staticmethod
-    def find(expert_down: Tensor) -> RowGradients | None:
-        """The collector of a table, or None."""
-        return _collectors.get(_memory_of(expert_down))
+    def find(handle: Tensor) -> RowGradients | None:
+        """The collector with this handle; None if it no longer exists, or if a compiler traces with a stand-in of the
+        handle, which has no value."""
+        if isinstance(handle, FakeTensor):
+            if handle.constant is None:
+                return None
+            handle = handle.constant  # in a dry run, where collectors are made from fake tensors
+        return _collectors.get(int(handle))
 
     @property
     def is_empty(self) -> bool:
@@ -83,12 +98,13 @@ class RowGradients:
         if self._dense is not None or last * _bytes_per_token(new) > self._dense_bytes:
             self._fold(new)
             return
-        if self._buffers is None or self._buffers[0].shape[0] < last or self._buffers[3].dtype != x.dtype:
+        old = self._buffers
+        if old is None or old[0].shape[0] < last or (old[3].dtype, old[3].device) != (x.dtype, x.device):
             grown = tuple(torch.empty(last, *f.shape[1:], dtype=f.dtype, device=f.device) for f in new)
-            for old, buffer in zip(self._buffers or (), grown):
-                buffer[:first] = old[:first]
-            self._buffers = grown
-        for factor, buffer in zip(new, self._buffers):
+            for kept, buffer in zip(old or (), grown):
+                buffer[:first] = kept[:first]
+            self._buffers = old = grown
+        for factor, buffer in zip(new, old):
             buffer[first:last] = factor
         self.num_tokens = last
         self._sorted = None
@@ -103,8 +119,7 @@ class RowGradients:
         """Add factors to dense gradients; the first time, add the stored factors too and free their buffers."""
         if self._dense is None:
             kept, self._buffers = self.factors(), None
-            tables = (self.expert_down, self.expert_up)
-            down, up = (torch.zeros(table.shape, dtype=torch.float32, device=table.device) for table in tables)
+            down, up = (torch.zeros(shape, dtype=torch.float32, device=new[0].device) for shape in self.shapes)
             is_used = torch.zeros(down.shape[0] + 1, dtype=torch.uint8, device=down.device)
             self._dense = (down, up, is_used)
             if kept and kept[0].shape[0]:
@@ -116,7 +131,7 @@ class RowGradients:
     def _add_to_dense(self, factors: tuple[Tensor, ...]) -> None:
         assert self._dense is not None
         (down, up, is_used), (indices, dz, hidden, x, dy) = self._dense, factors
-        backend, num_experts = backend_for(self.expert_down), down.shape[0]
+        backend, num_experts = backend_for(x, dz), down.shape[0]
         pairs = backend.sort_pairs(indices, num_experts)
         backend.table_gradient(pairs, dz, x, down, add=True)
         backend.table_gradient(pairs, hidden, dy, up, add=True)
@@ -130,7 +145,7 @@ class RowGradients:
 
     @property
     def _dense_bytes(self) -> int:
-        return 4 * (self.expert_down.numel() + self.expert_up.numel())
+        return 4 * sum(shape.numel() for shape in self.shapes)
 
     def factors(self) -> tuple[Tensor, ...]:
         """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all recorded tokens.
@@ -158,7 +173,8 @@ class RowGradients:
     def sorted(self) -> SortedPairs:
         """The pairs grouped by expert; sorted once per step."""
         if self._sorted is None:
-            self._sorted = backend_for(self.expert_down).sort_pairs(self.factors()[0], self.expert_down.shape[0])
+            indices, dz = self.factors()[:2]
+            self._sorted = backend_for(dz).sort_pairs(indices, self.shapes[0][0])
         return self._sorted
 
     def table_factors(self, which: Literal["down", "up"]) -> tuple[SortedPairs, Tensor, Tensor]:
@@ -168,24 +184,23 @@ class RowGradients:
 
     def norm_squared(self) -> Tensor:
         """Sum of squares of both tables' gradients, 0-d float32."""
-        backend = backend_for(self.expert_down)
+        backend = backend_for(*self.factors()[1:])
         down = backend.row_norm_squared(*self.table_factors("down"))
         return down + backend.row_norm_squared(*self.table_factors("up"))
 
     def write_dense(self, which: Literal["down", "up"], out: Tensor) -> None:
         """Write one table's gradient into `out`, [N, E, D] of zeros."""
-        backend_for(self.expert_down).table_gradient(*self.table_factors(which), out)
+        pairs, weights, vectors = self.table_factors(which)
+        backend_for(weights, vectors).table_gradient(pairs, weights, vectors, out)
 
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
         """row_ids [R], gradient rows of expert_down [R, E, D] and expert_up [R, E, D_out]: for inspection, not for training."""
-        backend = backend_for(self.expert_down)
         rows: list[Tensor] = []
         which: Literal["down", "up"]
-        for which, table in (("down", self.expert_down), ("up", self.expert_up)):
+        for which, shape in (("down", self.shapes[0]), ("up", self.shapes[1])):
             pairs, weights, vectors = self.table_factors(which)
-            num_rows = int(pairs.num_rows)
-            out = torch.zeros(num_rows, *table.shape[1:], dtype=torch.float32, device=table.device)
-            backend.table_gradient(pairs, weights, vectors, out, compact=True)
+            out = torch.zeros(int(pairs.num_rows), *shape[1:], dtype=torch.float32, device=weights.device)
+            backend_for(weights, vectors).table_gradient(pairs, weights, vectors, out, compact=True)
             rows.append(out)
         return self.sorted().row_ids[: rows[0].shape[0]], rows[0], rows[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.model import QueryBatchNorm
@@ -14,7 +14,7 @@ NORMS = (nn.RMSNorm, nn.LayerNorm, QueryBatchNorm)
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, tables: set[Tensor], *, with_tables: bool
+    model: nn.Module, config: OptimizerConfig, tables: set[nn.Parameter], *, with_tables: bool
 ) -> list[dict[str, Any]]:
     """Matrices, which decay; other parameters, which do not; and expert tables, which have their own settings.
 

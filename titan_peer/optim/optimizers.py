@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local, sum_over_processes
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
-from titan_peer.model import PEER, Experts
+from titan_peer.model import PEER, experts_of, table_parameters
 from titan_peer.ops import RowGradients
 from titan_peer.optim import rowwise
 from titan_peer.optim.builders import build_optimizer
@@ -50,8 +50,7 @@ class Optimizers:
         tokens_per_step: int = 0,
     ) -> None:
         self.config, self.model, self.expert_mesh = config, model, expert_mesh
-        self.experts = [module for module in model.modules() if isinstance(module, Experts)]
-        tables: set[Tensor] = {table for module in self.experts for table in module.parameters()}
+        self.experts, tables = experts_of(model), table_parameters(model)
         self.table_update = self._choose_table_update(tokens_per_step)
         groups = parameter_groups(model, config, tables, with_tables=self.table_update != "rowwise")
         self.dense = build_optimizer(groups, config)

@@ -15,10 +15,11 @@ from titan_peer.ops.sorted_pairs import SortedPairs
 
 
 def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
-    """Record the tables' gradients as factors from now on, for as long as the returned collectors live."""
-    for module in experts:
-        module.rowwise = True
-    return [RowGradients(*(local(table) for table in module.tables())) for module in experts]
+    """Record the tables' gradients as factors from now on, in the returned collectors."""
+    collectors = [RowGradients(*(local(table) for table in module.tables())) for module in experts]
+    for module, collector in zip(experts, collectors):
+        module.plan.row_gradients = collector
+    return collectors
 
 
 class RowwiseAdamW(torch.optim.Optimizer):
@@ -28,7 +29,7 @@ class RowwiseAdamW(torch.optim.Optimizer):
     row keeps its weights and moments unchanged: its moments do not decay, and it gets no weight decay.
 
     Args:
-        experts: modules whose tables are updated; their `rowwise` is switched on and a gradient collector is registered.
+        experts: modules whose tables are updated; their gradients go to the optimizer's collectors from now on.
         moment_dtype: dtype in which moments are stored; bfloat16 is written with stochastic rounding.
         second_moment: "element", or "row" for one number per table row (the mean square of its gradient).
         compute_dtype: dtype of the tables that forward and backward read. Any other than float32 creates copies, in which a
@@ -52,7 +53,7 @@ class RowwiseAdamW(torch.optim.Optimizer):
         self.experts = experts
         for module in experts if compute_dtype != torch.float32 else []:
             down, up = local(module.expert_down), local(module.expert_up)
-            module.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
+            module.plan.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
         self.collectors = collect_row_gradients(experts)
         for table in tables:
             self.state[table] = {
@@ -67,7 +68,12 @@ class RowwiseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
-        """Apply the recorded gradients, times `grad_scale`, and clear them."""
+        """Apply the recorded gradients, times `grad_scale`, and clear them.
+
+        Raises:
+            RuntimeError: the model's tables or collectors are no longer those of this optimizer.
+        """
+        self._require_own_tables()
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         tables = iter(group["params"])
@@ -101,6 +107,18 @@ class RowwiseAdamW(torch.optim.Optimizer):
                 self._update_copy(table, pairs)
             collector.clear()
 
+    def _require_own_tables(self) -> None:
+        tables = iter(self.param_groups[0]["params"])
+        for module, collector in zip(self.experts, self.collectors):
+            same_tables = module.expert_down is next(tables) and module.expert_up is next(tables)
+            if not same_tables or module.plan.row_gradients is not collector:
+                raise RuntimeError(
+                    "RowwiseAdamW: the expert tables, or what collects their gradients, are no longer those that this "
+                    "optimizer was made with, so its step would not change the model. Usual causes: "
+                    "load_state_dict(..., assign=True), which puts other parameters into the model, or a second "
+                    "optimizer for the same model. Make the optimizer after these, or load without assign=True"
+                )
+
     def _update_copy(self, table: Tensor, pairs: SortedPairs) -> None:
         """Write the updated rows of a table into its copy."""
         copy = self._copies().get(table)
@@ -113,8 +131,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
     def _copies(self) -> dict[Tensor, Tensor]:
         copies: dict[Tensor, Tensor] = {}
         for module in self.experts:
-            if module.compute_copies is not None:
-                copies.update(zip((module.expert_down, module.expert_up), module.compute_copies))
+            if module.plan.compute_copies is not None:
+                copies.update(zip((module.expert_down, module.expert_up), module.plan.compute_copies))
         return copies
 
     @torch.no_grad()

@@ -29,13 +29,12 @@ from titan_peer.common.errors import UserError
 from titan_peer.common.folder_lock import is_running
 from titan_peer.config.resolve import resolve_vocabulary
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.model import ModelArgs, Transformer
+from titan_peer.model import EXPERT_TABLES, ModelArgs, Transformer
 from titan_peer.sharing.export_tokenizer import write_tokenizer
 from titan_peer.sharing.folder import CONFIG_JSON, INDEX, TableDtype, new_folder
 from titan_peer.sharing.model_card import model_card
 
 CODE_FILES = ("configuration_titan_peer.py", "layers_titan_peer.py", "modeling_titan_peer.py")
-_TABLES = ("expert_down", "expert_up")
 _FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +49,7 @@ class _Planned(NamedTuple):
 
 def is_table(name: str) -> bool:
     """Whether a parameter is an expert table."""
-    return name.rpartition(".")[2] in _TABLES
+    return name.rpartition(".")[2] in EXPERT_TABLES
 
 
 def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table_dtype: TableDtype) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table
         **numbers,
         "mla": dataclasses.asdict(args.mla),
         "peer": dataclasses.asdict(args.peer),
-        "peer_layers": [layer for layer in range(args.n_layers) if args.has_peer(layer)],
+        "peer_layers": args.layers_of("peer"),
         "table_dtype": table_dtype,
         "dtype": dtype,
         "bos_token_id": tokenizer.bos_id,

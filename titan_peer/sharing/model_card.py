@@ -26,7 +26,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     state = json.loads((checkpoint / TRAIN_STATE).read_text(encoding="utf-8"))
     size = model_size(model, job.training.seq_len)
     args, title = job.model, job.job.description or checkpoint.resolve().parent.parent.name
-    n_peer = sum(args.has_peer(layer) for layer in range(args.n_layers))
+    n_peer = len(args.layers_of("peer"))
     training, optimizer = job.training, job.optimizer
     tables = {
         "float": "as the other weights",
