@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titan_peer.distributed.parallelize import autocast
 from titan_peer.inference.latent_cache import CacheStep, LatentCache
-from titan_peer.model import MLA, PEER, Block, Experts, Transformer, experts_of
+from titan_peer.model import MLA, Block, Experts, Transformer, experts_of, peer_layers, table_parameters
 from titan_peer.ops import peer_experts
 from titan_peer.ops.attention import causal_attention
 from titan_peer.ops.latent_attention import (
@@ -117,16 +117,15 @@ class Decoder:
 
 def _weights_read(model: Transformer) -> tuple[int, int]:
     """Bytes that a decode step reads whatever the batch, and those of the expert rows that each token chooses."""
+    by_row: set[Tensor] = {*table_parameters(model)}
+    if not model.args.tie_embeddings:
+        by_row.add(model.tok_embeddings.weight)
     per_token = 0
-    by_row: set[Tensor] = set() if model.args.tie_embeddings else {model.tok_embeddings.weight}
-    for module in model.modules():
-        if isinstance(module, Experts):
-            by_row |= {module.expert_down, module.expert_up}
-        elif isinstance(module, PEER):
-            experts = module.experts or model.shared_experts
-            assert experts is not None
-            row = sum(table[0].numel() * table.element_size() for table in experts.tables())
-            per_token += module.num_heads * module.num_experts_per_tok * row
+    for _, peer in peer_layers(model):
+        experts = peer.experts or model.shared_experts
+        assert experts is not None
+        row = sum(table[0].numel() * table.element_size() for table in experts.tables())
+        per_token += peer.num_heads * peer.num_experts_per_tok * row
     return sum(p.numel() * p.element_size() for p in model.parameters() if p not in by_row), per_token
 
 
