@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from titan_peer.analysis.dry_run import fake_world
 from titan_peer.common.errors import UserError
 from titan_peer.config.job import Parallelism
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.parallelize import parallelize
-from titan_peer.distributed.world import World, init_world
+from titan_peer.distributed.world import World, init_world, joined_as
 from titan_peer.model import Transformer
 
 DEBUG = ["--job.config_file", "train_configs/debug_model.toml"]
@@ -38,6 +39,21 @@ def test_degrees_that_do_not_fit_the_processes(
     with pytest.raises(UserError, match=message):
         init_world(Parallelism(**degrees))
     assert not torch.distributed.is_initialized()
+
+
+def test_world_says_the_degrees_of_several_processes_and_of_one() -> None:
+    config = load_config([*DEBUG, "--parallelism.expert_parallel_degree", "2"])
+    config.parallelism.data_parallel_replicate_degree = 4
+    with fake_world(config, 8) as world:
+        assert (world.size, world.dp_degree, world.dp_rank, world.ep_degree) == (8, 8, 0, 2)
+        assert world.mesh is not None and world.mesh.shape == (4, 2)
+        assert world.expert_mesh is not None and world.expert_mesh.shape == (4, 2)
+        assert world.dp_group is not None and world.dp_group.size() == 8
+        assert joined_as() == (0, 8)
+    config.parallelism = Parallelism()
+    with fake_world(config, 1) as world:
+        assert (world.size, world.dp_degree, world.dp_rank, world.ep_degree) == (1, 1, 0, 1)
+        assert world.dp_group is None and world.is_first and joined_as() == (0, 1)
 
 
 @pytest.mark.parametrize(

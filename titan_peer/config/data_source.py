@@ -35,8 +35,8 @@ class DataSource:
     at_end: Literal["drop", "stop"] = "drop"
     """After max_epochs: drop continues with the other sources, stop ends the job."""
     on_bad_document: Literal["error", "skip"] = "error"
-    """What to do about broken JSON, a missing key, wrong encoding, an empty or too large document, or a damaged file: stop and
-    say where it is, or skip and count it."""
+    """What to do about broken JSON, a missing key, wrong encoding, an empty or too large document, or a damaged file:
+    stop and say where it is, or skip and count it."""
     max_document_bytes: Annotated[int, Range(1)] = 32 * 2**20
     """Size above which a document counts as bad."""
 

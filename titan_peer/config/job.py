@@ -1,9 +1,9 @@
 """The whole job as dataclasses: defaults <- TOML file <- command line, checked before any work starts.
 
-Every key is documented by the docstring below it; `--help` and docs/configuration.md are generated from these docstrings. The
-range of a number stands in its type, and every section checks its other conditions in `problems`. The keys of the architecture
-are in model_args.py, those of a data source in data_source.py, those of the optimizer in optimizer.py. Names follow torchtitan
-where it has the same thing.
+Every key is documented by the docstring below it; `--help` and docs/configuration.md are generated from these
+docstrings. The range of a number stands in its type, and every section checks its other conditions in `problems`. The
+keys of the architecture are in model_args.py, those of a data source in data_source.py, those of the optimizer in
+optimizer.py. Names follow torchtitan where it has the same thing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Job(Section, name="job"):
     dump_folder: str = "outputs"
     """Folder for everything the job writes: config.toml, metrics.jsonl, plots, checkpoints."""
     lock_wait_seconds: Annotated[int, Range(0, YEAR)] = 60
-    """How long to wait for another job that is writing to dump_folder, for instance one that is about to end; at most half
-    of parallelism.timeout_seconds."""
+    """How long to wait for another job that is writing to dump_folder, for instance one that is about to end; at most
+    half of parallelism.timeout_seconds."""
     print_config: bool = False
     """Print the resolved job as TOML on standard output and stop; on the command line only."""
 
@@ -64,18 +64,19 @@ class Training(Section, name="training"):
     max_norm: Annotated[float, Range(0)] = 1.0
     """Clip the gradient to this norm; 0 only measures the norm."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute dtype of matrix products; master weights stay float32. auto: bfloat16 if the device supports it in hardware."""
+    """Compute dtype of matrix products; master weights stay float32. auto: bfloat16 if the device supports it in
+    hardware."""
     enable_cpu_offload: bool = False
-    """Keep what FSDP shards (dense parameters, their gradients and moments) in host memory; expert tables, of which a step
-    reads random rows, stay on the device."""
+    """Keep what FSDP shards (dense parameters, their gradients and moments) in host memory; expert tables, of which a
+    step reads random rows, stay on the device."""
     loss_chunk_size: Annotated[int, Range(1)] = 1024
     """Tokens whose logits exist at the same time in the loss."""
     expert_balance_coeff: Annotated[float, Range(0)] = 0.0
-    """Weight of an auxiliary loss that balances the use of experts: the KL divergence of a micro-batch's gate-weighted usage
-    from the uniform distribution, summed over PEER layers. 0: none; 0.01 is a good start."""
+    """Weight of an auxiliary loss that balances the use of experts: the KL divergence of a micro-batch's gate-weighted
+    usage from the uniform distribution, summed over PEER layers. 0: none; 0.01 is a good start."""
     reinit_dead_experts_freq: Annotated[int, Range(0)] = 0
-    """Steps between re-initialisations of sub-keys that no token has chosen since the last one, and of their unused experts,
-    from used ones. 0: never."""
+    """Steps between re-initialisations of sub-keys that no token has chosen since the last one, and of their unused
+    experts, from used ones. 0: never."""
     gc_freq: Annotated[int, Range(0)] = 50
     """Run Python's garbage collector every this many steps and at no other time; 0 leaves it automatic."""
 
@@ -100,8 +101,8 @@ class Data(Section, name="data"):
     shuffle_buffer_size: Annotated[int, Range(1)] = 1000
     """Documents per source and stream that are shuffled together; the order of larger parts is shuffled as well."""
     packing: Literal["concat", "best_fit", "pad"] = "concat"
-    """How documents become sequences. concat: one after the other, cut every seq_len tokens; best_fit: combined where they
-    fit whole, the rest padded; pad: one document per sequence."""
+    """How documents become sequences. concat: one after the other, cut every seq_len tokens; best_fit: combined where
+    they fit whole, the rest padded; pad: one document per sequence."""
     add_bos: bool = True
     """Begin every document with the tokenizer's begin token, if it has one."""
     add_eos: bool = True
@@ -109,9 +110,9 @@ class Data(Section, name="data"):
     mask_document_borders: bool = True
     """The last token of a document has no label; false: its label is the first token of the next document."""
     num_streams: Annotated[int, Range(0, 2**16)] = 0
-    """Shares of the data for parallel readers; processes x workers should divide it. It decides the order of the data and
-    stays the same for the whole job. 0: as many as have enough documents each, up to 8, or up to processes x workers if
-    that is more."""
+    """Shares of the data for parallel readers; processes x workers should divide it. It decides the order of the data
+    and stays the same for the whole job. 0: as many as have enough documents each, up to 8, or up to processes x
+    workers if that is more."""
     num_workers: Annotated[int, Range(0, 1024)] = 0
     """Worker processes per training process that read and tokenise; 0: the training process does it itself."""
     prefetch_factor: Annotated[int, Range(1, 1024)] = 2
@@ -203,16 +204,16 @@ class Checkpoint(Section, name="checkpoint"):
     load_step: Annotated[int, Range(0, also=(-1,))] = -1
     """Step to resume from; -1: the newest complete one, 0: start anew. Checkpoints newer than that step are renamed."""
     initial_load_path: str = ""
-    """Where to start if this job has no checkpoint yet: another job's folder, of which the newest checkpoint is taken, or one
-    of its checkpoints (a folder step-N)."""
+    """Where to start if this job has no checkpoint yet: another job's folder, of which the newest checkpoint is taken,
+    or one of its checkpoints (a folder step-N)."""
     initial_load_model_only: bool = True
     """Take only the model from initial_load_path; false: also optimizer, step and data position."""
     exclude_from_loading: list[str] = field(default_factory=list)
     """What not to take from initial_load_path or from a load_step given by number: model, optimizer, rng, dataloader,
     train_state or patterns of tensor names such as model.output.*; no effect on a resume with load_step = -1."""
     allow_changed: list[str] = field(default_factory=list)
-    """What may differ from the checkpoint that the job starts from, although the weights were trained with it: keys of the
-    model such as model.peer.gates, patterns of keys such as model.mla.*, and tokenizer."""
+    """What may differ from the checkpoint that the job starts from, although the weights were trained with it: keys of
+    the model such as model.peer.gates, patterns of keys such as model.mla.*, and tokenizer."""
     last_save_model_only: bool = False
     """At the last step save only the model, in export_dtype; such a checkpoint cannot be resumed."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -248,8 +249,8 @@ class ActivationCheckpoint(Section, name="activation_checkpoint"):
     """Recompute activations in the backward pass instead of keeping them."""
 
     mode: Literal["none", "full", "selective", "selective_op"] = "none"
-    """none; full: every block; selective: every n-th block; selective_op: every block, except the outputs of attention and
-    of PEER's retrieval and experts, which are kept."""
+    """none; full: every block; selective: every n-th block; selective_op: every block, except the outputs of attention
+    and of PEER's retrieval and experts, which are kept."""
     every_n_layers: Annotated[int, Range(1)] = 2
     """selective: recompute every n-th block."""
 

@@ -10,8 +10,8 @@ from titan_peer.common.bounds import Range, Section
 OPTIMIZERS = {
     "adamw": "titan_peer.optim.adamw",
 }
-"""What optimizer.name may be, and the module whose `build` creates it (titan_peer/optim/builders.py says how). The modules are
-named here, not imported, so that a job can be checked without PyTorch."""
+"""What optimizer.name may be, and the module whose `build` creates it (titan_peer/optim/builders.py says how). The
+modules are named here, not imported, so that a job can be checked without PyTorch."""
 
 
 @dataclass
@@ -19,7 +19,8 @@ class Optimizer(Section, name="optimizer"):
     """One optimizer for parameters with dense gradients, and a row-wise AdamW for expert tables."""
 
     name: str = "adamw"
-    """Optimizer of all parameters except expert tables with the rowwise update; titan_peer/config/optimizer.py has the names."""
+    """Optimizer of all parameters except expert tables with the rowwise update; titan_peer/config/optimizer.py has the
+    names."""
     lr: Annotated[float, Range(0)] = 1e-3
     """Peak learning rate."""
     beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
@@ -35,18 +36,19 @@ class Optimizer(Section, name="optimizer"):
     expert_weight_decay: Annotated[float, Range(0)] = 0.0
     """Decoupled weight decay of expert tables."""
     expert_update: Literal["rowwise", "dense"] = "rowwise"
-    """rowwise: AdamW on only the rows of the experts that a step used (the moments of others do not decay meanwhile); dense:
-    the optimizer optimizer.name on whole tables."""
+    """rowwise: AdamW on only the rows of the experts that a step used (the moments of others do not decay meanwhile);
+    dense: the optimizer optimizer.name on whole tables."""
     expert_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the moments of expert tables (rowwise only); bfloat16 is written with stochastic rounding."""
     expert_compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the tables that forward and backward read (rowwise only). bfloat16: copies with half the bytes per row, in
-    addition to the float32 tables that the optimizer updates and checkpoints hold."""
+    """Dtype of the tables that forward and backward read (rowwise only). bfloat16: copies with half the bytes per row,
+    in addition to the float32 tables that the optimizer updates and checkpoints hold."""
     expert_second_moment: Literal["element", "row"] = "element"
     """element: one second moment per weight; row: one per row of an expert table (rowwise only)."""
     table_gradient: Literal["sorted", "atomic", "fastest"] = "sorted"
-    """How GPU kernels sum dense gradients of expert tables and sub-keys. sorted: each row once, in one order, repeatable;
-    atomic: in the order in which pairs finish; fastest: the faster one as measured by `titan-peer tune`, else sorted."""
+    """How GPU kernels sum dense gradients of expert tables and sub-keys. sorted: each row once, in one order,
+    repeatable; atomic: in the order in which pairs finish; fastest: the faster one as measured by `titan-peer tune`,
+    else sorted."""
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -81,8 +81,8 @@ def _build(cls: type, table: dict[str, Any], prefix: str, where: str, left_out: 
     """A dataclass from its table.
 
     Args:
-        left_out: if given, keys that are unknown or have a wrong type are added to it instead of being errors, except keys
-            of [model].
+        left_out: if given, keys that are unknown or have a wrong type are added to it instead of being errors, except
+            keys of [model].
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]

@@ -18,8 +18,8 @@ logger = logging.getLogger("titan_peer")
 def read_saved_job(file: Path) -> JobConfig:
     """The job of a saved config.toml.
 
-    Keys of earlier versions are migrated. Keys and values that this version does not know are left out and reported in one
-    line; in [model], which says what the weights mean, they are errors.
+    Keys of earlier versions are migrated. Keys and values that this version does not know are left out and reported in
+    one line; in [model], which says what the weights mean, they are errors.
 
     Raises:
         UserError: the file cannot be read, or this version cannot build its [model].

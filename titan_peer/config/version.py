@@ -1,8 +1,8 @@
 """The version of a job's keys, and how files of earlier versions are read.
 
-A job is written with `config_version`. A change that renames, moves or removes a key, or changes what a value means, raises
-CONFIG_VERSION and adds the step from the previous version to MIGRATIONS, so that checkpoints saved before still open and
-resume. A new key needs nothing: a file without it gets the default, which must mean what was done before.
+A job is written with `config_version`. A change that renames, moves or removes a key, or changes what a value means,
+raises CONFIG_VERSION and adds the step from the previous version to MIGRATIONS, so that checkpoints saved before still
+open and resume. A new key needs nothing: a file without it gets the default, which must mean what was done before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Migration = Callable[[dict[str, Any]], None]
 """Changes a job's table in place."""
 
 MIGRATIONS: Mapping[int, Migration] = {}
-"""Version -> the change that turns its table into one of the next version; a version not listed has the same keys as the next."""
+"""Version -> the change that turns its table into one of the next version; a version not listed has the same keys as
+the next."""
 
 
 def rename(table: dict[str, Any], old: str, new: str) -> None:

@@ -31,8 +31,8 @@ KEPT_OPS = (
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
 )
-"""Ops whose outputs `selective_op` keeps: attention, retrieval and experts, which compute much for the size of their outputs.
-FlexAttention, a higher-order op without a schema, is kept too."""
+"""Ops whose outputs `selective_op` keeps: attention, retrieval and experts, which compute much for the size of their
+outputs. FlexAttention, a higher-order op without a schema, is kept too."""
 
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint, *, compiled: bool) -> None:
@@ -73,7 +73,7 @@ def _with_buffers_kept(inner: Any, block: nn.Module) -> Contexts:
 
 @contextmanager
 def _buffers_kept(block: nn.Module, inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Restore the buffers afterwards: the recomputation must not count its batch twice in batch norm's running statistics."""
+    """Restore the buffers afterwards: a recomputation must not count its batch twice in running statistics."""
     saved = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         with inner:

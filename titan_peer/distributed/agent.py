@@ -1,8 +1,8 @@
 """torchrun that exits with the job's exit status and prints no traceback: the part of the launcher that needs torch.
 
-It says which rank failed and how, and restarts all processes as long as `--max-restarts` allows. Otherwise it exits with the
-status of the worker that failed first (torchrun itself always exits with 1). SIGTERM and SIGINT are passed on to the workers,
-which save and exit on their own.
+It says which rank failed and how, and restarts all processes as long as `--max-restarts` allows. Otherwise it exits
+with the status of the worker that failed first (torchrun itself always exits with 1). SIGTERM and SIGINT are passed on
+to the workers, which save and exit on their own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SHUTDOWN_SECONDS = 600  # for workers to write their last checkpoint after a sig
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """(rank, failure) that caused the others.
 
-    A killed process comes before those that lost contact with it. Last come those that torchrun itself ended: with SIGTERM, or
-    with SIGKILL half a minute later if they hang.
+    A killed process comes before those that lost contact with it. Last come those that torchrun itself ended: with
+    SIGTERM, or with SIGKILL half a minute later if they hang.
     """
     first = min(failure.timestamp for failure in failures.values())
 
@@ -66,7 +66,7 @@ def has_said_why(failures: dict[int, ProcessFailure]) -> bool:
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent. It names the lost rank before a restart, and does not restart a job that would end in the same way."""
+    """torchrun's agent. It names the lost rank before a restart, and does not restart a job in vain."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)

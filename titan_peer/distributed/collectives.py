@@ -1,9 +1,9 @@
 """Everything that processes exchange goes through the functions here, each of which does one thing.
 
-`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients (PyTorch 2.13 renamed what they call, and
-warns about the old names). `all_gather_into`, `sum_over_processes` and `max_over_processes` work on tensors outside of
-graphs, `on_all_processes` on Python objects: it also runs what may fail on one process only, so that the others do not wait
-for that process in the next collective. Process groups are created inside `one_gloo_thread`.
+`all_gather` and `reduce_scatter` work inside a compiled graph and have gradients (PyTorch 2.13 renamed what they call,
+and warns about the old names). `all_gather_into`, `sum_over_processes` and `max_over_processes` work on tensors outside
+of graphs, `on_all_processes` on Python objects: it also runs what may fail on one process only, so that the others do
+not wait for that process in the next collective. Process groups are created inside `one_gloo_thread`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Ten
 
 
 def sum_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum `values` in place over the processes of a group (None: of all); as they are where there is no process group."""
+    """Sum `values` in place over the processes of a group (None: of all); a single process keeps its own."""
     if dist.is_initialized():
         dist.all_reduce(values, group=group)
     return values
@@ -150,11 +150,11 @@ class GatherBytes:
 
 @contextmanager
 def one_gloo_thread() -> Iterator[None]:
-    """Process groups over gloo that are created inside this context run their collectives in one thread, one after another.
+    """Gloo process groups that are created inside this context run their collectives one after another, in one thread.
 
-    PyTorch gives them two threads, which write the name of the last collective to one std::string without a lock. When two
-    collectives of a group end at the same time, as those of an expert-parallel layer do, the string's memory is freed twice
-    and the process crashes later (seen with PyTorch 2.13).
+    PyTorch gives them two threads, which write the name of the last collective to one std::string without a lock. When
+    two collectives of a group end at the same time, as those of an expert-parallel layer do, the string's memory is
+    freed twice and the process crashes later (seen with PyTorch 2.13).
     """
     original = dist.ProcessGroupGloo
 

@@ -1,7 +1,7 @@
 """When a process loses contact with others: find out which ones no longer respond, and report it to the launcher.
 
-A collective that fails or times out does not say which process is missing, and the process that noticed is not the one to
-look at. So every process that fails signs a list in the job's store and then checks which processes have not signed.
+A collective that fails or times out does not say which process is missing, and the process that noticed is not the one
+to look at. So every process that fails signs a list in the job's store and then checks which processes have not signed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ HEAD = "output"  # the chunked loss reads its weight, and the last layer is the 
 
 
 def apply_float8(model: Transformer, config: Float8, *, sharded: bool) -> list[str]:
-    """Convert linear layers to float8: those of the blocks whose dims are multiples of 16 and whose names match no filter.
+    """Convert those linear layers of the blocks whose dims are multiples of 16 and whose names match no filter.
 
     Args:
         model: may be on the meta device.
@@ -78,8 +78,8 @@ def master_weight(weight: Tensor) -> Tensor:
 
 
 def precompute_scales_after_step(model: Transformer, optimizer: torch.optim.Optimizer, config: Float8) -> None:
-    """After each step, compute the scales of all weights that FSDP2 gathers in float8 at once: one all-reduce for the model
-    instead of one per layer."""
+    """After each step, compute the scales of all weights that FSDP2 gathers in float8 at once: one all-reduce for the
+    model instead of one per layer."""
     if not (config.enable and config.precompute_float8_dynamic_scale_for_fsdp):
         return
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp

@@ -1,8 +1,8 @@
 """The launcher that `run_train.sh` starts for several processes: torchrun with the job's exit status (see agent.py).
 
-It takes torchrun's arguments. The job is checked here first, without torch: a mistake in a key, a value or the config file is
-answered at once and starts no process. Arguments that only ask for output (--help, --job.print_config, or none at all) are
-answered here, by one process that prints nothing else on standard output.
+It takes torchrun's arguments. The job is checked here first, without torch: a mistake in a key, a value or the config
+file is answered at once and starts no process. Arguments that only ask for output (--help, --job.print_config, or none
+at all) are answered here, by one process that prints nothing else on standard output.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Everything that is applied to a model from outside, in one fixed order: expert parallelism, float8, activation checkpointing,
-compilation, FSDP2. The model file knows nothing about processes.
+"""Everything that is applied to a model from outside, in one fixed order: expert parallelism, float8, activation
+checkpointing, compilation, FSDP2. The model file knows nothing about processes.
 
 Every process is a data-parallel one and has its own sequences. Dense parameters are sharded by FSDP2 (HSDP with a
-replicate degree). Expert tables are never gathered: they are sharded over expert-parallel groups, and processes that hold the
-same experts exchange gradients, either as factors whose size follows the tokens or as dense tables.
+replicate degree). Expert tables are never gathered: they are sharded over expert-parallel groups, and processes that
+hold the same experts exchange gradients, either as factors whose size follows the tokens or as dense tables.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractC
 
 
 def matrices(module: nn.Module) -> set[Any]:
-    """Weights that only matrix products read, in the compute dtype: those of linear layers, except a tied head. All others
-    (gains, embeddings, sub-keys, expert tables) are read in their own dtype."""
+    """Weights that only matrix products read, in the compute dtype: those of linear layers, except a tied head. All
+    others (gains, embeddings, sub-keys, expert tables) are read in their own dtype."""
     embeddings = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
     return {m.weight for m in module.modules() if isinstance(m, nn.Linear)} - embeddings
 
@@ -75,8 +75,8 @@ def apply_data_parallel(
 ) -> None:
     """Shard the dense parameters with FSDP2, block by block, and make batch-norm statistics global.
 
-    The matrices of blocks are gathered in the compute dtype, to which `autocast` would cast them anyway. Parameters that must
-    not be rounded are gathered in float32, together with the head, once per step.
+    The matrices of blocks are gathered in the compute dtype, to which `autocast` would cast them anyway. Parameters
+    that must not be rounded are gathered in float32, together with the head, once per step.
 
     Args:
         param_dtype: the compute dtype.

@@ -1,8 +1,8 @@
 """Random initial weights that do not depend on how a model is sharded over processes.
 
-Inside `sharded_init(seed)` every `nn.init.normal_` fills its tensor in chunks of rows, each from a generator seeded with
-(seed, number of the call, number of the chunk). A process that holds a part of a tensor fills only the chunks that overlap
-its part. So a table too large for one process is never created whole, and any sharding gives the same weights.
+Inside `sharded_init(seed)` every `nn.init.normal_` fills its tensor in chunks of rows, each from a generator seeded
+with (seed, number of the call, number of the chunk). A process that holds a part of a tensor fills only the chunks that
+overlap its part. So a table too large for one process is never created whole, and any sharding gives the same weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The processes of a job: which one this is, how the job is spread over them, and the groups they communicate in.
 
-No other module reads the number of processes. Code that distributes sequences, or averages over them, uses the data-parallel
-degree. It equals the number of processes as long as each process has its own sequences; context and tensor parallelism
-would add their degrees here and make the data-parallel degree a divisor of `size`.
+No other module reads the number of processes. Code that distributes sequences, or averages over them, uses the
+data-parallel degree. It equals the number of processes as long as each process has its own sequences; context and
+tensor parallelism would add their degrees here and make the data-parallel degree a divisor of `size`.
 
 Dense parameters are sharded over `mesh`, the data-parallel processes. The expert tables are sharded over `expert_mesh`,
 which has the same processes in another shape.

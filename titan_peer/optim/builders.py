@@ -18,8 +18,8 @@ from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 Builder = Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
 """From the parameter groups (groups.py) and the job's settings to the optimizer.
 
-It creates its state at once rather than at the first step, so that a checkpoint can be loaded into it. State with one value
-per element or per row of an expert table follows an expert that is re-initialised.
+It creates its state at once rather than at the first step, so that a checkpoint can be loaded into it. State with one
+value per element or per row of an expert table follows an expert that is re-initialised.
 """
 
 

@@ -1,7 +1,7 @@
 """All optimizers of a model behind one step, one clipping and one schedule.
 
-Parameters with dense gradients have the optimizer that `optimizer.name` chooses (builders.py). Expert tables have either
-that one too, or `RowwiseAdamW` (rowwise.py), for which their gradients stay factors of the rows that a step used.
+Parameters with dense gradients have the optimizer that `optimizer.name` chooses (builders.py). Expert tables have
+either that one too, or `RowwiseAdamW` (rowwise.py), which reads their gradients as factors.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TableUpdate = Literal["rowwise", "dense", "dense_from_factors"]
 
 rowwise: gradients stay factors, which the row-wise optimizer reads.
 dense: autograd makes gradients of the tables' size, which processes with the same experts sum.
-dense_from_factors: the update is the same, but processes exchange factors, where these are fewer bytes than the tables, and
-make them dense after that.
+dense_from_factors: the update is the same, but processes exchange factors, where these are fewer bytes than the tables,
+and make them dense after that.
 """
 
 
@@ -38,7 +38,7 @@ class Optimizers:
     """The optimizers of a model.
 
     Args:
-        expert_mesh: (expert_replica, ep) of a job with several processes; those with the same experts exchange gradients.
+        expert_mesh: (expert_replica, ep) of several processes; those with the same experts exchange gradients.
         tokens_per_step: tokens of all micro-batches of one process; decides what processes exchange for a dense update.
     """
 
@@ -98,7 +98,7 @@ class Optimizers:
             self.rowwise.param_groups[0]["lr"] = lr * self.config.expert_lr_factor
 
     def exchange_expert_gradients(self) -> None:
-        """Sum the tables' gradients over the processes that hold the same experts. Call once per step, before clipping."""
+        """Sum the tables' gradients over processes with the same experts. Call once per step, before clipping."""
         if self.expert_mesh is None or self._replicas == 1:
             return
         group = self.expert_mesh.get_group("expert_replica")
@@ -157,7 +157,7 @@ class Optimizers:
     # ---- state
 
     def refresh_copies(self) -> None:
-        """Call when something other than a step has written the expert tables, since they may have copies to compute with."""
+        """Call when something other than a step has written the expert tables, which may have copies."""
         if self.rowwise is not None:
             self.rowwise.refresh_copies()
 

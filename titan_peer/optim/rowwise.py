@@ -25,15 +25,15 @@ def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
 class RowwiseAdamW(torch.optim.Optimizer):
     """AdamW on the rows of expert tables that a step used; it neither reads nor writes the rows of other experts.
 
-    A row in use gets the AdamW update (arXiv 1711.05101), with bias correction by the step count of the whole table. Any other
-    row keeps its weights and moments unchanged: its moments do not decay, and it gets no weight decay.
+    A row in use gets the AdamW update (arXiv 1711.05101), with bias correction by the step count of the whole table.
+    Any other row keeps its weights and moments unchanged: its moments do not decay, and it gets no weight decay.
 
     Args:
         experts: modules whose tables are updated; their gradients go to the optimizer's collectors from now on.
         moment_dtype: dtype in which moments are stored; bfloat16 is written with stochastic rounding.
         second_moment: "element", or "row" for one number per table row (the mean square of its gradient).
-        compute_dtype: dtype of the tables that forward and backward read. Any other than float32 creates copies, in which a
-            step writes the rows that it has updated.
+        compute_dtype: dtype of the tables that forward and backward read. Any other than float32 creates copies, in
+            which a step writes the rows that it has updated.
     """
 
     def __init__(

@@ -10,7 +10,8 @@ from titan_peer.config.optimizer import LRScheduler
 def schedule_phases(total_steps: int, config: LRScheduler) -> tuple[int, int, int]:
     """The numbers of steps of warm-up, at the peak rate, and of decay that fit into `total_steps`.
 
-    A schedule that is too long is cut, the decay first. A job of one step has no decay, which would make its rate the last one.
+    A schedule that is too long is cut, the decay first. A job of one step has no decay, whose rate would
+    be the last one.
     """
     warmup = min(config.warmup_steps, total_steps)
     decay = min(round(config.decay_ratio * total_steps), total_steps - warmup)
