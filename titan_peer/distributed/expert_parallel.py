@@ -1,9 +1,9 @@
-"""Expert parallelism for PEER tables: every process of a group holds a part of the experts, and tokens come to all parts.
+"""Expert parallelism for PEER tables: every process of a group holds a part of the experts and sees all tokens.
 
-With heads x k experts a token (128 in the paper's setting) nearly every process holds some of them, so tokens are not
-dispatched pair by pair. The group all-gathers tokens, indices and gates, each process sums the experts it has, and a
-reduce-scatter adds the parts: 2 x tokens x dim elements whatever k is. Parts are added in float32 and rounded once, as where one
-process has all experts.
+With heads x k experts per token (128 in the paper's setting) nearly every process holds some of them, so tokens are not
+dispatched pair by pair. The group all-gathers tokens, indices and gates, each process sums the outputs of its experts,
+and a reduce-scatter adds these parts: 2 x tokens x dim elements, whatever k is. Parts are added in float32 and rounded
+once, as in a process that has all experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from titan_peer.ops.reference import accumulation_dtype
 class ExpertParallel(ParallelStyle):
     """The plan for one `Experts` module: tables sharded on the expert axis, `Shard(0)`, over a one-dimensional mesh.
 
-    Works on the meta device, so that no process ever has the whole table. The module computes with `ExpertsOverGroup`.
+    Works on the meta device, so that no process ever holds the whole table. The module computes with
+    `ExpertsOverGroup`.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -77,15 +78,15 @@ class ExpertsOverGroup:
 
 
 def _part(table: Tensor) -> Tensor:
-    """This process' experts, differentiably; copies of a lower precision are of those alone."""
+    """The experts of this process, with a gradient; copies of lower precision hold only these anyway."""
     return table.to_local() if isinstance(table, DTensor) else table
 
 
 class _SummedOverGroup(torch.autograd.Function):
-    """`peer_experts` of all processes' tokens with the experts that are here, summed over the group: its outputs and, in the
-    backward pass, the gradients of its inputs.
+    """`peer_experts` on the tokens of all processes with the experts of this one, summed over the group: the outputs
+    and, in the backward pass, the gradients of the inputs.
 
-    One function, because autograd would round a part of dx to the dtype of x before the parts are added.
+    It is one function because autograd would round each part of dx to the dtype of x before the parts are added.
     """
 
     @staticmethod
