@@ -50,9 +50,8 @@ def exchange_row_gradients(collectors: list[RowGradients], group: dist.ProcessGr
     for collector in collectors:
         if collector.is_empty:
             continue
-        dense = (
-            collector.take_dense()
-        )  # every process has had the same number of tokens, so all have folded them or none has
+        # every process has had the same number of tokens, so all have folded them or none has
+        dense = collector.take_dense()
         if dense is not None:
             for part in dense[:2]:
                 sum_over_processes(part, group)
