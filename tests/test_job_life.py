@@ -134,7 +134,7 @@ def test_a_batch_with_nothing_to_learn_is_not_taken_for_the_end_of_the_data(
     data += ["--data.add_bos", "false", "--data.add_eos", "false", "--data.shuffle", "false", "--data.num_streams", 1]
     assert run(tmp_path / "out", *data, "--training.local_batch_size", 4, "--training.steps", 1000) == 0
     assert steps(tmp_path / "out" / "metrics.jsonl") == [1, 2, 3, 4]
-    assert "step 3: a batch in which no token has one to predict is passed over" in caplog.text
+    assert "step 3: a batch without a token to predict is skipped" in caplog.text
 
 
 def test_the_last_step_is_logged_when_the_job_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_debug_model_learns_and_reports(tmp_path: Path) -> None:
     loss = records(tmp_path)
     assert loss[1] - loss[100] >= 2.0
     assert 0 < records(tmp_path, "validation_loss")[100] < loss[1]
-    assert "active a token" in done.stderr and "C++ kernels" in done.stderr
+    assert "active per token" in done.stderr and "C++ kernels" in done.stderr
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     for key in ("grad_norm", "lr", "tokens_per_second", "tokens_seen"):
         assert set(records(tmp_path, key)) == set(loss)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -68,11 +68,6 @@ class GlobalBatch:
     """Tokens that have a label, over all micro-batches and processes."""
 
 
-def model_inputs(batch: Batch, device: torch.device) -> Sequence[Tensor]:
-    """The arguments of `Transformer.forward`, on the device."""
-    return [batch[key].to(device, non_blocking=True) for key in ("tokens", "document_ids", "labels")]
-
-
 class TrainStep:
     """The step of one job on this process.
 
@@ -123,11 +118,18 @@ class TrainStep:
         """
         if self.world.mesh is not None:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-        with self.stage("forward"), self.precision():
-            loss = self.model(*model_inputs(micro_batch, self.world.device))
+        with self.stage("forward"):
+            loss = self.summed_loss(micro_batch)
         with self.stage("backward"):
             (loss * (1 / learnt_tokens)).backward()
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The sum of -log p over the labels of a batch, 0-d, computed in the job's precision."""
+        device = self.world.device
+        inputs = (batch[key].to(device, non_blocking=True) for key in ("tokens", "document_ids", "labels"))
+        with self.precision():
+            return self.model(*inputs)  # type: ignore[no-any-return]
 
 
 def read_global_batch(
@@ -160,8 +162,8 @@ def read_global_batch(
             return GlobalBatch(micro_batches, learnt_tokens)
         if present_tokens == 0:
             raise EndOfDataError
-        logger.warning("step %d: a batch in which no token has one to predict is passed over", step)
-    raise UserError(f"data.sources: {MAX_EMPTY_BATCHES} batches in a row in which no token has one to predict")
+        logger.warning("step %d: a batch without a token to predict is skipped", step)
+    raise UserError(f"data.sources: {MAX_EMPTY_BATCHES} batches in a row without a token to predict")
 
 
 def _read(batches: Iterator[Batch], number: int) -> tuple[list[Batch], Exception | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -10,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +17,55 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_peer import __version__
 from titan_peer.analysis import dry_run
 from titan_peer.analysis.model_size import model_size
+from titan_peer.banner import banner
 from titan_peer.checkpoint.checkpointer import Checkpointer
-from titan_peer.common.errors import UserError
 from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.common.launched import launched_as
-from titan_peer.common.units import bytes_text
 from titan_peer.config.job import JobConfig
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
-from titan_peer.data.loader import ValidationLoader, build_dataloader, build_validation_dataloader
-from titan_peer.data.special_tokens import describe
+from titan_peer.data.loader import build_dataloader, build_validation_dataloader
 from titan_peer.data.tokenizer import load_tokenizer
-from titan_peer.distributed.collectives import local, on_all_processes, sum_over_processes
+from titan_peer.distributed.collectives import on_all_processes, sum_over_processes
 from titan_peer.distributed.float8 import precompute_scales_after_step
 from titan_peer.distributed.parallelize import materialize, parallelize
 from titan_peer.distributed.sharded_init import sharded_init
 from titan_peer.distributed.world import World, init_world
-from titan_peer.dump_folder import EXPERT_USAGE, LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
-from titan_peer.evaluation.during_training import PeriodicEvaluation, metrics_record
-from titan_peer.evaluation.perplexity import held_out_loss
+from titan_peer.dump_folder import LOSS_PLOT, METRICS, JobLock, begin_reports, cannot_be_written
+from titan_peer.evaluation.during_training import PeriodicEvaluation
 from titan_peer.experts.balance import add_balance_loss
-from titan_peer.experts.report import UsageReporter, remedies
+from titan_peer.experts.report import UsageReporter
 from titan_peer.experts.revival import ExpertRevival
 from titan_peer.failures import NonFiniteLossError, exit_status, is_first_process
+from titan_peer.metrics.callback import Callback, GarbageCollection, Run, RunEnd, Step
 from titan_peer.metrics.heartbeat import Heartbeat
-from titan_peer.metrics.logger import HeldOutLoss, MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.metrics.held_out_loss import TrainingModelLoss
+from titan_peer.metrics.logger import MetricsLogger, peak_memory_gib, plot_loss
 from titan_peer.metrics.profiling import Profiler
+from titan_peer.metrics.validation import Validation
 from titan_peer.model import Transformer
-from titan_peer.ops import backend_report, set_table_gradient
-from titan_peer.ops.attention import attention_backend
+from titan_peer.ops import set_table_gradient
 from titan_peer.optim.optimizers import Optimizers
-from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
+from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts
 from titan_peer.train_step import (
     Batch,
     EndOfDataError,
     StepResult,
     TrainStep,
-    model_inputs,
     read_global_batch,
 )
 
 logger = logging.getLogger("titan_peer")
 
-SAVE_GRACE_SECONDS = 15  # that a job which fails waits for a checkpoint being written
+SAVE_GRACE_SECONDS = 15  # how long a failed job waits for a checkpoint that is being written
 
 
 class Trainer:
     """One training job on this process.
 
     Args:
-        lock: of job.dump_folder, on the first process; None: the caller keeps other jobs out of it.
+        lock: the first process's lock on job.dump_folder; None: the caller keeps other jobs out of the folder.
     Raises (from the constructor, before any step, on every process):
         UserError: the job is invalid, or a file it names cannot be read.
         ProcessesFailedError: something else went wrong, on this process or another.
@@ -83,7 +79,7 @@ class Trainer:
 
         self.accumulation_steps = resolve_batch(training, world.dp_degree)
         on_all_processes(self._open_data)
-        self.evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
+        evaluation = PeriodicEvaluation(config, self.tokenizer, world) if config.evaluation.enable else None
 
         with torch.device("meta"):
             model = Transformer(config.model)
@@ -106,21 +102,17 @@ class Trainer:
         if config.checkpoint.enable:
             self._resume()
         on_all_processes(self._begin_reports)
-        self.heartbeat = Heartbeat(config.metrics.heartbeat_seconds if world.is_first else 0)
         if training.expert_balance_coeff:
             add_balance_loss(model, training.expert_balance_coeff, self.accumulation_steps * world.dp_degree)
-        self.revival: ExpertRevival | None = None
-        if training.reinit_dead_experts_freq:
-            self.revival = ExpertRevival(
-                model, self.optimizers, freq=training.reinit_dead_experts_freq, seed=config.debug.seed
-            )
-        self.expert_usage: UsageReporter | None = None
-        if config.metrics.log_expert_usage:
-            on_all_processes(self._begin_expert_usage)
-        self.profiler = Profiler(config.profiling, self.dump_folder, world.rank, self.device, self.step)
         self.stop_signal, self.stop_time = 0, 0.0
         self._unreported: StepResult | None = None
         """The last step's result, until it is logged."""
+        self.run = self._describe_run()
+        self.validation: Validation | None = None
+        if self.validation_loader is not None:
+            self.validation = Validation(self.run, self.validation_loader)
+        self.callbacks: list[Callback] = []
+        on_all_processes(lambda: self.callbacks.extend(self._optional_parts(evaluation)))
 
     # ---- set-up
 
@@ -165,18 +157,6 @@ class Trainer:
             data=self.config.data,
         )
 
-    def _begin_expert_usage(self) -> None:
-        self.expert_usage = UsageReporter(
-            self.model,
-            self.metrics,
-            self.dump_folder / EXPERT_USAGE,
-            freq=self.config.metrics.expert_usage_freq,
-            total_steps=self.config.training.steps,
-            resumed_step=self.step,
-            is_first=self.world.is_first,
-            remedies=remedies(self.config),
-        )
-
     def _begin_reports(self) -> None:
         if self.world.is_first and self.step < self.config.training.steps:  # else nothing will be reported
             try:
@@ -194,6 +174,31 @@ class Trainer:
             enabled=self.world.is_first,
         )
 
+    def _describe_run(self) -> Run:
+        return Run(
+            self.config,
+            self.world,
+            self.model,
+            self.optimizers,
+            self.metrics,
+            TrainingModelLoss(self.model, self.device, self._update.summed_loss, sum_over_processes),
+            resumed_step=self.step,
+            begin=self._begin,
+            should_stop=lambda: self.stop_signal != 0,
+        )
+
+    def _optional_parts(self, evaluation: PeriodicEvaluation | None) -> list[Callback]:
+        """The callbacks that the job asks for, in the order in which they are called (metrics/callback.py)."""
+        parts = (
+            Heartbeat.of(self.run),
+            UsageReporter.of(self.run),
+            ExpertRevival.of(self.run),
+            evaluation.join(self.run) if evaluation is not None else None,
+            GarbageCollection.of(self.run),
+            Profiler.of(self.run),
+        )
+        return [part for part in parts if part is not None]
+
     def _resume(self) -> None:
         state = self.checkpointer.load()
         self.optimizers.refresh_copies()
@@ -204,50 +209,6 @@ class Trainer:
             on_all_processes(lambda: self.loader.load_state_dict(state["data"]))
         logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
 
-    def banner(self) -> str:
-        """What will run, for a person."""
-        config, training = self.config, self.config.training
-        mla, dtype = config.model.mla, self._update.dtype
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        batch = (
-            f"{training.global_batch_size} x {training.seq_len} tokens a step"
-            f" ({self.accumulation_steps} micro-batches a process)"
-        )
-        n_peer = len(config.model.layers_of("peer"))
-        lines = [
-            f"titan_peer {__version__}, torch {torch.__version__}: {config.job.description or config.job.config_file}",
-            f"model      {self.size.total_parameters:,} parameters, {self.size.active_parameters:,} active a token; "
-            f"{config.model.n_layers} blocks, {n_peer} with PEER of {config.model.peer.num_experts:,} experts",
-            f"tokenizer  {config.model.tokenizer_path}: {describe(self.tokenizer.specials, config.data)}",
-            f"device     {self.world.size} x {device}, compute {str(dtype).removeprefix('torch.')}, "
-            f"compile {'on' if config.compile.enable else 'off'}",
-            f"attention  {attention_backend(self.device, mla.qk_head_dim, mla.v_head_dim, dtype.itemsize)}",
-            f"experts    {backend_report(self.device)}; {config.optimizer.expert_update} update",
-            f"batch      {batch}, {self._steps_line()}",
-            f"rate       {self._rate_line()}",
-            f"memory     {self._memory_line()}",
-            f"output     {self.dump_folder}",
-        ]
-        return "\n".join(lines)
-
-    def _steps_line(self) -> str:
-        steps = self.config.training.steps
-        return f"steps {self.step + 1} to {steps}" if self.step < steps else f"all {steps} steps done"
-
-    def _rate_line(self) -> str:
-        config = self.config
-        warmup, constant, decay = schedule_phases(config.training.steps, config.lr_scheduler)
-        shape = config.lr_scheduler.decay_type
-        return f"{config.optimizer.lr:g}; steps: {warmup} warm-up, {constant} constant, {decay} {shape} decay"
-
-    def _memory_line(self) -> str:
-        parameters = sum(local(p).nbytes for p in self.model.parameters())
-        moments = sum(local(t).nbytes for _, t in self.optimizers.named_state())
-        return (
-            f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)} per process; "
-            "titan-peer estimate says what a step takes"
-        )
-
     # ---- the loop
 
     def train(self) -> int:
@@ -255,24 +216,22 @@ class Trainer:
         config = self.config
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._on_signal)
-        if config.training.gc_freq:
-            gc.disable()
         if self.world.is_first:
-            logger.info(self.banner())
+            logger.info(banner(self.run, self.size, self.tokenizer, self._update.dtype))
             for cut in schedule_cuts(config.training.steps, config.lr_scheduler):
                 logger.warning("warning: %s", cut)
         if self.step >= config.training.steps:
             self._say_nothing_to_do()
-            self._close(together=True)
+            self._close(RunEnd(self.step))
             return 0
         try:
-            with self.profiler:
-                self._loop()
+            for callback in self.callbacks:
+                callback.start()
+            self._loop()
         except BaseException as error:
-            self._let_running_save_end(error)
-            self._close(together=isinstance(error, NonFiniteLossError))
+            self._close(RunEnd(self.step, error, together=isinstance(error, NonFiniteLossError)))
             raise
-        self._close(together=True)
+        self._close(RunEnd(self.step))
         self._finish()
         return 0
 
@@ -282,7 +241,7 @@ class Trainer:
         self.model.train()
         while self.step < config.training.steps:
             self.step += 1
-            self.heartbeat.beat(f"step {self.step}")
+            self._begin(f"step {self.step}")
             if self.lock is not None:
                 self.lock.require_mine()
             try:
@@ -291,25 +250,19 @@ class Trainer:
                 self._end_early()
                 break
             self._require_finite(result)
-            self._unreported, stop = result, result.stop
-            if self.metrics.due(self.step) or stop:
+            self._unreported = result
+            step = Step(self.step, is_last=self.step == config.training.steps, stop=result.stop)
+            if self.metrics.due(self.step) or step.stop:
                 self._log_step()
-            if self.expert_usage is not None and self.expert_usage.due(self.step):
-                self.expert_usage.report(self.step)
-            if self.revival is not None and self.revival.due(self.step):
-                for line in self.revival.revive(self.step):
-                    self.metrics.print(line)
-            is_last = self.step == config.training.steps
-            if self.validation_loader is not None and (is_last or self.step % config.validation.freq == 0):
-                self.validate()
-            if config.checkpoint.enable and (is_last or stop or self.step % config.checkpoint.interval == 0):
-                self.save_checkpoint(last=is_last, wait=is_last or stop)
-            if self.evaluation is not None and self.evaluation.due(self.step, is_last) and not stop:
-                self.evaluate(self.evaluation)
-            if config.training.gc_freq and self.step % config.training.gc_freq == 0:
-                gc.collect(1)
-            self.profiler.step(self.step)
-            if stop and not is_last:
+            for callback in self.callbacks:
+                callback.after_update(step)
+            if self.validation is not None and (step.is_last or self.validation.due(self.step)):
+                self.validation.validate(self.step)
+            if config.checkpoint.enable and (step.is_last or step.stop or self.step % config.checkpoint.interval == 0):
+                self.save_checkpoint(last=step.is_last, wait=step.is_last or step.stop)
+            for callback in self.callbacks:
+                callback.after_step(step)
+            if step.stop and not step.is_last:
                 self._say_how_to_resume()
                 break
         self.checkpointer.finish()
@@ -348,65 +301,8 @@ class Trainer:
                 data=self.loader.statistics(),
             )
 
-    def validate(self) -> None:
-        """Mean loss, perplexity and bits per byte on each held-out set and over all of them."""
-        assert self.validation_loader is not None
-        self.heartbeat.beat(f"validation after step {self.step}")
-        start = time.perf_counter()
-        self._read_held_out(self.validation_loader)
-        found = {
-            name: self._held_out_loss(batches, self.config.validation.steps)
-            for name, batches in self.validation_loader.sets.items()
-        }
-        seconds = time.perf_counter() - start
-        self.metrics.log_validation(
-            self.step,
-            overall=HeldOutLoss(*map(sum, zip(*found.values()))),
-            sets=found,
-            seconds=seconds,
-        )
-        self.metrics.exclude(seconds)
-
-    def _read_held_out(self, loader: ValidationLoader) -> None:
-        """Read what a validation takes, before the first collective in it."""
-        steps = self.config.validation.steps
-        found = on_all_processes(lambda: {name: batches.read_ahead(steps) for name, batches in loader.sets.items()})
-        for rank, numbers in enumerate(found):
-            if numbers != found[0]:
-                raise UserError(
-                    f"validation.sources: rank 0 reads {found[0]} batches and rank {rank} {numbers}; "
-                    "all processes must see the same files"
-                )
-
-    def evaluate(self, evaluation: PeriodicEvaluation) -> None:
-        """Run the job's evaluations on the current weights, and report them."""
-        self.heartbeat.beat(f"evaluation after step {self.step}")
-        start = time.perf_counter()
-        results = evaluation.run(self.step, self.model, self._held_out_loss, should_stop=lambda: self.stop_signal != 0)
-        seconds = time.perf_counter() - start
-        self.metrics.log_evaluation(self.step, metrics_record(results), seconds)
-        if self.world.is_first:
-            evaluation.write_report(self.dump_folder / METRICS)
-        self.metrics.exclude(seconds)
-
-    def _held_out_loss(self, batches: Iterable[Batch], max_batches: int = -1) -> HeldOutLoss:
-        """That of the training model on this process's batches, all processes together."""
-
-        def summed_loss(batch: Batch) -> Tensor:
-            with self._update.precision():
-                return self.model(*model_inputs(batch, self.device))
-
-        self.model.eval()
-        # Compiling a second, inference-only graph on a CPU takes longer than it saves.
-        stance = "force_eager" if self.device.type == "cpu" else "default"
-        try:
-            with torch.compiler.set_stance(stance):
-                return held_out_loss(summed_loss, batches, self._sum_over_processes, max_batches)
-        finally:
-            self.model.train()
-
     def save_checkpoint(self, *, last: bool, wait: bool) -> None:
-        self.heartbeat.beat(f"saving the checkpoint of step {self.step}")
+        self._begin(f"saving the checkpoint of step {self.step}")
         start = time.perf_counter()
         state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
         model_only = last and self.config.checkpoint.last_save_model_only
@@ -420,13 +316,14 @@ class Trainer:
 
     # ---- one call down
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return sum_over_processes(values)
+    def _begin(self, doing: str) -> None:
+        for callback in self.callbacks:
+            callback.begin(doing)
 
     def _wait_and_sum(self, values: Tensor) -> Tensor:
-        """The same in a training step, where the time until the slowest process has come is of interest."""
+        """Sum over processes in a training step, where the time spent waiting for the slowest process is measured."""
         with self.metrics.waiting():
-            return self._sum_over_processes(values)
+            return sum_over_processes(values)
 
     def _require_finite(self, result: StepResult) -> None:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
@@ -450,13 +347,13 @@ class Trainer:
             self.stop_signal, self.stop_time = signal_number, time.monotonic()
 
     def _end_early(self) -> None:
-        """The step that found no data is none; what the steps before it made is validated and saved."""
+        """Undo the empty step; report, validate and save what the steps before it made."""
         self.step -= 1
         self._log_step()
         if self.world.is_first:
             logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
-        if self.validation_loader is not None and self.step % self.config.validation.freq:
-            self.validate()
+        if self.validation is not None and not self.validation.due(self.step):
+            self.validation.validate(self.step)
         self.checkpointer.finish()
         if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
             self.save_checkpoint(last=True, wait=True)
@@ -479,10 +376,9 @@ class Trainer:
             logger.info(word)
 
     def _let_running_save_end(self, failure: BaseException) -> None:
-        """The checkpoint that is being written may still become whole, unless it waits for a lost process."""
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # so that a launcher which has seen the loss need not wait for this
+        """Wait a little for the checkpoint that is being written, which completes unless it waits for a lost process."""
+        # a launcher that has noticed the failure need not wait
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             self.checkpointer.finish(timeout=SAVE_GRACE_SECONDS)
         except TimeoutError:
@@ -490,14 +386,15 @@ class Trainer:
             status = exit_status(failure)
             sys.stderr.flush()
             os._exit(status)
-        except Exception as error:  # the same lost process, most likely; the failure that led here is raised on
+        except Exception as error:  # most likely because of the same lost process; the first failure is raised again
             logger.error("the checkpoint that was being written is lost: %s", error)
 
-    def _close(self, *, together: bool) -> None:
-        """End what has been begun; not `together`: this process, or another, has failed, and there are no collectives."""
-        self.heartbeat.close()
-        if self.expert_usage is not None:
-            self.expert_usage.close(self.step if together else None)
+    def _close(self, end: RunEnd) -> None:
+        """End the callbacks, the save that is running and the reports."""
+        for callback in reversed(self.callbacks):
+            callback.end(end)
+        if end.failure is not None:
+            self._let_running_save_end(end.failure)
         self.metrics.close()
 
     def _finish(self) -> None:

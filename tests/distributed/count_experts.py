@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
+from titan_peer.experts.report import UsageReporter
 from titan_peer.experts.usage import Counts
 from titan_peer.model import PEER, peer_layers
 from titan_peer.trainer import Trainer
@@ -50,8 +51,8 @@ def main(arguments: list[str]) -> None:
 
     for layer, module in peer_layers(trainer.model):
         watch(layer, module)
-    assert trainer.expert_usage is not None
-    usage, read = trainer.expert_usage.usage, trainer.expert_usage.usage.read
+    (reporter,) = (part for part in trainer.callbacks if isinstance(part, UsageReporter))
+    usage, read = reporter.usage, reporter.usage.read
     window: dict[int, Counts] = {}
 
     def keep_what_is_read() -> dict[int, Counts]:

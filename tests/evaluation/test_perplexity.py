@@ -13,7 +13,7 @@ from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Data
 from titan_peer.evaluation.perplexity import loss_on
 from titan_peer.evaluation.suite import held_out_batches
-from titan_peer.metrics.logger import HeldOutLoss
+from titan_peer.metrics.held_out_loss import HeldOutLoss
 
 SEQ_LEN = 256
 DOCUMENTS = 12

@@ -15,10 +15,10 @@ def test_heartbeat_speaks_only_while_nothing_ends(caplog: pytest.LogCaptureFixtu
     heartbeat = Heartbeat(0.4)
     try:
         for step in range(6):
-            heartbeat.beat(f"step {step}")
+            heartbeat.begin(f"step {step}")
             time.sleep(0.1)
         assert not caplog.messages
-        heartbeat.beat("step 6")
+        heartbeat.begin("step 6")
         time.sleep(1.0)
         assert [m.partition(",")[0] for m in caplog.messages] == ["alive: step 6"] * 2
     finally:

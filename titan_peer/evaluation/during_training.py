@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.distributed.collectives import max_over_processes, new_gloo_group, on_all_processes
 from titan_peer.distributed.parallelize import autocast, compute_dtype
 from titan_peer.distributed.world import World
+from titan_peer.dump_folder import METRICS
 from titan_peer.evaluation.language_model import LanguageModel
 from titan_peer.evaluation.results import Result, history_table, plot_history
 from titan_peer.evaluation.suite import (
@@ -39,7 +41,8 @@ from titan_peer.evaluation.suite import (
     run_perplexity,
 )
 from titan_peer.inference.generator import Generator
-from titan_peer.metrics.logger import HeldOutLoss
+from titan_peer.metrics.callback import Callback, Run, Step
+from titan_peer.metrics.held_out_loss import HeldOutLoss
 from titan_peer.model import ModelArgs, Transformer, rope_table
 
 logger = logging.getLogger("titan_peer")
@@ -48,8 +51,10 @@ logger = logging.getLogger("titan_peer")
 _LONGEST_EVALUATION = datetime.timedelta(days=2)
 
 
-class PeriodicEvaluation:
+class PeriodicEvaluation(Callback):
     """The evaluations of a training job.
+
+    It is made before the model, so that what is missing is noticed at once, and takes part in the run after `join`.
 
     Raises:
         UserError: a set cannot be read, a package is missing, a name is not known, or data cannot be downloaded.
@@ -65,8 +70,23 @@ class PeriodicEvaluation:
         self.group = new_gloo_group(_LONGEST_EVALUATION) if world.size > 1 else None
         on_all_processes(self._prepare, self.group)
 
-    def due(self, step: int, is_last: bool) -> bool:
-        return is_last or step % self.settings.freq == 0
+    def join(self, run: Run) -> PeriodicEvaluation:
+        """Evaluate the model of this run from now on."""
+        self._run = run
+        return self
+
+    def after_step(self, step: Step) -> None:
+        if step.stop or not (step.is_last or step.number % self.settings.freq == 0):
+            return
+        run = self._run
+        run.begin(f"evaluation after step {step.number}")
+        start = time.perf_counter()
+        results = self.run(step.number, run.model, run.held_out_loss, run.should_stop)
+        seconds = time.perf_counter() - start
+        run.metrics.log_evaluation(step.number, metrics_record(results), seconds)
+        if self.world.is_first:
+            self.write_report(self.folder / METRICS)
+        run.metrics.exclude(seconds)
 
     def _open(self, config: JobConfig) -> None:
         self.held_out = [

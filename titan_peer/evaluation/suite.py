@@ -19,7 +19,7 @@ from titan_peer.data.loader import build_validation_dataloader
 from titan_peer.data.tokenizer import Tokenizer
 from titan_peer.evaluation.language_model import EvaluationStoppedError, LanguageModel
 from titan_peer.evaluation.results import Result
-from titan_peer.metrics.logger import HeldOutLoss
+from titan_peer.metrics.held_out_loss import HeldOutLoss
 
 logger = logging.getLogger("titan_peer")
 

@@ -6,15 +6,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from titan_peer.config.job import JobConfig
+from titan_peer.dump_folder import EXPERT_USAGE
 from titan_peer.experts.usage import ExpertUsage, LayerUsage, layer_usage
-from titan_peer.metrics.logger import MetricsLogger
+from titan_peer.metrics.callback import Callback, Run, RunEnd, Step
 from titan_peer.metrics.sinks import JsonlSink, Record
-from titan_peer.model import Transformer
 
 logger = logging.getLogger("titan_peer")
 
@@ -43,38 +42,35 @@ def remedies(config: JobConfig) -> dict[str, str]:
     return {kind: "try " + " or ".join(found) for kind, found in (("hot", common), ("dead", [*revival, *common]))}
 
 
-class UsageReporter:
+class UsageReporter(Callback):
     """Reports a training run's expert usage: scalars and histograms to every sink, details to expert_usage.jsonl, plots.
 
-    Args:
-        folder: gets expert_usage.jsonl and the plots.
-        freq: steps between reports.
-        total_steps: the last step is always reported.
-        remedies: what warnings of "hot" and "dead" experts advise.
+    The last step is always reported.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        metrics: MetricsLogger,
-        folder: Path,
-        *,
-        freq: int,
-        total_steps: int,
-        resumed_step: int,
-        is_first: bool,
-        remedies: dict[str, str],
-    ) -> None:
-        self.usage = ExpertUsage(model)
-        self.metrics, self.folder, self.freq, self.total_steps = metrics, folder, freq, total_steps
-        self.remedies = remedies
+    def __init__(self, run: Run) -> None:
+        self.usage = ExpertUsage(run.model)
+        self.metrics, self.folder = run.metrics, run.dump_folder / EXPERT_USAGE
+        self.freq, self.total_steps = run.config.metrics.expert_usage_freq, run.config.training.steps
+        self.remedies = remedies(run.config)
         self._file: JsonlSink | None = None
-        if is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = JsonlSink(folder / "expert_usage.jsonl", resumed_step)
-        self._reported = resumed_step
+        if run.world.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = JsonlSink(self.folder / "expert_usage.jsonl", run.resumed_step)
+        self._reported = run.resumed_step
         self._warned: dict[tuple[int, str], float] = {}
         self._drawn_at, self._drawing_seconds = time.perf_counter(), 0.0
+
+    @classmethod
+    def of(cls, run: Run) -> UsageReporter | None:
+        return cls(run) if run.config.metrics.log_expert_usage else None
+
+    def after_update(self, step: Step) -> None:
+        if self.due(step.number):
+            self.report(step.number)
+
+    def end(self, end: RunEnd) -> None:
+        self.close(end.step if end.together else None)
 
     def due(self, step: int) -> bool:
         return step % self.freq == 0 or step == self.total_steps

@@ -10,7 +10,7 @@ Counters run from one revival to the next; a resumed job starts counting anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_peer.distributed.collectives import sum_over_processes
 from titan_peer.experts.usage import DEAD_AFTER, Counts, ExpertUsage
+from titan_peer.metrics.callback import Callback, Run, Step
 from titan_peer.model import PEER, Experts, Transformer, peer_layers
 from titan_peer.optim.optimizers import Optimizers
 
@@ -99,19 +100,29 @@ def copy_rows(tensor: Tensor, sources: Tensor, targets: Tensor) -> None:
         local[some_targets[mine] - first] = rows[mine].to(local.dtype)
 
 
-class ExpertRevival:
+class ExpertRevival(Callback):
     """Revives dead sub-keys and experts of a model in training every `freq` steps.
 
     Args:
         seed: of the choice of sources and the noise; the same on all processes.
+        say: prints a line, on the first process.
     """
 
-    def __init__(self, model: Transformer, optimizers: Optimizers, *, freq: int, seed: int) -> None:
-        self.model, self.optimizers, self.freq, self.seed = model, optimizers, freq, seed
+    def __init__(
+        self, model: Transformer, optimizers: Optimizers, *, freq: int, seed: int, say: Callable[[str], None] = print
+    ) -> None:
+        self.model, self.optimizers, self.freq, self.seed, self.say = model, optimizers, freq, seed, say
         self.usage = ExpertUsage(model)
 
-    def due(self, step: int) -> bool:
-        return step % self.freq == 0
+    @classmethod
+    def of(cls, run: Run) -> ExpertRevival | None:
+        freq, seed = run.config.training.reinit_dead_experts_freq, run.config.debug.seed
+        return cls(run.model, run.optimizers, freq=freq, seed=seed, say=run.metrics.print) if freq else None
+
+    def after_update(self, step: Step) -> None:
+        if step.number % self.freq == 0:
+            for line in self.revive(step.number):
+                self.say(line)
 
     @torch.no_grad()
     def revive(self, step: int) -> list[str]:

@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 
+from titan_peer.metrics.callback import Callback, Run, RunEnd
+
 logger = logging.getLogger("titan_peer")
 
 
-class Heartbeat:
-    """Logs a line for every `seconds` that pass without a call of `beat`, from a thread that ends with `close`.
+class Heartbeat(Callback):
+    """Logs a line for every `seconds` that pass without a call of `begin`, from a thread that ends with `close`.
 
     A step that compiles takes minutes, and a step that waits for a lost process looks the same from outside. The line says
     what the job is doing, and for how long.
@@ -27,8 +29,13 @@ class Heartbeat:
         if seconds:
             self._thread.start()
 
-    def beat(self, doing: str) -> None:
-        """Say that the job now does `doing`; what it did before has ended."""
+    @classmethod
+    def of(cls, run: Run) -> Heartbeat | None:
+        seconds = run.config.metrics.heartbeat_seconds
+        return cls(seconds) if seconds and run.world.is_first else None
+
+    def begin(self, doing: str) -> None:
+        """The job now does `doing`; what it did before has ended."""
         self._doing, self._since = doing, time.monotonic()
 
     def _watch(self) -> None:
@@ -38,6 +45,9 @@ class Heartbeat:
             if now - max(said_at, self._since) >= self.seconds:
                 logger.info("alive: %s, for %.0f s so far", self._doing, now - self._since)
                 said_at = now
+
+    def end(self, end: RunEnd) -> None:
+        self.close()
 
     def close(self) -> None:
         self._closed.set()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from titan_peer.common.host_memory import peak_resident_bytes
 from titan_peer.config.job import JobConfig
 from titan_peer.distributed.collectives import all_gather_into
+from titan_peer.metrics.held_out_loss import HeldOutLoss
 from titan_peer.metrics.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
 
 logger = logging.getLogger("titan_peer")
@@ -84,33 +84,6 @@ class Progress:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
-class HeldOutLoss(NamedTuple):
-    """Sums over held-out text."""
-
-    loss_sum: float  # nats
-    tokens: float  # learnt tokens
-    num_bytes: float  # UTF-8 bytes they stand for
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / max(self.tokens, 1)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss_sum / math.log(2) / max(self.num_bytes, 1)
-
-    def record(self, prefix: str) -> Record:
-        return {
-            f"{prefix}loss": self.loss,
-            f"{prefix}perplexity": self.perplexity,
-            f"{prefix}bits_per_byte": self.bits_per_byte,
-        }
 
 
 class MetricsLogger:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from titan_peer.common.errors import UserError
-from titan_peer.config.job import Profiling
+from titan_peer.metrics.callback import Callback, Run, RunEnd, Step
 
 logger = logging.getLogger("titan_peer")
 
@@ -24,32 +22,31 @@ MAX_SNAPSHOT_ENTRIES = 100_000  # the most recent allocations and frees that a s
 _TABLE_ROWS = 30
 
 
-class Profiler:
+class Profiler(Callback):
     """Makes the traces and snapshots that `[profiling]` asks for, around the training loop.
 
-    Enter it before the first step, and call `step` after each one.
-
-    Args:
-        dump_folder: the job's; the folders of traces and snapshots are inside.
-        first_step: the last step done before (of a resumed job); 0: none.
     Raises:
         UserError: memory snapshots are asked for on a device that does not support them.
     """
 
-    def __init__(
-        self, config: Profiling, dump_folder: Path, rank: int, device: torch.device, first_step: int = 0
-    ) -> None:
+    def __init__(self, run: Run) -> None:
+        config, device = run.config.profiling, run.world.device
         if config.enable_memory_snapshot and device.type != "cuda":
             raise UserError(
                 f"profiling.enable_memory_snapshot = true: needs a CUDA device, this job runs on {device.type}"
             )
-        self.config, self.rank, self.device, self.current_step = config, rank, device, first_step
-        self.traces = dump_folder / config.save_traces_folder
-        self.snapshots = dump_folder / config.save_memory_snapshot_folder
+        self.config, self.rank, self.device, self.current_step = config, run.world.rank, device, run.resumed_step
+        self.traces = run.dump_folder / config.save_traces_folder
+        self.snapshots = run.dump_folder / config.save_memory_snapshot_folder
         self._exit = ExitStack()
         self._profile: torch.profiler.profile | None = None
 
-    def __enter__(self) -> Profiler:
+    @classmethod
+    def of(cls, run: Run) -> Profiler | None:
+        wanted = run.config.profiling.enable_profiling or run.config.profiling.enable_memory_snapshot
+        return cls(run) if wanted else None
+
+    def start(self) -> None:
         config = self.config
         if config.enable_profiling:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -65,22 +62,18 @@ class Profiler:
         if config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history(max_entries=MAX_SNAPSHOT_ENTRIES)
             self._exit.callback(torch.cuda.memory._record_memory_history, enabled=None)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.config.enable_memory_snapshot and isinstance(error, torch.OutOfMemoryError):
-            self._write_snapshot("out_of_memory")
-        self._exit.close()
-
-    def step(self, step: int) -> None:
-        """Step `step` has ended."""
-        self.current_step = step
+    def after_step(self, step: Step) -> None:
+        self.current_step = step.number
         if self._profile is not None:
             self._profile.step()
-        if self.config.enable_memory_snapshot and step % self.config.profile_freq == 0:
-            self._write_snapshot(f"iteration_{step}")
+        if self.config.enable_memory_snapshot and step.number % self.config.profile_freq == 0:
+            self._write_snapshot(f"iteration_{step.number}")
+
+    def end(self, end: RunEnd) -> None:
+        if self.config.enable_memory_snapshot and isinstance(end.failure, torch.OutOfMemoryError):
+            self._write_snapshot("out_of_memory")
+        self._exit.close()
 
     def _write_trace(self, profile: torch.profiler.profile) -> None:
         start = time.perf_counter()
