@@ -144,7 +144,7 @@ NUMERIC = list(numeric_keys())
 
 @pytest.fixture(scope="module")
 def debug_job() -> JobConfig:
-    """With a source in every list of sources."""
+    """A debug job with one source in every list of sources."""
     config = load_config(["--job.config_file", str(ROOT / "train_configs/debug_model.toml")])
     config.evaluation.perplexity = copy.deepcopy(config.data.sources)
     return config

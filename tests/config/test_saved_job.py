@@ -1,4 +1,5 @@
-"""Checkpoints of earlier versions open and resume: `golden/checkpoint_version_0` was saved before configs had a version."""
+"""Checkpoints of earlier versions open and resume: `golden/checkpoint_version_0` was saved before configs had a
+version."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def test_a_checkpoint_of_the_first_format_opens_with_the_logits_it_had():
 
 
 def test_a_checkpoint_of_the_first_format_resumes_with_all_its_state(copy):
-    """It goes on with the losses that the version which saved it had; the learning rate's schedule may have changed since."""
+    """It continues with the losses of the version that saved it; the learning-rate schedule may have changed since."""
     expected = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["losses"]
     settings = ["--job.config_file", str(GOLDEN / "small.toml"), "--job.dump_folder", str(copy.parent.parent)]
     config = load_config([*settings, "--model.tokenizer_path", str(copy / "tokenizer")])
@@ -134,7 +135,7 @@ def test_tables_of_earlier_versions_are_migrated_step_by_step():
     new = migrated(old, "file", unversioned=0, current=3, migrations=steps)
     assert new == {"training": {"steps": 7, "seq_len": 64}, "metrics": {"log_freq": 3}}
     assert old["training"] == {"iterations": 7, "seq_len": 64}
-    # what says its version goes on from there
+    # a file that says its version is migrated from that version on
     assert migrated({KEY: 1, **old}, "file", unversioned=0, current=3, migrations=steps)["training"] == old["training"]
     assert migrated(old, "file", current=3, migrations=steps, unversioned=3) == old
     rename(new, "nowhere.at_all", "training.steps")

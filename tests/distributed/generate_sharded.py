@@ -1,4 +1,5 @@
-"""Run by test_generate.py in two processes: completions and log-likelihoods from a model under FSDP and expert parallelism.
+"""Run by test_generate.py in two processes: completions and log-likelihoods from a model under FSDP and expert
+parallelism.
 
 The first process writes the results.
 """

@@ -1,4 +1,4 @@
-"""Real processes for tests: gloo on a CPU, NCCL where there are enough GPUs."""
+"""Real processes for tests: gloo on a CPU, NCCL if there are enough GPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def _enter(rank: int, world_size: int, port: int) -> None:
-    """The environment that torchrun makes. Processes share the cores, so each takes one thread."""
+    """Set the environment as torchrun does. Processes share the cores, so each uses one thread."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
@@ -43,10 +43,10 @@ def _run_function(rank: int, world_size: int, port: int, folder: str, function: 
 
 
 def run_in_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(*arguments)` in each of `world_size` new processes; what they return (JSON), by rank.
+    """Call `function(*arguments)` in each of `world_size` new processes; returns what they return (JSON), by rank.
 
     Raises:
-        AssertionError: a process failed (its traceback is in the message) or none ended in time.
+        AssertionError: a process failed (its traceback is in the message) or did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
@@ -79,7 +79,7 @@ def _train_all(jobs: list[list[str]], ports: list[int]) -> None:
 
 
 def train_jobs(world_size: int, jobs: Sequence[Sequence[object]]) -> None:
-    """Run whole training jobs, one after another, in the same `world_size` processes (starting them is what takes long)."""
+    """Run whole training jobs, one after another, in the same `world_size` processes (starting processes is slow)."""
     ports = [free_port() for _ in jobs]
     run_in_processes(world_size, _train_all, [[str(a) for a in job] for job in jobs], ports)
 

@@ -1,5 +1,5 @@
-"""Run by test_expert_remedies.py: revives dead sub-keys in a group of any size, from counts and states that do not depend
-on it, and has rank 0 write all of the layer's tensors.
+"""Run by test_expert_remedies.py: revives dead sub-keys in a group of any size, from counts and states that do not
+depend on it, and has rank 0 write all of the layer's tensors.
 
 Usage: revive_experts.py FILE [--section.key value ...]
 """

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass, and what must not be counted again."""
+"""What the backward pass recomputes, and what it must not count twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = 3
 
 
 class Executions(TorchDispatchMode):
-    """Counts the ops that run. Entered outside of checkpointing, it does not see those whose kept outputs are used."""
+    """Counts the ops that run. Entered outside of checkpointing, it does not see ops whose kept outputs are reused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Executions(TorchDispatchMode):
 
 
 def trained_step(mode: str, compiled: bool) -> tuple[Transformer, dict[str, Tensor], Counter[str]]:
-    """A model after two forward and backward passes; its gradients; how often each op ran in the second."""
+    """A model after two forward and backward passes; its gradients; and how often each op ran in the second pass."""
     torch._dynamo.reset()
     model = built(small_model(n_layers=LAYERS, n_dense_layers=0, vocab_size=64))
     apply_activation_checkpointing(model, ActivationCheckpoint(mode=mode), compiled=compiled)  # type: ignore[arg-type]

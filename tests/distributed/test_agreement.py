@@ -1,4 +1,4 @@
-"""What fails on one process only ends the job on all of them, at once and with the reason: each process has files of its own."""
+"""A failure on one process ends the job on all of them, at once and with the reason. Each process has its own files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JOBS = {
 
 
 def write_files(folder: Path) -> None:
-    """Rank 0 can do everything but open `blocked/expert_usage`, which nobody else does; rank 1 has other documents."""
+    """Rank 0 cannot open `blocked/expert_usage`, which only it does; rank 1 has other documents."""
     good = [json.dumps({"text": f"document {i} has a few words " * 10}) for i in range(60)]
     for rank in (0, 1):
         own = folder / f"rank{rank}"
@@ -52,7 +52,7 @@ def write_files(folder: Path) -> None:
 
 
 def fail_on_this_process() -> None:
-    """Records of failing.jsonl cannot be read any more after the first dozen."""
+    """Reading failing.jsonl fails after the first dozen records."""
     from titan_peer.data.formats import JsonLines
 
     whole = JsonLines._record

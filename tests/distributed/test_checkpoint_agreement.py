@@ -1,4 +1,4 @@
-"""What fails on one process, in a save or a load, fails on all of them at once: nobody waits for who has given up."""
+"""A save or load that fails on one process fails on all of them at once: none waits for one that has given up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_peer.checkpoint.inference import load_model_for_inference
 GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
 JOB = ["--job.config_file", str(GOLDEN / "small.toml"), "--model.tokenizer_path", str(GOLDEN / "step-2/tokenizer")]
 PATIENCE = 400
-"""Seconds that a process may take for all it does; those who wait for a lost one wait 600 or more."""
+"""Seconds that a process may take in total; waiting for a lost process would take 600 or more."""
 
 
 def _trainer(folder: str, *arguments: str) -> Any:
@@ -124,7 +124,7 @@ def _everything(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of both processes, which are started once for all tests."""
+    """Results of both processes, which are started once for all tests."""
     folder = tmp_path_factory.mktemp("agreement")
     results = run_in_processes(2, _everything, str(folder))
     for result in results:

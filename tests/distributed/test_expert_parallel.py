@@ -1,4 +1,4 @@
-"""Experts spread over processes: the same results as in one place, no whole table anywhere, few bytes exchanged."""
+"""Experts sharded over processes: the same results as in one process, no whole table anywhere, few bytes exchanged."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def test_parts_of_bfloat16_sums_are_added_in_float32(on_four: OnFour) -> None:
 
 
 def _exchange(num_experts: int, tokens: int, absent: bool) -> tuple[bool, float, bool]:
-    """Whether factors were gathered, the largest error of the exchanged gradient, and whether all have the same bits."""
+    """Whether factors were gathered, the largest error of the exchanged gradient, and whether all have the same
+    bits."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(7)
     down, up = torch.zeros(num_experts, E, D), torch.zeros(num_experts, E, D)
@@ -293,11 +294,12 @@ def test_no_process_ever_holds_a_whole_table(tmp_path: Path) -> None:
         4, _largest_allocations, jobs, [free_port() for _ in jobs]
     ):
         assert rowwise == dense == table_bytes // 4
-        assert whole == whole_dense == table_bytes  # what the measurement says where tables are whole
+        assert whole == whole_dense == table_bytes  # what is measured if tables are whole
 
 
 def test_a_gloo_group_has_one_thread(on_four: OnFour) -> None:
-    # With PyTorch's two, collectives that end at once free one string twice; see titan_peer.distributed.collectives.
+    # With the two of PyTorch, collectives that end at the same time free one string twice; see
+    # distributed/collectives.py.
     assert on_four["threads"] == [[1, 2]] * 4
 
 

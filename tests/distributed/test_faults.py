@@ -1,4 +1,4 @@
-"""What can go wrong in a long run, done to real jobs of two processes: killed, stopped, told to end, disk full."""
+"""What can go wrong in a long run, done to real jobs of two processes: killed, stopped, signalled, disk full."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Running:
 
 @pytest.fixture
 def start():
-    """Start a job in a folder; whatever still runs at the end of the test is killed."""
+    """Start a job in a folder; what is still running at the end of the test is killed."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(folder: Path, *arguments: object, **environment: str) -> Running:
@@ -98,7 +98,8 @@ def start():
 
 
 def kill_at_random(job: Running, kills: int, seed: int) -> int:
-    """Kill one of the two ranks `kills` times, each time after a new checkpoint; how many of them were during a save."""
+    """Kill one of the two ranks `kills` times, each time after a new checkpoint; returns how many kills happened during
+    a save."""
     choice = random.Random(seed)
     during_save = 0
     for i in range(kills):
@@ -178,7 +179,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(start, tm
     [
         ({0: (1, 100), 1: (-9, 99)}, 1),  # rank 1 was killed, rank 0 lost contact
         ({0: (1, 100), 1: (-9, 101)}, 1),  # the same, noticed in the other order
-        ({0: (1, 100), 1: (-9, 131)}, 0),  # rank 1 hung, and torchrun killed it in the end
+        ({0: (1, 100), 1: (-9, 131)}, 0),  # rank 1 hung, and finally torchrun killed it
         ({0: (-15, 99), 1: (1, 100), 2: (1, 98)}, 2),
     ],
 )

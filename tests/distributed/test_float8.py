@@ -1,4 +1,4 @@
-"""float8 matmuls, rounded as the hardware does and computed in higher precision, under compile and FSDP2."""
+"""float8 matrix products, rounded as in hardware but computed in higher precision, with compilation and FSDP2."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def meta_model(**changes: int) -> Transformer:
 def test_layers_that_do_not_fit_the_head_and_filtered_ones_stay() -> None:
     config = Float8(enable=True, emulate=True, filter_fqns=["layers.1.peer"])
     converted = apply_float8(meta_model(), config, sharded=False)
-    # wkv_a writes 32 + 8 numbers, no multiple of 16
+    # wkv_a has 32 + 8 outputs, not a multiple of 16
     expected = {f"layers.{i}.attention.{name}" for i in range(2) for name in ("wq", "wkv_b", "wo")}
     assert set(converted) == expected | {f"layers.0.feed_forward.w{i}" for i in (1, 2, 3)}
     model = meta_model()

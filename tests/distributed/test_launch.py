@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """A port at which a program listens that is no rendezvous."""
+    """A port on which a program listens that is not a rendezvous."""
     with socket.socket() as program:
         program.bind(("", 0))
         program.listen()
@@ -69,8 +69,8 @@ def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
 @pytest.mark.parametrize(
     ("statuses", "final", "said"),
     [
-        ({0: 3, 1: 3}, True, True),  # the loss is not finite, on all
-        ({0: -15, 1: 3}, True, False),  # rank 0 was ended before it could say so
+        ({0: 3, 1: 3}, True, True),  # the loss is not finite on any of them
+        ({0: -15, 1: 3}, True, False),  # rank 0 was ended before it could report it
         ({0: 2, 1: 2}, True, True),
         ({0: -15, 1: 2}, True, False),
         ({0: 1, 1: -9}, False, False),

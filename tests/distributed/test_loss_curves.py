@@ -13,9 +13,10 @@ JOB = [
     *("--job.config_file", "train_configs/debug_model.toml", "--training.steps", 20, "--metrics.log_freq", 1),
     *("--training.seq_len", 64, "--training.global_batch_size", GLOBAL_BATCH, "--model.n_layers", 2),
     *("--training.mixed_precision_param", "float32", "--validation.enable", "false", "--checkpoint.enable", "false"),
-    # Retrieval is a step function of the scores: where the k-th and the next expert are as near as float32 rounding, another
-    # order of summation chooses the other one. With PEER in both blocks one such choice in the first changes thirty in the
-    # second, and 5e-5 of the loss; with PEER in the last block alone it stays one expert of one token.
+    # Retrieval is a step function of the scores: where the scores of the k-th and the next expert differ by no more
+    # than float32 rounding, another order of summation chooses the other one. With PEER in both blocks one such choice
+    # in the first changes thirty in the second, and 5e-5 of the loss; with PEER in the last block alone it stays one
+    # expert of one token.
     *("--model.n_dense_layers", 1, "--optimizer.lr", 2.5e-4),
 ]
 PLANS: dict[str, tuple[int, list[object]]] = {
@@ -58,8 +59,8 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_follow_one_in_bfloat16(tmp_path: Path) -> None:
-    """What is rounded, and what is not, is the same on one process and on two: the first step, whose weights are equal, has
-    the same loss within float32 rounding. Later ones cannot: the gradient of a matrix is rounded once for each process."""
+    """One process and two round the same numbers: the first step, with equal weights, has the same loss up to float32
+    rounding. Later steps cannot, since the gradient of a matrix is rounded once per process."""
     shorter = ["--training.steps", 6, "--training.mixed_precision_param", "bfloat16", "--compile.enable", "false"]
     plans = ["1 process", "FSDP x 2", "ep 2"]
     found = curves(tmp_path, plans, ["rowwise"], compiled=False, more=shorter)

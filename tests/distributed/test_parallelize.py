@@ -1,4 +1,4 @@
-"""What cannot be is refused before any process waits for another."""
+"""Impossible settings are refused before any process waits for another; the degrees of a job's processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint goes on with any number of processes and any split of the experts."""
+"""A job resumes with any number of processes and any split of the experts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def continued_from(source: Path, step: int, folder: Path) -> Path:
 
 
 def reshard(tmp_path: Path, update: str, targets: list[tuple[int, int]]) -> None:
-    """One process to step 30; from its step 10 on with each of (processes, parts); from their step 20 one process again."""
+    """One process until step 30; from its step 10 each of (processes, parts); from their step 20 one process again."""
     one = tmp_path / "one"
     train_jobs(1, [job(one, 1, 1, update)])
     reference = losses(one)

@@ -1,4 +1,4 @@
-"""A slow process is named with what it costs; dense parameters in the host's memory change no loss."""
+"""A slow process is named, with the time it costs; keeping dense parameters in host memory changes no loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_the_slow_process_is_named_with_its_excess(folders: list[Path]) -> None:
     records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["slowest_rank"] for r in records] == [1, 1, 1]
-    for record in records[1:]:  # the first step has its own costs
+    for record in records[1:]:  # the first step also has start-up costs
         assert record["slowest_rank_excess_seconds"] == pytest.approx(DELAY, abs=0.5)
         assert record["slowest_rank_seconds"] >= DELAY
 
