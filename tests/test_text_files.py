@@ -13,14 +13,16 @@ SOURCES = sorted(
     file for room in ("titan_peer", "scripts", "benchmarks", "tests") for file in (ROOT / room).rglob("*.py")
 )
 NOT_TEXT = ("os", "gzip", "zipfile", "tarfile", "webbrowser")  # their `open` is another one
+STARTS_A_PROCESS = ("run", "Popen", "check_output", "check_call", "call")  # of subprocess
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call reads or writes text: a file's, or a child process's with `text=True`."""
+    """Whether a call reads or writes text: a file's, or a child process's that is started with `text=True`."""
     named = {keyword.arg: keyword.value for keyword in call.keywords}
-    if "text" in named or "universal_newlines" in named:
-        return True
     match call.func:
+        case ast.Attribute(attr=attribute) | ast.Name(id=attribute) if attribute in STARTS_A_PROCESS:
+            values = [named[name] for name in ("text", "universal_newlines") if name in named]
+            return any(not (isinstance(value, ast.Constant) and not value.value) for value in values)
         case ast.Attribute(attr="read_text" | "write_text"):
             return True
         case ast.Attribute(value=ast.Name(id=module), attr="open") if module in NOT_TEXT:
@@ -51,7 +53,13 @@ def without_encoding(source: str) -> Iterator[int]:
         ("open(path)", True),
         ("path.open('a')", True),
         ("subprocess.run(command, text=True)", True),
+        ("Popen(command, universal_newlines=True)", True),
+        ("subprocess.check_output(command, text=wanted)", True),
         ("path.read_text(encoding='utf-8')", False),
+        ("subprocess.run(command, text=True, encoding='utf-8')", False),
+        ("subprocess.run(command, text=False)", False),
+        ("Document(text=True)", False),
+        ("record(text='words', number=1)", False),
         ("path.open('rb')", False),
         ("open(path, mode='wb')", False),
         ("os.open(path, os.O_RDONLY)", False),

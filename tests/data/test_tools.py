@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from corpora import ROOT, SAMPLE, TOKENIZER, make_loader, sample_texts, take, to
 from titan_peer.analysis.dry_run import resolve
 from titan_peer.commands import main as cli
 from titan_peer.common.errors import UserError
+from titan_peer.common.folder_lock import NAME as LOCK
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.parse import load_config
 from titan_peer.data.records import TokenizedText
@@ -85,6 +87,37 @@ def test_tokenizing_that_was_killed_is_refused_then_finished(tmp_path: Path, cap
     assert {p.name: p.stat().st_mtime_ns for p in killed.glob(f"shard-{made - 1:05}*")} == written
 
 
+def test_two_at_once_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, source = tmp_path / "tokens", write_jsonl(tmp_path / "a.jsonl", sample_texts())
+    program = f"""
+import sys, time
+from titan_peer.commands import main as cli
+from titan_peer.data import pretokenize
+whole = pretokenize.Tokenization._close
+def close(self, *args):
+    whole(self, *args)
+    print("a shard is there", flush=True)
+    sys.stdin.readline()
+pretokenize.Tokenization._close = close
+sys.exit(cli.main(["data", "tokenize", "--source.path", {str(source)!r}, "--output", {str(folder)!r},
+    "--tokenizer_path", "byte", "--tokens_per_shard", "1000000000"]))
+"""
+    first = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"a shard is there\n"
+        before = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+        assert tokenize(folder, "--tokenizer_path", "byte", source=source) == 2
+        said = capsys.readouterr().err
+        assert re.search(
+            rf"error: --output = {folder}: process {first.pid} on .* is writing to it; wait until it has", said
+        )
+        assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == before
+    finally:
+        first.communicate(b"\n", timeout=60)
+    assert first.returncode == 0
+    assert tokenize(folder, "--tokenizer_path", "byte", source=source) == 0
+
+
 class Killed(BaseException):
     """Ends the command at once, as a signal that cannot be caught."""
 
@@ -99,6 +132,9 @@ def kill_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return len(done) == moment
 
     def half_written(file: int) -> None:
+        if Path(f"/proc/self/fd/{file}").readlink().name == LOCK:  # of the folder, at any time
+            fsync(file)
+            return
         if last("write"):
             os.ftruncate(file, os.fstat(file).st_size // 2)
             raise Killed
@@ -123,7 +159,7 @@ def test_tokenizing_killed_at_any_write_and_begun_again_makes_the_same_and_loses
         moments = kill_at(0, patch)
         assert tokenize(tmp_path / "whole", *settings, source=source) == 0
     assert len(moments) == 4 * 5 + 2  # three files of a shard and the manifest, which is renamed, and it at the end
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != LOCK}
     for moment in range(1, len(moments) + 1):
         folder = tmp_path / str(moment)
         with monkeypatch.context() as patch:
@@ -135,7 +171,9 @@ def test_tokenizing_killed_at_any_write_and_begun_again_makes_the_same_and_loses
         kept = {file: file.stat().st_mtime_ns for shard in made for file in folder.glob(f"{shard['name']}.*")}
         assert len(kept) == 3 * ((moment - 1) // 5 if moment <= 20 else 4)
         assert tokenize(folder, *settings, source=source) == 0
-        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"} == whole
+        found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
+        assert found.pop(LOCK) == b""  # nobody's
+        assert found == whole
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 

@@ -40,23 +40,23 @@ def main(args: Sequence[str]) -> int:
     if options.tokens_per_shard < 1:
         raise UserError(f"--tokens_per_shard {options.tokens_per_shard}: must be at least 1")
 
-    from titan_peer.data.pretokenize import Tokenization
+    from titan_peer.data.pretokenize import tokenize
     from titan_peer.data.sources import open_source
     from titan_peer.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer_path)
-    tokenization = Tokenization(
-        options.output,
-        open_source(options.source, "--source"),
-        tokenizer,
-        tokenizer_path=options.tokenizer_path,
-        tokens_per_shard=options.tokens_per_shard,
-    )
+    source = open_source(options.source, "--source")
     try:
-        tokenization.run()
+        manifest = tokenize(
+            options.output,
+            source,
+            tokenizer,
+            tokenizer_path=options.tokenizer_path,
+            tokens_per_shard=options.tokens_per_shard,
+        )
     except OSError as error:
         raise os_failure(f"--output {options.output}: cannot be written", error) from None
-    shards, skipped = tokenization.manifest["shards"], tokenization.manifest["skipped"]
+    shards, skipped = manifest["shards"], manifest["skipped"]
     documents, tokens = sum(s["documents"] for s in shards), sum(s["tokens"] for s in shards)
     print(f"{options.output}: {documents:,} documents, {tokens:,} tokens in {len(shards)} shards, {skipped:,} left out")
     return 0

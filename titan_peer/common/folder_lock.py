@@ -141,7 +141,7 @@ class FolderLock:
                 is_undecided = not in_place or (lock is not False and watch.is_undecided)
                 if time.monotonic() >= deadline and not is_undecided:
                     raise UserError(
-                        f"{self.key} = {self.folder}: {_named(holder)} is writing to it; wait until that job has ended "
+                        f"{self.key} = {self.folder}: {_named(holder)} is writing to it; wait until it has ended "
                         f"or give another {self.key}"
                     )
             except BaseException:

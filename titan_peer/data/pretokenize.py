@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from titan_peer.common.errors import UserError
+from titan_peer.common.folder_lock import FolderLock
 from titan_peer.data.identity import another_reading
 from titan_peer.data.records import BadDocument, TokenizedText
 from titan_peer.data.sources import Source
@@ -166,3 +167,25 @@ class Tokenization:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.folder / MANIFEST)
+
+
+def tokenize(
+    output: str, source: Source, tokenizer: Tokenizer, *, tokenizer_path: str, tokens_per_shard: int
+) -> dict[str, Any]:
+    """Make the shards that are missing in a folder, as `Tokenization` does; returns the manifest.
+
+    Raises:
+        UserError: another process is writing to the folder, or it holds the tokens of something else.
+        OSError: the folder cannot be written to.
+    """
+    is_complete = is_tokenized(output) and read_manifest(Path(output))["complete"]  # then nothing is written
+    lock = None if is_complete else FolderLock(Path(output), 0, "--output")
+    try:
+        tokenization = Tokenization(
+            output, source, tokenizer, tokenizer_path=tokenizer_path, tokens_per_shard=tokens_per_shard
+        )
+        tokenization.run()
+        return tokenization.manifest
+    finally:
+        if lock is not None:
+            lock.release()
