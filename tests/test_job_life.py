@@ -184,6 +184,16 @@ def test_a_second_job_with_the_same_folder_of_checkpoints_is_refused(
     assert saved_steps(shared) == [1]
 
 
+def test_a_folder_that_cannot_be_locked_is_named_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    assert run(tmp_path / "a", "--checkpoint.folder", tmp_path / "file/checkpoints") == 2
+    said = f"error: checkpoint.folder = {tmp_path}/file/checkpoints: cannot be written to: Not a directory\n"
+    assert capsys.readouterr().err == said
+    assert run(tmp_path / "file/dump") == 2
+    said = f"error: job.dump_folder = {tmp_path}/file/dump: cannot be written to: Not a directory\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_job_whose_folder_was_taken_over_stops_writing(tmp_path: Path) -> None:
     config = load_config([*SMALL, "--job.dump_folder", str(tmp_path)])
     lock = JobLock(config)

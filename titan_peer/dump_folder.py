@@ -27,7 +27,7 @@ class JobLock:
 
     Raises:
         UserError: another job has one of them, and does not end within job.lock_wait_seconds.
-        OSError: one cannot be written.
+        UserError, TransientError: one cannot be written to.
     """
 
     def __init__(self, config: JobConfig) -> None:

@@ -436,13 +436,6 @@ def _train(config: JobConfig) -> int:
 
 def _lock_dump_folder(config: JobConfig, world: World) -> JobLock | None:
     """Reserve job.dump_folder for this job; the first process holds the lock for all."""
-
-    def lock() -> JobLock | None:
-        try:
-            return JobLock(config) if world.is_first else None
-        except OSError as error:
-            raise cannot_be_written(config, error) from None
-
     taken: list[JobLock | None] = []
-    on_all_processes(lambda: taken.append(lock()))
+    on_all_processes(lambda: taken.append(JobLock(config) if world.is_first else None))
     return taken[0]

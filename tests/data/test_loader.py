@@ -150,6 +150,14 @@ def test_a_seed_gives_one_order_and_another_seed_another(tmp_path: Path) -> None
     assert len(set(taken) & set(take(other, 5))) < 20  # of 40: an early piece of a long document may come early again
 
 
+def test_the_order_follows_the_name_and_without_one_the_path(tmp_path: Path) -> None:
+    paths = [str(write_jsonl(tmp_path / f"{place}.jsonl", sample_texts(0, 300))) for place in ("here", "elsewhere")]
+    here, elsewhere = (take(make_loader([DataSource(path, name="text")]), 4) for path in paths)
+    assert here == elsewhere
+    here, elsewhere = (take(make_loader([DataSource(path)]), 4) for path in paths)
+    assert here != elsewhere
+
+
 def test_state_stays_small_however_much_was_read(tmp_path: Path) -> None:
     loader = make_loader(three_sources(tmp_path), packing="best_fit")
     take(loader, 1)

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import UserError, os_failure
 
 logger = logging.getLogger("titan_peer")
 
@@ -85,7 +85,7 @@ class FolderLock:
         wait_seconds: how long to wait for another process to release it, since that one may be about to end.
     Raises:
         UserError: another process still has it after that time.
-        OSError: the folder cannot be written to.
+        UserError, TransientError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, wait_seconds: float, key: str = "job.dump_folder") -> None:
@@ -94,7 +94,10 @@ class FolderLock:
         pid = os.getpid()
         self._me: Holder = {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
         self._beats, self._lost_to = 0, ""
-        self._file, self._has_lock = self._take(wait_seconds)
+        try:
+            self._file, self._has_lock = self._take(wait_seconds)
+        except OSError as error:
+            raise os_failure(f"{key} = {folder}: cannot be written to", error) from None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="folder lock", daemon=True)
         self._thread.start()

@@ -176,7 +176,7 @@ def tokenize(
 
     Raises:
         UserError: another process is writing to the folder, or it holds the tokens of something else.
-        OSError: the folder cannot be written to.
+        UserError, TransientError, OSError: the folder cannot be written to.
     """
     is_complete = is_tokenized(output) and read_manifest(Path(output))["complete"]  # then nothing is written
     lock = None if is_complete else FolderLock(Path(output), 0, "--output")
