@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,24 @@ def test_an_untied_head_is_not_lost_to_a_tied_one(folder):
     embedding = trainer(folder).model.state_dict()["tok_embeddings.weight"]
     assert torch.equal(job.model.state_dict()["tok_embeddings.weight"], embedding)
     assert job.model.output.weight is job.model.tok_embeddings.weight
+
+
+@pytest.mark.parametrize("way", ["a new job", "a new job with the optimizer", "the job itself"])
+def test_doing_what_the_refusal_says_ties_the_head(folder: Path, way: str) -> None:
+    def begin(*arguments: str) -> Trainer:
+        if way == "the job itself":
+            return trainer(folder, "--checkpoint.load_step", "2", *arguments)
+        whole = ["--checkpoint.initial_load_model_only", "false"] if "optimizer" in way else []
+        return started(folder, *whole, *arguments)
+
+    tied = ["--model.tie_embeddings", "true"]
+    with pytest.raises(UserError) as refused:
+        begin(*tied)
+    advised = re.findall(r"(--checkpoint\.(?:allow_changed|exclude_from_loading))((?: [\w.*]+)+)", str(refused.value))
+    assert [flag for flag, _ in advised] == ["--checkpoint.allow_changed", "--checkpoint.exclude_from_loading"]
+    job = begin(*tied, *(word for flag, values in advised for word in (flag, *values.split())))
+    assert job.model.output.weight is job.model.tok_embeddings.weight
+    assert job.step == (0 if way == "a new job" else 2)
 
 
 def test_a_tied_model_resumes_and_can_be_untied(tmp_path):
