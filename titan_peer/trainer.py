@@ -41,8 +41,9 @@ from titan_peer.failures import NonFiniteLossError, exit_status, is_first_proces
 from titan_peer.metrics.callback import Callback, GarbageCollection, Run, RunEnd, Step
 from titan_peer.metrics.heartbeat import Heartbeat
 from titan_peer.metrics.held_out_loss import TrainingModelLoss
-from titan_peer.metrics.logger import MetricsLogger, peak_memory_gib, plot_loss
+from titan_peer.metrics.logger import MetricsLogger, plot_loss
 from titan_peer.metrics.profiling import Profiler
+from titan_peer.metrics.step_metrics import peak_memory_gib
 from titan_peer.metrics.validation import Validation
 from titan_peer.model import Transformer
 from titan_peer.ops import set_table_gradient
@@ -166,6 +167,7 @@ class Trainer:
         self.metrics = MetricsLogger(
             self.config,
             self.dump_folder,
+            model=self.model,
             device=self.device,
             num_devices=self.world.size,
             training_flops_per_token=self.size.training_flops,
@@ -426,16 +428,11 @@ def run_job(config: JobConfig) -> int:
 
 def _train(config: JobConfig) -> int:
     world = init_world(config.parallelism)
-    lock = _lock_dump_folder(config, world)
+    locks: list[JobLock] = []  # one on the first process, which holds it for all
+    on_all_processes(lambda: locks.append(JobLock(config)) if world.is_first else None)
+    lock = locks[0] if locks else None
     try:
         return Trainer(config, world, lock).train()
     finally:
         if lock is not None:
             lock.release()
-
-
-def _lock_dump_folder(config: JobConfig, world: World) -> JobLock | None:
-    """Reserve job.dump_folder for this job; the first process holds the lock for all."""
-    taken: list[JobLock | None] = []
-    on_all_processes(lambda: taken.append(JobLock(config) if world.is_first else None))
-    return taken[0]

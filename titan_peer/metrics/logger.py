@@ -14,42 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from titan_peer.common.host_memory import peak_resident_bytes
 from titan_peer.config.job import JobConfig
 from titan_peer.distributed.collectives import all_gather_into
 from titan_peer.metrics.held_out_loss import HeldOutLoss
 from titan_peer.metrics.sinks import Histogram, JsonlSink, Record, Sink, TensorBoardSink, WandbSink, complete_lines
+from titan_peer.metrics.step_metrics import ReportedStep, peak_flops, step_metrics
 
 logger = logging.getLogger("titan_peer")
-
-# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets).
-_PEAK_FLOPS = {
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None if unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far, in GiB: reserved by the allocator on CUDA, the process' resident set on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return peak_resident_bytes() / 2**30
 
 
 @dataclass
@@ -90,6 +63,7 @@ class MetricsLogger:
     """Turns a step's numbers into one console line and one record in every sink (first process only).
 
     Args:
+        model: in training, of which some numbers are computed.
         training_flops_per_token: for MFU, the model's FLOPs per second as a share of the devices' bf16 peak.
         num_devices: number of devices that share the tokens.
     """
@@ -99,6 +73,7 @@ class MetricsLogger:
         job: JobConfig,
         dump_folder: Path,
         *,
+        model: nn.Module,
         device: torch.device,
         num_devices: int,
         training_flops_per_token: int,
@@ -107,9 +82,10 @@ class MetricsLogger:
         enabled: bool,
     ) -> None:
         config = job.metrics
-        self.config, self.device, self.num_devices = config, device, num_devices
+        self.config, self.model, self.device = config, model, device
         self.flops_per_token, self.total_steps = training_flops_per_token, total_steps
-        self.peak_flops = peak_flops(device)
+        peak = peak_flops(device)
+        self.flops_per_second = peak * num_devices if peak is not None else None
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
         if enabled:
@@ -171,35 +147,33 @@ class MetricsLogger:
     ) -> None:
         """Report a step; the speed is measured over the steps since the last report."""
         now = time.perf_counter()
-        seconds = now - self._window_start
-        tokens_per_second = self._window_tokens / seconds
-        steps = max(step - self._window_first_step, 1)
-        seconds_per_step = seconds / steps
-        record: Record = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens_per_second": round(tokens_per_second, 1),
-            "tokens_seen": tokens_seen,
-            "seconds_per_step": round(seconds_per_step, 4),
-            "peak_memory_gib": round(peak_memory_gib(self.device), 3),
-            "elapsed_seconds": round(now - self.start_time, 2),
-            **(data or {}),
-        }
+        seconds, steps = now - self._window_start, max(step - self._window_first_step, 1)
+        reported = ReportedStep(
+            self.model,
+            self.device,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens_seen=tokens_seen,
+            steps=steps,
+            tokens=self._window_tokens,
+            seconds=seconds,
+            elapsed_seconds=now - self.start_time,
+            flops_per_second=self.flops_per_second,
+            flops_per_token=self.flops_per_token,
+        )
+        record: Record = {"step": step, **step_metrics(reported), **(data or {})}
         line = (
             f"step {step:>6}/{self.total_steps}  loss {loss:8.4f}  grad_norm {grad_norm:8.4f}  lr {lr:.3e}  "
-            f"{tokens_per_second:10,.0f} tokens/s  memory {record['peak_memory_gib']:.2f} GiB"
+            f"{reported.tokens_per_second:10,.0f} tokens/s  memory {record['peak_memory_gib']:.2f} GiB"
         )
-        if self.peak_flops is not None:
-            mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.num_devices)
-            record["mfu"] = round(mfu, 5)
-            line += f"  mfu {100 * mfu:.1f}%"
+        if "mfu" in record:
+            line += f"  mfu {100 * record['mfu']:.1f}%"
         straggler = self._straggler(seconds, steps)
         record.update(straggler)
         if straggler:
             line += f"  slowest rank {straggler['slowest_rank']} +{straggler['slowest_rank_excess_seconds']:.3f} s"
-        line += f"  left {_duration(seconds_per_step * (self.total_steps - step))}"
+        line += f"  left {_duration(reported.seconds_per_step * (self.total_steps - step))}"
         self._emit(record, line)
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step
 

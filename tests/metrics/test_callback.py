@@ -1,0 +1,97 @@
+"""The optional parts of a training run are called at their moments; a new number of a step needs one function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_jobs import trainer
+
+from titan_peer.common.errors import UserError
+from titan_peer.metrics.callback import Callback, RunEnd, Step
+from titan_peer.metrics.step_metrics import STEP_METRICS, ReportedStep
+from titan_peer.trainer import Trainer
+
+
+class Diary(Callback):
+    """Notes what it is told, and whether the checkpoint of the step is there by then."""
+
+    def __init__(self, job: Trainer) -> None:
+        self.job, self.notes, self.ends = job, [], []
+        self.weights: dict[int, float] = {}
+
+    def start(self) -> None:
+        self.notes.append("start")
+
+    def begin(self, doing: str) -> None:
+        self.notes.append(doing)
+
+    def after_update(self, step: Step) -> None:
+        self.notes.append(f"updated {step.number}")
+        self.weights[step.number] = self.job.model.norm.weight.sum().item()
+
+    def after_step(self, step: Step) -> None:
+        self.notes.append(f"done {step.number}, last {step.is_last}, saved {self.job.checkpointer.saved_step}")
+
+    def end(self, end: RunEnd) -> None:
+        self.ends.append(end)
+
+
+def with_diary(folder: Path, *arguments: object) -> tuple[Trainer, Diary]:
+    job = trainer(folder, "--training.steps", 2, *arguments)
+    diary = Diary(job)
+    job.callbacks.append(diary)
+    return job, diary
+
+
+def test_a_part_is_called_at_every_moment_in_order(tmp_path: Path) -> None:
+    validation = ["--validation.enable", "true", "--validation.freq", 2, "--validation.steps", 1]
+    job, diary = with_diary(tmp_path, *validation)
+    assert job.train() == 0
+    assert diary.notes == [
+        "start",
+        "step 1",
+        "updated 1",
+        "done 1, last False, saved 0",
+        "step 2",
+        "updated 2",
+        "validation after step 2",
+        "saving the checkpoint of step 2",
+        "done 2, last True, saved 2",
+    ]
+    assert diary.weights[1] != diary.weights[2]
+    assert diary.ends == [RunEnd(2)]
+
+
+def test_a_part_is_told_of_a_failure_and_that_nobody_can_be_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, diary = with_diary(tmp_path)
+
+    def fails(batches: object) -> None:
+        raise UserError("no more disk")
+
+    monkeypatch.setattr(job, "train_step", fails)
+    with pytest.raises(UserError):
+        job.train()
+    (end,) = diary.ends
+    assert isinstance(end.failure, UserError) and not end.together
+    assert diary.notes == ["start", "step 1"]
+
+
+def test_a_number_that_is_added_to_the_table_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def norm_of_gains(step: ReportedStep) -> float:
+        return step.model.norm.weight.norm().item()
+
+    monkeypatch.setitem(STEP_METRICS, "norm_of_gains", norm_of_gains)
+    monkeypatch.setitem(STEP_METRICS, "unknown_here", lambda step: None)
+    job = trainer(tmp_path, "--training.steps", 2, "--checkpoint.enable", "false")
+    assert job.train() == 0
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[1]["norm_of_gains"] == torch.linalg.vector_norm(job.model.norm.weight.detach()).item()
+    assert records[0]["norm_of_gains"] != records[1]["norm_of_gains"]
+    assert "unknown_here" not in records[0]
