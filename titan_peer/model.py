@@ -7,8 +7,9 @@ Notable choices:
 - Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
 - Padding teaches nothing: it is left out of batch-norm statistics, retrieves no experts and has no label.
 - No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
-- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What must not be computed in
-  the precision of matrix products says so itself: norms, rotary positions, router scores, gates.
+- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What can be set from outside
+  is declared in the class that it concerns: `Experts.plan`, `PEER.attach`, `QueryBatchNorm`, `Transformer`. What must not be
+  computed in the precision of matrix products says so itself: norms, rotary positions, router scores, gates.
 
 Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts a head, K = H*k experts a token, N experts,
 C product-key axes, E expert hidden size.
@@ -165,13 +166,11 @@ class MLA(nn.Module):
 
 
 class QueryBatchNorm(nn.Module):
-    """Batch norm of queries over all tokens, with running statistics for evaluation.
-
-    `gather_from_replicas` is put in from outside when a batch is spread over R processes: it stacks a tensor of all of
-    them (with gradients) to [R, ...], which makes the statistics those of the global micro-batch.
-    """
+    """Batch norm of queries over all tokens, with running statistics for evaluation."""
 
     gather_from_replicas: Callable[[Tensor], Tensor] | None = None
+    """Set from outside if a batch is spread over R processes: stacks a tensor of all of them (with gradients) to [R, ...],
+    which makes the statistics those of the global micro-batch."""
     running_mean: Tensor
     running_var: Tensor
 
@@ -246,12 +245,15 @@ class ExpertPlan:
 
 
 class Experts(nn.Module):
-    """The tables of N tiny experts: expert n computes expert_up[n]^T act(expert_down[n] x)."""
+    """The tables of N tiny experts: expert n computes expert_up[n]^T act(expert_down[n] x).
+
+    `plan` is set from outside.
+    """
 
     def __init__(self, dim: int, args: PEERArgs) -> None:
         super().__init__()
         self.activation = args.activation
-        self.plan = ExpertPlan()  # set from outside
+        self.plan = ExpertPlan()
         shape = (args.num_experts, args.expert_hidden_size, dim)
         self.expert_down = nn.Parameter(torch.empty(shape))  # [N, E, D]
         self.expert_up = nn.Parameter(torch.empty(shape))  # [N, E, D]
@@ -306,7 +308,7 @@ class PEER(nn.Module):
             nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim)) for n_keys in args.product_key_dim
         )  # C x [H or 1, n_c, query_dim / C]
         self.experts = None if args.share_experts else Experts(dim, args)
-        self.route_hooks: list[tuple[RouteStage, RouteHook]] = []  # set from outside, by attach and detach
+        self.route_hooks: list[tuple[RouteStage, RouteHook]] = []
 
     def attach(self, stage: RouteStage, hook: RouteHook) -> None:
         """Call `hook` with the routing of every batch until it is detached. Hooks of one stage run in the order attached."""
@@ -466,13 +468,14 @@ class Transformer(nn.Module):
     Built on the meta device, then `to_empty` and `init_weights`, so that a sharded model never exists whole.
     """
 
-    rope: Tensor
-
-    # set from outside:
-    loss_chunk_size = 1024  # tokens whose logits exist at a time when the loss is asked for
-    compile_loss = False  # as blocks are compiled, in place
-    # the context in which `forward` computes, where matrices are kept in a low precision
+    loss_chunk_size = 1024
+    """Set from outside: tokens whose logits exist at a time when the loss is asked for."""
+    compile_loss = False
+    """Set from outside when the blocks are compiled (in place): compile the loss as well."""
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Set from outside if matrices are kept in a low precision: the context in which `forward` computes."""
+
+    rope: Tensor
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()

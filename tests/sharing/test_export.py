@@ -23,10 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from titan_peer.checkpoint.files import manifest_entries, verify, write_manifest
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.commands import main as cli
+from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
+from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.distributed.world import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
-from titan_peer.sharing.export import export_checkpoint
+from titan_peer.model import ModelArgs
+from titan_peer.sharing.export import export_checkpoint, transformers_config
 from titan_peer.sharing.import_model import import_model
 from titan_peer.trainer import Trainer
 
@@ -435,3 +438,9 @@ def test_impossible_requests_are_refused_before_the_model_is_loaded(tmp_path: Pa
     assert "temperature = -1.0: must be" in failure(capsys, *anywhere, "--prompt", "x", "--temperature", "-1")
     assert "--num_samples 0: must be at least 1" in failure(capsys, *anywhere, "--prompt", "x", "--num-samples", "0")
     assert "--interactive: goes with none of" in failure(capsys, *anywhere, "--prompt", "x", "--interactive")
+
+
+def test_a_kind_of_feed_forward_that_the_exported_code_lacks_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(ModelArgs, "feed_forward_kind", lambda args, layer: "moe" if layer else "peer")
+    with pytest.raises(UserError, match="block 1 is of the kind 'moe'"):
+        transformers_config(ModelArgs(), load_tokenizer("byte"), "float32", "float")

@@ -53,7 +53,16 @@ def is_table(name: str) -> bool:
 
 
 def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table_dtype: TableDtype) -> dict[str, Any]:
-    """The content of config.json."""
+    """The content of config.json.
+
+    Raises:
+        UserError: a block has a kind of feed-forward that the exported code does not know.
+    """
+    for layer in range(args.n_layers):
+        if (kind := args.feed_forward_kind(layer)) not in ("feed_forward", "peer"):
+            raise UserError(
+                f"block {layer} is of the kind {kind!r}: only models of dense and PEER blocks can be exported"
+            )
     numbers = {f.name: getattr(args, f.name) for f in dataclasses.fields(ModelArgs)}
     for key in ("n_dense_layers", "peer_every_n_layers"):  # peer_layers says it in full
         del numbers[key]
@@ -214,10 +223,11 @@ def export_checkpoint(
         resolve_vocabulary(job.model, tokenizer.vocab_size)
         require_sound_model(checkpoint)
         try:
+            config = transformers_config(job.model, tokenizer, dtype, table_dtype)
             _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
             tokenizer_path = stored_tokenizer_path(checkpoint, job.model.tokenizer_path)
             pad_id = write_tokenizer(tokenizer_path, partial, job.model.max_seq_len)
-            config = transformers_config(job.model, tokenizer, dtype, table_dtype) | {"pad_token_id": pad_id}
+            config["pad_token_id"] = pad_id
             _write_json(partial / CONFIG_JSON, config)
             _write_json(partial / "generation_config.json", _generation_config(config, tokenizer))
             for name in CODE_FILES:
