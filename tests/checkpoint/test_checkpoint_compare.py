@@ -16,7 +16,7 @@ from titan_peer.checkpoint.compare import changed_function, model_keys, tokenize
 from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
-from titan_peer.model import MLAArgs, ModelArgs, PEERArgs
+from titan_peer.model import ModelArgs, PEERArgs
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +112,14 @@ def test_keys_without_a_part_in_the_function_may_differ(folder):
 
 def test_a_new_key_of_the_model_is_taken_to_change_its_function():
     """All but those that tensors show, or that have no part in it, are compared; so whoever adds one need not think of it."""
-    names = {f"model.{f.name}" for f in dataclasses.fields(ModelArgs) if f.name not in ("mla", "peer")}
-    names |= {f"model.mla.{f.name}" for f in dataclasses.fields(MLAArgs)}
-    names |= {f"model.peer.{f.name}" for f in dataclasses.fields(PEERArgs)}
+
+    def keys(section: object, prefix: str) -> set[str]:
+        fields = {f"{prefix}.{f.name}": getattr(section, f.name) for f in dataclasses.fields(section)}
+        nested = {name for name, value in fields.items() if dataclasses.is_dataclass(value)}
+        return (fields.keys() - nested).union(*(keys(fields[name], name) for name in nested))
+
+    names = keys(ModelArgs(), "model")
+    assert {"model.mla.rope_theta", "model.peer.gates"} < names
     assert names - set(model_keys()) == {
         "model.vocab_size", "model.dim", "model.n_layers", "model.ffn_hidden_dim", "model.mla.q_lora_rank",
         "model.mla.kv_lora_rank", "model.peer.num_experts", "model.peer.product_key_dim", "model.peer.expert_hidden_size",
