@@ -316,7 +316,7 @@ class Trainer:
         for step, folder in self.checkpointer.newly_saved():
             self.metrics.log_checkpoint(step, folder)
 
-    # ---- one call down
+    # ---- details
 
     def _begin(self, doing: str) -> None:
         for callback in self.callbacks:
@@ -394,7 +394,12 @@ class Trainer:
     def _close(self, end: RunEnd) -> None:
         """End the callbacks, the save that is running and the reports."""
         for callback in reversed(self.callbacks):
-            callback.end(end)
+            try:
+                callback.end(end)
+            except Exception as error:
+                if end.failure is None:
+                    raise
+                logger.error("%s could not end after the failure: %s", type(callback).__name__, error)
         if end.failure is not None:
             self._let_running_save_end(end.failure)
         self.metrics.close()

@@ -1,7 +1,8 @@
 """A training step without devices, data, weights or other processes: what it would take in memory and communication.
 
 The real plans, model, optimizers and collectives run on fake tensors, which have shapes but no memory, as rank 0 of a fake
-process group. `./run_train.sh ... --comm.mode fake_backend` prints the result: a cluster job is checked before it is queued.
+process group. `./run_train.sh ... --comm.mode fake_backend` prints the result,
+so that a cluster job can be checked before it is queued.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class StepTrace:
     """One training step of one process."""
 
     memory: dict[str, int]
-    """Bytes by kind (KINDS) at the moment of the most bytes."""
+    """Bytes by kind (KINDS) at the peak."""
     traffic: dict[tuple[str, Collective], Traffic]
-    """What is sent in a step, by (mesh dimension, collective)."""
+    """What is sent per step, by (mesh dimension, collective)."""
     micro_batches: int
 
     @property
@@ -62,7 +63,7 @@ class StepTrace:
 
 @contextmanager
 def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
-    """Rank 0 of `world_size` processes that do not exist. It is on the CPU, whatever the machine has: shapes are the same.
+    """Rank 0 of `world_size` processes that do not exist, on the CPU whatever the machine has, since shapes are the same.
 
     Raises:
         UserError: the job's parallel degrees do not fit that number.
@@ -79,9 +80,9 @@ def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
 
 
 def resolve(config: JobConfig, dp_degree: int) -> int:
-    """Fill in what follows from the tokenizer and the data-parallel degree; returns the micro-batches a step."""
+    """Fill in what follows from the tokenizer and the data-parallel degree; returns the micro-batches per step."""
     model = config.model
-    # a job whose tokenizer is still to be made can be looked at where it says how many entries that will have
+    # a job whose tokenizer does not exist yet can be traced if it gives the size of the vocabulary
     if model.vocab_size == 0 or model.tokenizer_path == "byte" or Path(model.tokenizer_path).exists():
         resolve_vocabulary(model, load_tokenizer(model.tokenizer_path).vocab_size)
     return resolve_batch(config.training, dp_degree)
@@ -90,8 +91,8 @@ def resolve(config: JobConfig, dp_degree: int) -> int:
 def trace_step(config: JobConfig, world: World) -> StepTrace:
     """Run a step of the job on fake tensors.
 
-    With compile.enable the blocks are traced and cut into forward and backward as the compiler does, but no code is made.
-    How many places of a token an expert-parallel process has is not known: they are taken to be spread by chance.
+    With compile.enable the blocks are traced and split into forward and backward as by the compiler, but no code is generated.
+    How many of a token's experts an expert-parallel process holds is not known; a random spread is assumed.
     """
     micro_batches = resolve(config, world.dp_degree)
     config = _with_dtype_of_this_machine(config)
@@ -137,7 +138,7 @@ def _empty_batch(config: JobConfig, world: World, micro_batches: int) -> GlobalB
 
 
 def _with_dtype_of_this_machine(config: JobConfig) -> JobConfig:
-    """The fake device is a CPU; what "auto" means is a matter of the real one."""
+    """The fake device is a CPU, but "auto" means the dtype of this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bfloat16 = compute_dtype(config.training.mixed_precision_param, device) == torch.bfloat16
     training = dataclasses.replace(config.training, mixed_precision_param="bfloat16" if bfloat16 else "float32")
@@ -163,7 +164,7 @@ def _stand_in_for_compiler() -> Iterator[None]:
 
 
 def _places_on_one_process(peer: PEERArgs, parts: int) -> int:
-    """The most of a token's heads x k places that fall on one of `parts` processes, over all tokens: five standard
+    """The largest number of a token's heads x k places that fall on one of `parts` processes, over all tokens: five standard
     deviations above the mean of a binomial distribution."""
     places = peer.num_heads * peer.num_experts_per_tok
     mean = places / parts
@@ -233,10 +234,10 @@ def report(config: JobConfig, world_size: int) -> str:
     lines = [
         f"dry run of {config.job.config_file or 'the default job'}: rank 0 of {world_size}",
         f"meshes     {meshes or 'one process'}",
-        f"batch      {training.global_batch_size} x {training.seq_len} tokens a step, {trace.micro_batches} micro-batches "
-        f"of {training.local_batch_size} a process",
+        f"batch      {training.global_batch_size} x {training.seq_len} tokens per step, {trace.micro_batches} micro-batches "
+        f"of {training.local_batch_size} per process",
         "",
-        "memory of a process (tensors) at its most",
+        "memory per process (tensors) at its peak",
         *_table(
             [(kind, bytes_text(size)) for kind, size in [*trace.memory.items(), ("total", trace.peak_bytes)] if size]
         ),
@@ -249,7 +250,7 @@ def report(config: JobConfig, world_size: int) -> str:
         ]
         sent = sum(t.sent_bytes for t in trace.traffic.values())
         rows.append(("total", "", "", "", "", bytes_text(sent)))
-        lines += ["", "communication of a process in a step", *_table([header, *rows])]
+        lines += ["", "communication per process and step", *_table([header, *rows])]
     return "\n".join(lines)
 
 
