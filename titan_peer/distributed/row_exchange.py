@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_peer.distributed.collectives import all_gather_into, max_over_processes, sum_over_processes
-from titan_peer.ops import RowGradients
+from titan_peer.ops import TABLES, RowGradients
 
 
 def factors_move_fewer_bytes(factor_bytes: int, table_bytes: int, replicas: int) -> bool:
@@ -88,9 +88,9 @@ def _all_reduce_dense(collector: RowGradients, group: dist.ProcessGroup) -> None
     sum_over_processes(used, group)
     rows = used[:-1].nonzero().squeeze(1)
     vectors = []
-    for which, shape in zip(("down", "up"), collector.shapes):
+    for which, shape in zip(TABLES, collector.shapes):
         gradient = torch.zeros(shape, dtype=torch.float32, device=indices.device)
-        collector.write_dense(which, gradient)  # type: ignore[arg-type]
+        collector.write_dense(which, gradient)
         sum_over_processes(gradient, group)
         vectors.append(gradient[rows].flatten(0, 1))  # [R * E, D]
     weights = torch.eye(expert_hidden_size, device=rows.device).repeat(rows.numel(), 1).unsqueeze(1)  # [R * E, 1, E]

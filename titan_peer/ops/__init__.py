@@ -7,10 +7,11 @@ and a GPU path (`triton/`). `backends.py` chooses the path for each device, and 
 from titan_peer.ops.backends import backend_report
 from titan_peer.ops.peer_experts import peer_experts
 from titan_peer.ops.product_keys import product_key_retrieve, product_key_topk
-from titan_peer.ops.row_gradients import RowGradients, rowwise_adamw_
+from titan_peer.ops.row_gradients import TABLES, RowGradients, rowwise_adamw_
 from titan_peer.ops.settings import set_table_gradient
 
 __all__ = [
+    "TABLES",
     "RowGradients",
     "backend_report",
     "peer_experts",

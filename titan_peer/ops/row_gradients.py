@@ -23,6 +23,10 @@ from titan_peer.ops.backends import backend_for
 from titan_peer.ops.checks import require_adamw_state, require_one_device
 from titan_peer.ops.sorted_pairs import SortedPairs
 
+Table = Literal["down", "up"]
+TABLES: tuple[Table, Table] = ("down", "up")
+"""The two tables of a pair, in the order in which they are given everywhere."""
+
 _numbers = itertools.count(1)
 _collectors: weakref.WeakValueDictionary[int, RowGradients] = weakref.WeakValueDictionary()
 
@@ -177,7 +181,7 @@ class RowGradients:
             self._sorted = backend_for(dz).sort_pairs(indices, self.shapes[0][0])
         return self._sorted
 
-    def table_factors(self, which: Literal["down", "up"]) -> tuple[SortedPairs, Tensor, Tensor]:
+    def table_factors(self, which: Table) -> tuple[SortedPairs, Tensor, Tensor]:
         """Pairs, weights [T, K, E] and vectors [T, D or D_out] whose outer products make one table's gradient."""
         _, dz, hidden, x, dy = self.factors()
         return (self.sorted(), dz, x) if which == "down" else (self.sorted(), hidden, dy)
@@ -188,7 +192,7 @@ class RowGradients:
         down = backend.row_norm_squared(*self.table_factors("down"))
         return down + backend.row_norm_squared(*self.table_factors("up"))
 
-    def write_dense(self, which: Literal["down", "up"], out: Tensor) -> None:
+    def write_dense(self, which: Table, out: Tensor) -> None:
         """Write one table's gradient into `out`, [N, E, D] of zeros."""
         pairs, weights, vectors = self.table_factors(which)
         backend_for(weights, vectors).table_gradient(pairs, weights, vectors, out)
@@ -196,8 +200,7 @@ class RowGradients:
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
         """row_ids [R], gradient rows of expert_down [R, E, D] and expert_up [R, E, D_out]: for inspection, not for training."""
         rows: list[Tensor] = []
-        which: Literal["down", "up"]
-        for which, shape in (("down", self.shapes[0]), ("up", self.shapes[1])):
+        for which, shape in zip(TABLES, self.shapes):
             pairs, weights, vectors = self.table_factors(which)
             out = torch.zeros(int(pairs.num_rows), *shape[1:], dtype=torch.float32, device=weights.device)
             backend_for(weights, vectors).table_gradient(pairs, weights, vectors, out, compact=True)

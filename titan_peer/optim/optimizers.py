@@ -18,7 +18,7 @@ from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local, sum_over_processes
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
 from titan_peer.model import PEER, experts_of, table_parameters
-from titan_peer.ops import RowGradients
+from titan_peer.ops import TABLES, RowGradients
 from titan_peer.optim import rowwise
 from titan_peer.optim.builders import build_optimizer
 from titan_peer.optim.clipping import clip_, total_norm
@@ -134,10 +134,10 @@ class Optimizers:
     def _gradients_from_factors(self) -> None:
         """The exchanged factors as dense gradients."""
         for module, collector in zip(self.experts, self.collectors):
-            for which, table in (("down", module.expert_down), ("up", module.expert_up)):
+            for which, table in zip(TABLES, (module.expert_down, module.expert_up)):
                 table.grad = torch.zeros_like(table)
                 if not collector.is_empty:
-                    collector.write_dense(which, local(table.grad))  # type: ignore[arg-type]
+                    collector.write_dense(which, local(table.grad))
             collector.clear()
 
     def _tables_with_gradient(self) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local
 from titan_peer.model import Experts
-from titan_peer.ops import RowGradients, rowwise_adamw_
+from titan_peer.ops import TABLES, RowGradients, rowwise_adamw_
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 
@@ -78,9 +78,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         tables = iter(group["params"])
         for collector in self.collectors:
-            down, up = next(tables), next(tables)
-            which: Literal["down", "up"]
-            for which, table in (("down", down), ("up", up)):
+            for which in TABLES:
+                table = next(tables)
                 state = self.state[table]
                 state["step"] += 1
                 step = int(state["step"])
