@@ -14,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
 from titan_peer.experts.plots import draw
+from titan_peer.experts.report import UsageReporter
 from titan_peer.experts.usage import count_experts
 from titan_peer.model import peer_layers
 from titan_peer.trainer import Trainer
@@ -40,56 +42,56 @@ def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2f} %"
 
 
-def main() -> None:
-    parser = FlagParser(__doc__)
-    parser.add_argument("--config", default="train_configs/debug_model.toml")
-    parser.add_argument("--steps", type=int, default=60, help="of each trainer, after the warmup")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("job", nargs="*", help="more keys of the job, after --")
-    options = parser.parse_args()
-    keep_freed_memory()  # as train.main does
+@dataclass
+class Report:
+    """What else counting costs, seconds."""
 
-    with tempfile.TemporaryDirectory() as scratch:
-        pair = {count: trainer(options, Path(scratch) / str(count), count) for count in (False, True)}
-        batches = {count: iter(one.loader) for count, one in pair.items()}
-        device = pair[True].device
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for step in range(options.warmup + options.steps):
-            for count in (False, True) if step % 2 else (True, False):  # neither is always the first
-                one = pair[count]
-                one.model.train()
-                one.step += 1
-                synchronize(device.type)
-                start = time.perf_counter()
-                one.train_step(batches[count])
-                synchronize(device.type)
-                if step >= options.warmup:
-                    times[count].append(time.perf_counter() - start)
+    operator: float
+    """The counting operator in all micro-batches and layers of a step."""
+    report: float
+    plots: float
 
-        counting = pair[True]
-        reporter = counting.expert_usage
-        assert reporter is not None
-        reporter._drawing_seconds = float("inf")  # first without plots
-        start = time.perf_counter()
-        reporter.report(counting.step)
-        report_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        draw(reporter.folder / "expert_usage.jsonl", reporter.folder)
-        plot_seconds = time.perf_counter() - start
-        freq = counting.config.metrics.expert_usage_freq
-        peer = counting.config.model.peer
-        layers = len(list(peer_layers(counting.model)))
-        tokens = counting.config.training.local_batch_size * counting.config.training.seq_len
-        places = (tokens, peer.num_heads, peer.num_experts_per_tok)
-        # random experts: the hardest on the caches
-        indices, gates = torch.randint(peer.num_experts, places, device=device), torch.rand(places, device=device)
-        counts = torch.zeros(peer.num_heads, peer.num_experts, dtype=torch.int32, device=device)
-        sums = torch.zeros(peer.num_heads, peer.num_experts, device=device)
-        micro_batches = layers * counting.accumulation_steps
-        one_call = median_ms(lambda _: count_experts(counts, sums, indices, gates), device.type, repeats=30)
-        operator_ms = one_call * micro_batches
 
+def time_steps(pair: dict[bool, Trainer], warmup: int, steps: int) -> dict[bool, list[float]]:
+    """Seconds of each step without and with counting, in turns."""
+    batches = {count: iter(one.loader) for count, one in pair.items()}
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for step in range(warmup + steps):
+        for count in (False, True) if step % 2 else (True, False):  # neither is always the first
+            one = pair[count]
+            one.model.train()
+            one.step += 1
+            synchronize(one.device.type)
+            start = time.perf_counter()
+            one.train_step(batches[count])
+            synchronize(one.device.type)
+            if step >= warmup:
+                times[count].append(time.perf_counter() - start)
+    return times
+
+
+def time_reports(counting: Trainer) -> Report:
+    (reporter,) = (part for part in counting.callbacks if isinstance(part, UsageReporter))
+    reporter._drawing_seconds = float("inf")  # first without plots
+    start = time.perf_counter()
+    reporter.report(counting.step)
+    report = time.perf_counter() - start
+    start = time.perf_counter()
+    draw(reporter.folder / "expert_usage.jsonl", reporter.folder)
+    plots = time.perf_counter() - start
+
+    training, peer, device = counting.config.training, counting.config.model.peer, counting.device
+    places = (training.local_batch_size * training.seq_len, peer.num_heads, peer.num_experts_per_tok)
+    # random experts: the hardest on the caches
+    indices, gates = torch.randint(peer.num_experts, places, device=device), torch.rand(places, device=device)
+    counts = torch.zeros(peer.num_heads, peer.num_experts, dtype=torch.int32, device=device)
+    sums = torch.zeros(peer.num_heads, peer.num_experts, device=device)
+    one_call = median_ms(lambda _: count_experts(counts, sums, indices, gates), device.type, repeats=30)
+    calls = len(list(peer_layers(counting.model))) * counting.accumulation_steps
+    return Report(one_call * calls / 1e3, report, plots)
+
+
+def table(times: dict[bool, list[float]], found: Report, layers: int, freq: int) -> str:
     medians = [statistics.median(times[count]) for count in (False, True)]
     quick = [statistics.quantiles(times[count], n=10)[0] for count in (False, True)]
     ratios = [with_it / without for without, with_it in zip(times[False], times[True])]  # neighbours in time
@@ -110,28 +112,49 @@ def main() -> None:
         ],
         [
             f"the counting operator alone, {layers} layers",
-            f"{operator_ms:.2f} ms",
+            f"{1e3 * found.operator:.2f} ms",
             "",
-            f"{operator_ms / 10 / off:+.2f} %",
+            f"{100 * found.operator / off:+.2f} %",
         ],
         [
             f"report, every {freq} steps",
-            f"{1e3 * report_seconds:.1f} ms",
+            f"{1e3 * found.report:.1f} ms",
             "",
-            f"{100 * report_seconds / freq / off:+.3f} %",
+            f"{100 * found.report / freq / off:+.3f} %",
         ],
-        ["plots, as often as 0.5 % of the time allows", f"{1e3 * plot_seconds:.0f} ms", "", "at most +0.5 %"],
+        ["plots, as often as 0.5 % of the time allows", f"{1e3 * found.plots:.0f} ms", "", "at most +0.5 %"],
     ]
+    return markdown_table(["", "time", "", "of a step"], rows)
+
+
+def main() -> None:
+    parser = FlagParser(__doc__)
+    parser.add_argument("--config", default="train_configs/debug_model.toml")
+    parser.add_argument("--steps", type=int, default=60, help="of each trainer, after the warmup")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("job", nargs="*", help="more keys of the job, after --")
+    options = parser.parse_args()
+    keep_freed_memory()  # as training does
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pair = {count: trainer(options, Path(scratch) / str(count), count) for count in (False, True)}
+        times = time_steps(pair, options.warmup, options.steps)
+        found = time_reports(pair[True])
+    counting = pair[True]
+    peer, training = counting.config.model.peer, counting.config.training
+    layers = len(list(peer_layers(counting.model)))
     setting = (
         f"{options.config} {' '.join(options.job)}: {layers} PEER layers of {peer.num_experts:,} experts, {peer.num_heads} heads "
-        f"x {peer.num_experts_per_tok} experts a token, {counting.config.training.global_batch_size} x "
-        f"{counting.config.training.seq_len} tokens a step, compile {counting.config.compile.enable}; {options.steps} steps "
-        f"each, in turns"
+        f"x {peer.num_experts_per_tok} experts per token, {training.global_batch_size} x {training.seq_len} tokens per step, "
+        f"compile {counting.config.compile.enable}; {options.steps} steps each, in turns"
     )
-    text = f"{setting}.\n\n{markdown_table(['', 'time', '', 'of a step'], rows)}"
+    text = f"{setting}.\n\n{table(times, found, layers, counting.config.metrics.expert_usage_freq)}"
     data = {"setting": setting, "seconds_without": times[False], "seconds_with": times[True]}
     name = f"expert-usage-{Path(options.config).stem}"
-    write_results(name, device.type, text, data | {"report": report_seconds, "plots": plot_seconds}, options.output)
+    write_results(
+        name, counting.device.type, text, data | {"report": found.report, "plots": found.plots}, options.output
+    )
     print(text)
 
 

@@ -191,6 +191,11 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if last > limit:
             raise ValueError(f"{last:,} tokens: the model's context ends at max_seq_len = {limit:,}")
 
+    def _update_running_statistics(self) -> None:
+        for module in self.modules() if self.training else ():
+            if isinstance(module, QueryBatchNorm):
+                module.update_running_statistics()
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -250,10 +255,7 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             x = block(x, cos_sin, mask, is_token, cache, cache_position, self.shared_experts)
             hidden_states.append(x)
         hidden_states[-1] = x = self.norm(x)
-        if self.training:
-            for module in self.modules():
-                if isinstance(module, QueryBatchNorm):
-                    module.update_running_statistics()
+        self._update_running_statistics()
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
         logits = self.output(x[:, kept])
