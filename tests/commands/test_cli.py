@@ -157,3 +157,54 @@ def test_a_number_of_experts_that_is_no_square_is_refused_by_the_benchmarks(monk
     assert square_number("65536") == 65536
     with pytest.raises(ArgumentTypeError, match="1000 is no square number; near it: 961 or 1,024"):
         square_number("1000")
+
+
+MISTAKES = {
+    "eval --checkpoint /nowhere --batch_size 0 --limit 0 --perplexity name=": [
+        "--checkpoint /nowhere: does not exist",
+        "--perplexity name=: needs a path",
+        "--batch_size 0: must be at least 1",
+        "--limit 0: must be at least 1",
+    ],
+    "generate --checkpoint /nowhere --interactive --json --num_samples 0": [
+        "--num_samples 0: must be at least 1",
+        "--interactive: goes with none of",
+        "--checkpoint /nowhere: does not exist",
+    ],
+    "experts --checkpoint /nowhere --data x --tokens 0": [
+        "--tokens 0: must be",
+        "--checkpoint /nowhere: does not exist",
+    ],
+    "analyze --checkpoint /nowhere --job.config_file train_configs/debug_model.toml --tokens 0 --training.steps -1": [
+        "--tokens 0: must be at least 1",
+        "training.steps = -1: must be",
+        "--checkpoint /nowhere: does not exist",
+    ],
+    "estimate --world_size 0 --job.config_file train_configs/debug_model.toml --training.steps -1": [
+        "--world_size 0: must be at least 1",
+        "training.steps = -1: must be",
+    ],
+    "data inspect --documents -1 --job.config_file train_configs/debug_model.toml --training.steps -1": [
+        "--documents -1: must not be",
+        "training.steps = -1: must be",
+    ],
+    "data tokenize --output x --tokens_per_shard 0": ["--source.path: must be given", "--tokens_per_shard 0: must be"],
+    "data train-tokenizer --output x --vocab_size 3": ["--source.path: must be given", "--vocab_size 3: must be"],
+    "ablate --job.config_file x --axes gates=relu --gpus 0 --jobs 0 --seeds -1 --retry_failed": [
+        "--gpus 0: must be at least 1",
+        "--jobs 0: must be at least 1",
+        "--seeds -1: must not be negative",
+        "--retry_failed: needs --resume",
+    ],
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_all_mistakes_in_a_commands_flags_are_reported_at_once(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(command.split()) == 2
+    said = capsys.readouterr().err.splitlines()
+    for line, expected in zip(said, MISTAKES[command], strict=True):
+        assert line.startswith(f"error: {expected}"), said

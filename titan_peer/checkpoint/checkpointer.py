@@ -44,7 +44,7 @@ from titan_peer.checkpoint.files import (
 from titan_peer.checkpoint.folder import CONFIG, TOKENIZER, TRAIN_STATE, saved_steps
 from titan_peer.checkpoint.removal import Retention, restore_replaced
 from titan_peer.checkpoint.saving import BackgroundSave, CheckpointSaveError, Ranks, write_checkpoint
-from titan_peer.common.errors import TransientError, UserError
+from titan_peer.common.errors import Problems, TransientError, UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.distributed.collectives import ProcessesFailedError
@@ -298,12 +298,14 @@ class Checkpointer:
             changes = {key: change for key, change in changes.items() if key.startswith("model.")}
         if changes and self._ranks.is_first:
             logger.info("settings that differ from those that %s was saved with: %s", folder, described(changes))
-        problems: list[str] = []  # all at once: what one of them advises is not enough if there is another
+        problems = Problems()  # what one of them advises is not enough if there is another
         if "model" not in excluded:
             stored_tokenizer = stored_tokenizer_path(folder, saved.model.tokenizer_path)
             job_tokenizer = self.job.model.tokenizer_path
-            problems += _refusal(lambda: require_same_function(folder, saved.model, self.job.model, allowed))
-            problems += _refusal(lambda: require_same_tokenizer(folder, stored_tokenizer, job_tokenizer, allowed))
+            with problems.collected():
+                require_same_function(folder, saved.model, self.job.model, allowed)
+            with problems.collected():
+                require_same_tokenizer(folder, stored_tokenizer, job_tokenizer, allowed)
         state: dict[str, Any] = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
         wanted, stored = self._tensors(), stored_shapes(SafeReader(folder))
         # Random states belong to one process each; with more processes than at the save, the new ones keep their seed.
@@ -322,13 +324,12 @@ class Checkpointer:
             names = [n for n in (wanted | stored) if n not in wanted or tuple(wanted[n].shape) != stored.get(n)]
             advice = f"--checkpoint.exclude_from_loading {' '.join([*excluded, *names])}"
             few = len(names) <= _NAMED_IN_ADVICE
-            problems.append(
+            problems.found.append(
                 f"{folder} does not fit the job: {problem}; the settings it was saved with are in {folder / CONFIG}. Name "
                 "what is not to be loaded in checkpoint.exclude_from_loading, together with checkpoint.initial_load_path "
                 f"or checkpoint.load_step{f': {advice}' if few else ''}"
             )
-        if problems:
-            raise UserError("\n".join(problems))
+        problems.refuse()
         return state, wanted
 
     def _set_aside(self, steps: list[int], why: str) -> None:
@@ -352,15 +353,6 @@ class Checkpointer:
 _GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
 _NAMED_IN_ADVICE = 8  # tensors that do not fit; of more, the user finds a pattern
 _STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
-
-
-def _refusal(check: Callable[[], None]) -> list[str]:
-    """What a check refuses, if it does."""
-    try:
-        check()
-    except UserError as error:
-        return [str(error)]
-    return []
 
 
 def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set[str]:

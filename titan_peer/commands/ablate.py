@@ -11,7 +11,7 @@ from titan_peer.ablation.axes import load_mixes
 from titan_peer.ablation.plan import Plan, Run, build_plan, plan_table
 from titan_peer.ablation.solve import FREE_NUMBERS
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 
 EPILOG = """Any key of the job may also be given, as for run_train.sh: it changes the base job, and so all runs.
 
@@ -106,16 +106,15 @@ def _plan(options: argparse.Namespace, job_arguments: Sequence[str]) -> Plan:
 
 
 def _check(options: argparse.Namespace) -> None:
+    problems = Problems()
     for name in ("gpus", "jobs", "tokens", "slurm_minutes"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if any(seed < 0 for seed in options.seeds or []):
-        raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: must not be negative")
-    if options.free and options.equal == "none":
-        raise UserError(f"--free {options.free}: needs --equal")
-    if options.retry_failed and not options.resume:
-        raise UserError("--retry_failed: needs --resume")
+        problems.add_if(value is not None and value < 1, f"--{name} {value}: must be at least 1")
+    is_negative = any(seed < 0 for seed in options.seeds or [])
+    problems.add_if(is_negative, f"--seeds {' '.join(map(str, options.seeds or []))}: must not be negative")
+    problems.add_if(bool(options.free) and options.equal == "none", f"--free {options.free}: needs --equal")
+    problems.add_if(options.retry_failed and not options.resume, "--retry_failed: needs --resume")
+    problems.refuse()
 
 
 def _require_gpus(options: argparse.Namespace) -> None:

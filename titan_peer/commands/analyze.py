@@ -8,7 +8,7 @@ from pathlib import Path
 
 from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.config.parse import load_config
 
 
@@ -47,11 +47,14 @@ def _parser() -> CommandParser:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options, job_arguments = _parser().parse_known_args(args)
+    problems = Problems()
     for name in ("world_size", "tokens"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    config = load_config(job_arguments)
-    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint") if options.checkpoint else None
+        problems.add_if(getattr(options, name) < 1, f"--{name} {getattr(options, name)}: must be at least 1")
+    with problems.collected():
+        config = load_config(job_arguments)
+    with problems.collected():
+        checkpoint = find_checkpoint(options.checkpoint, "--checkpoint") if options.checkpoint else None
+    problems.refuse()
 
     from titan_peer.analysis.analyze import analyze, checkpoint_usage
     from titan_peer.analysis.tables import print_tables

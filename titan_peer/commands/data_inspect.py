@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import load_config
 
@@ -41,10 +41,13 @@ def _parser() -> CommandParser:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options, job = _parser().parse_known_args(args)
+    problems = Problems()
     for name in ("sequences", "batches", "documents"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)}: must not be negative")
-    return _inspect(options, load_config(job))
+        problems.add_if(getattr(options, name) < 0, f"--{name} {getattr(options, name)}: must not be negative")
+    with problems.collected():
+        config = load_config(job)
+    problems.refuse()
+    return _inspect(options, config)
 
 
 def _inspect(options: argparse.Namespace, config: JobConfig) -> int:

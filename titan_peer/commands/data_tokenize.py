@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from titan_peer.common.command_line import parse_options
-from titan_peer.common.errors import UserError, os_failure
+from titan_peer.common.errors import Problems, os_failure
 from titan_peer.config.data_source import DataSource
 
 
@@ -35,10 +35,11 @@ class TokenizeOptions:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options = parse_options(TokenizeOptions, args, "data tokenize", inspect.getdoc(TokenizeOptions) or "")
-    if not options.source.path:
-        raise UserError("--source.path: must be given; it names the text to tokenise")
-    if options.tokens_per_shard < 1:
-        raise UserError(f"--tokens_per_shard {options.tokens_per_shard}: must be at least 1")
+    problems = Problems()
+    problems.add_if(not options.source.path, "--source.path: must be given; it names the text to tokenise")
+    shard = options.tokens_per_shard
+    problems.add_if(shard < 1, f"--tokens_per_shard {shard}: must be at least 1")
+    problems.refuse()
 
     from titan_peer.data.pretokenize import tokenize
     from titan_peer.data.sources import open_source

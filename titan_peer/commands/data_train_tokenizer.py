@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titan_peer.common.command_line import parse_options
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.config.data_source import DataSource
 
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, and the begin and the end token
@@ -38,10 +38,10 @@ def main(args: Sequence[str]) -> int:
     options = parse_options(
         TrainTokenizerOptions, args, "data train-tokenizer", inspect.getdoc(TrainTokenizerOptions) or ""
     )
-    if not options.source.path:
-        raise UserError("--source.path: must be given; it names the text to train on")
-    if options.vocab_size < _SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab_size {options.vocab_size}: must be at least {_SMALLEST_VOCABULARY}")
+    problems, size = Problems(), options.vocab_size
+    problems.add_if(not options.source.path, "--source.path: must be given; it names the text to train on")
+    problems.add_if(size < _SMALLEST_VOCABULARY, f"--vocab_size {size}: must be at least {_SMALLEST_VOCABULARY}")
+    problems.refuse()
 
     from titan_peer.data.sources import open_source
     from titan_peer.data.train_tokenizer import texts_of, train_tokenizer

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems
 from titan_peer.common.units import bytes_text
 from titan_peer.config.parse import load_config
 
@@ -33,9 +33,11 @@ def _parser() -> CommandParser:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options, job_arguments = _parser().parse_known_args(args)
-    if options.world_size < 1:
-        raise UserError(f"--world_size {options.world_size}: must be at least 1")
-    config = load_config(job_arguments)
+    problems = Problems()
+    problems.add_if(options.world_size < 1, f"--world_size {options.world_size}: must be at least 1")
+    with problems.collected():
+        config = load_config(job_arguments)
+    problems.refuse()
 
     import torch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import Evaluation
 
@@ -79,9 +79,15 @@ def main(args: Sequence[str]) -> int:
     options = _parser().parse_args(args)
     if options.register_with_oaieval is not None:
         return _register(options.register_with_oaieval, options.checkpoint)
-    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+    problems = Problems()
+    with problems.collected():
+        checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+    sources: list[DataSource] = []
+    for text in options.perplexity:
+        with problems.collected():
+            sources.append(_source(text))
     settings = Evaluation(
-        perplexity=[_source(text) for text in options.perplexity],
+        perplexity=sources,
         evals=options.evals,
         evals_registry=options.evals_registry,
         tasks=options.tasks,
@@ -90,7 +96,13 @@ def main(args: Sequence[str]) -> int:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
-    _check(settings)
+    if not (options.perplexity or settings.evals or settings.tasks):
+        problems.found.append("nothing to evaluate: give --perplexity, --evals or --tasks")
+    for flag, value in (("--batch_size", settings.batch_size), ("--max_new_tokens", settings.max_new_tokens)):
+        problems.add_if(value < 1, f"{flag} {value}: must be at least 1")
+    is_no_limit = settings.limit < 1 and settings.limit != -1
+    problems.add_if(is_no_limit, f"--limit {settings.limit}: must be at least 1, or -1 for all")
+    problems.refuse()
     return _evaluate(options, settings, checkpoint)
 
 
@@ -143,16 +155,6 @@ def _source(text: str) -> DataSource:
     if not path:
         raise UserError(f"--perplexity {text}: needs a path, after NAME= if it is to have a name")
     return DataSource(path=path, name=name)
-
-
-def _check(settings: Evaluation) -> None:
-    if not (settings.perplexity or settings.evals or settings.tasks):
-        raise UserError("nothing to evaluate: give --perplexity, --evals or --tasks")
-    for flag, value in (("--batch_size", settings.batch_size), ("--max_new_tokens", settings.max_new_tokens)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
-    if settings.limit < 1 and settings.limit != -1:
-        raise UserError(f"--limit {settings.limit}: must be at least 1, or -1 for all")
 
 
 def _register(folder: Path, checkpoint: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from titan_peer.checkpoint.choice import WHAT_TO_GIVE, find_checkpoint
 from titan_peer.checkpoint.folder import TRAIN_STATE
 from titan_peer.common.command_line import CommandParser
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.config.job import JobConfig
 
 
@@ -50,10 +50,12 @@ def _parser() -> CommandParser:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(args)
+    problems = Problems()
     for name in ("tokens", "batch_size", "num_tokens", "num_experts"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+        problems.add_if(getattr(options, name) < 1, f"--{name} {getattr(options, name)}: must be at least 1")
+    with problems.collected():
+        checkpoint = find_checkpoint(options.checkpoint, "--checkpoint")
+    problems.refuse()
     return _report(options, checkpoint)
 
 
@@ -103,9 +105,12 @@ def _report(options: argparse.Namespace, checkpoint: Path) -> int:
 
 def _check_against(job: JobConfig, options: argparse.Namespace, seq_len: int) -> None:
     """Raise UserError for a flag that the checkpoint's job does not allow."""
-    if not 1 <= seq_len <= job.model.max_seq_len:
-        raise UserError(f"--seq_len {seq_len}: must be from 1 to model.max_seq_len = {job.model.max_seq_len}")
+    problems, longest = Problems(), job.model.max_seq_len
+    problems.add_if(
+        not 1 <= seq_len <= longest, f"--seq_len {seq_len}: must be from 1 to model.max_seq_len = {longest}"
+    )
     num_experts = job.model.peer.num_experts
     unknown = [expert for expert in options.experts or [] if not 0 <= expert < num_experts]
-    if unknown:
-        raise UserError(f"--experts {unknown[0]}: the layers have experts 0 to {num_experts - 1:,}")
+    given = " ".join(map(str, unknown))
+    problems.add_if(bool(unknown), f"--experts {given}: the layers have experts 0 to {num_experts - 1:,}")
+    problems.refuse()

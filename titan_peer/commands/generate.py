@@ -19,7 +19,7 @@ import tyro
 from titan_peer.checkpoint.choice import find_checkpoint
 from titan_peer.common.characters import lacking_encoding, read_standard_input, require_whole
 from titan_peer.common.command_line import parse_options
-from titan_peer.common.errors import UserError
+from titan_peer.common.errors import Problems, UserError
 from titan_peer.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,13 +67,19 @@ class GenerateArgs:
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     args = parse_options(GenerateArgs, words, "generate", _DESCRIPTION, nested=False)
+    problems = Problems()
     for key in ("num_samples", "max_batch_size"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if args.interactive and (args.prompt or args.json or args.num_samples > 1):
-        raise UserError("--interactive: goes with none of --prompt, --json, --num_samples")
+        problems.add_if(getattr(args, key) < 1, f"--{key} {getattr(args, key)}: must be at least 1")
+    for number, prompt in enumerate(args.prompt, 1):
+        with problems.collected():
+            require_whole(prompt, f"--prompt {number}")
+    with_others = args.interactive and (args.prompt or args.json or args.num_samples > 1)
+    problems.add_if(bool(with_others), "--interactive: goes with none of --prompt, --json, --num_samples")
+    with problems.collected():
+        checkpoint = find_checkpoint(args.checkpoint, "--checkpoint")
+    problems.refuse()
     prompts = [] if args.interactive else _prompts(args)
-    generator = _load(args)
+    generator = _load(args, checkpoint)
     _say_what_the_output_lacks(args.json)
     if args.interactive:
         return converse(generator, args.sampling)
@@ -88,7 +94,7 @@ def main(words: Sequence[str]) -> int:
 
 def _prompts(args: GenerateArgs) -> list[str]:
     """Every prompt as often as it is to be completed."""
-    prompts = [require_whole(prompt, f"--prompt {number}") for number, prompt in enumerate(args.prompt, 1)]
+    prompts = args.prompt
     if not prompts:
         if sys.stdin.isatty():
             raise UserError("give --prompt TEXT, --interactive, or a prompt on standard input")
@@ -96,9 +102,7 @@ def _prompts(args: GenerateArgs) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.num_samples)]
 
 
-def _load(args: GenerateArgs) -> Generator:
-    checkpoint = find_checkpoint(args.checkpoint, "--checkpoint")
-
+def _load(args: GenerateArgs, checkpoint: Path) -> Generator:
     from titan_peer.checkpoint.generator import load_generator
 
     return load_generator(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -18,6 +20,30 @@ class TransientError(Exception):
 
     Entry points print it as they do a UserError, but exit with status 1: a job is started again by MAX_RESTARTS.
     """
+
+
+class Problems:
+    """What is wrong in several things that are checked one after another, so that the user hears of all of it at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add_if(self, is_wrong: bool, problem: str) -> None:
+        if is_wrong:
+            self.found.append(problem)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """What is refused inside is kept, and what comes after it inside is left out."""
+        try:
+            yield
+        except UserError as error:
+            self.found.append(str(error))
+
+    def refuse(self) -> None:
+        """Raise UserError with all of them, a line each, if there are any."""
+        if self.found:
+            raise UserError("\n".join(self.found))
 
 
 USER_ERROR_STATUS = 2
