@@ -97,9 +97,14 @@ class Trainer:
 
         self.step, self.tokens_seen = 0, 0
         self.checkpointer = Checkpointer(config, model, self.optimizers)
-        # an asynchronous save may still be copying the parameters
-        wait = self.checkpointer.wait_until_copied
-        self._update = TrainStep(model, self.optimizers, world, training, before_update=wait)
+        self._update = TrainStep(
+            model,
+            self.optimizers,
+            world,
+            training,
+            # an asynchronous save may still be copying the parameters
+            before_update=lambda: self.checkpointer.wait_until_copied(),
+        )
         if config.checkpoint.enable:
             self._resume()
         on_all_processes(self._begin_reports)
