@@ -21,17 +21,46 @@ if not torch.cuda.is_available():
 
 TESTS = Path(__file__).parent
 LONG = [
-    "distributed/test_faults.py",
     "test_train.py",
-    "data/test_training_on_a_mix.py",
+    "distributed/test_faults.py",
     "distributed/test_loss_curves.py",
     "evaluation/test_during_training.py",
-    "distributed/test_resharding.py",
+    "data/test_loader.py",
+    "sharing/test_export.py",
+    "distributed/test_activation_checkpoint.py",
     "experts/test_expert_usage.py",
     "ablation/test_ablate.py",
-    "sharing/test_export.py",
+    "inference/test_generate.py",
+    "test_model.py",
+    "sharing/test_transformers.py",
+    "data/test_training_on_a_mix.py",
+    "test_compile.py",
+    "distributed/test_resharding.py",
+    "evaluation/test_lm_eval.py",
+    "analysis/test_analyze.py",
+    "analysis/test_estimate.py",
+    "test_docs.py",
+    "ops/test_triton.py",
+    "ops/test_cpu_build.py",
+    "checkpoint/test_checkpoint.py",
+    "distributed/test_expert_parallel.py",
+    "distributed/test_float8.py",
+    "analysis/test_dry_run.py",
+    "test_job_life.py",
+    "experts/test_expert_remedies.py",
+    "evaluation/test_offline_suite.py",
+    "evaluation/test_openai_evals.py",
+    "evaluation/test_perplexity.py",
+    "evaluation/test_command.py",
+    "test_padding.py",
+    "common/test_cpu_threads.py",
+    "data/test_tools.py",
+    "data/test_local_files.py",
+    "distributed/test_slow_process.py",
+    "distributed/test_agreement.py",
+    "distributed/test_checkpoint_agreement.py",
 ]
-"""Files whose tests train, compile or start processes for most of a minute, the longest first."""
+"""Files whose tests take 5 to 200 seconds of a core, because they train, compile or start processes; the longest first."""
 
 
 @pytest.hookimpl(tryfirst=True)

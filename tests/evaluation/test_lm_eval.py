@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_processes
 
 pytest.importorskip("lm_eval")
 
@@ -126,23 +127,8 @@ def test_an_unknown_task_is_named_with_its_neighbours():
 
 def test_a_task_whose_data_must_be_downloaded_is_refused_without_a_network(checkpoint, tmp_path: Path):
     """By the library's own offline mode; a machine without network gives the same after some tries."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "titan_peer.commands.main",
-            "eval",
-            "--checkpoint",
-            str(checkpoint),
-            "--tasks",
-            "arc_easy",
-        ],
-        env={**os.environ, **OFFLINE, "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+    words = ["eval", "--checkpoint", checkpoint, "--tasks", "arc_easy"]
+    done = warm_processes.run(warm_processes.TITAN_PEER, *words, **OFFLINE, HF_HOME=str(tmp_path))
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     first, advice = done.stderr.splitlines()[-2:]
     assert first.startswith("error: tasks: arc_easy: its data cannot be loaded: ")

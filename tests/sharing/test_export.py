@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+import warm_processes
 from exported_models import ROOT, TEXTS, VARIANTS, exported_in_shards, trained
 from safetensors.torch import load_file
 from small_jobs import flip_a_bit
@@ -400,10 +401,10 @@ def test_generate_writes_the_text_to_standard_output_and_the_rest_to_standard_er
     (wanted,) = Generator(model, tokenizer).generate([TEXTS[0]], params)
     words = ["generate", "--checkpoint", checkpoint, "--prompt", TEXTS[0], "--max-new-tokens", 12]
     words += ["--temperature", 0.8, "--top-p", 0.95, "--seed", 1]
-    done = subprocess.run([sys.executable, "-m", "titan_peer.commands.main", *map(str, words)], capture_output=True)
+    done = warm_processes.run(warm_processes.TITAN_PEER, *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == wanted.text + "\n"
-    assert b"tokens in" in done.stderr and b"decode attention: PyTorch" in done.stderr
+    assert done.stdout == wanted.text + "\n"
+    assert "tokens in" in done.stderr and "decode attention: PyTorch" in done.stderr
 
 
 def test_several_prompts_come_out_in_order_and_as_json(checkpoint: Path, capsys) -> None:
