@@ -52,7 +52,7 @@ class Program:
 
     def _said(self, name: str) -> str:
         file = Path(self._folder.name) / name
-        return file.read_text(encoding="utf-8") if file.exists() else ""
+        return file.read_bytes().decode() if file.exists() else ""
 
     @property
     def stdout(self) -> str:
