@@ -5,13 +5,13 @@ Notable choices:
 - PEER ("Mixture of a Million Experts", arXiv 2407.04153) in place of the feed-forward in chosen layers: product keys over
   any number of axes, tiny experts of any hidden size. Other layers have a dense SwiGLU.
 - Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
-- Padding teaches nothing: it is left out of batch-norm statistics, retrieves no experts and has no label.
+- Padding is left out of batch-norm statistics, retrieves no experts and has no label.
 - No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
 - Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What can be set from outside
-  is declared in the class that it concerns: `Experts.plan`, `PEER.attach`, `QueryBatchNorm`, `Transformer`. What must not be
-  computed in the precision of matrix products says so itself: norms, rotary positions, router scores, gates.
+  is declared in the class that it concerns: `Experts.plan`, `PEER.attach`, `QueryBatchNorm`, `Transformer`. Parts
+  that need more precision than matrix products choose it themselves: norms, rotary positions, router scores, gates.
 
-Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts a head, K = H*k experts a token, N experts,
+Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts per head, K = H*k experts per token, N experts,
 C product-key axes, E expert hidden size.
 """
 
@@ -84,7 +84,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is: for what the compute dtype would round too much."""
+    """x in float32 (float64 is kept), for what the compute dtype would round too much."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -135,13 +135,13 @@ class MLA(nn.Module):
         return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), rope)
 
     def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """What `latents` gave -> keys [B, S, H, qk_head_dim] and values [B, S, H, v_head_dim] of every head."""
+        """From the output of `latents`: keys [B, S, H, qk_head_dim] and values [B, S, H, v_head_dim] of every head."""
         kv = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
-        """What `queries` gave -> queries that score latents: (q_nope W^UK, q_rope), [B, S, H, kv_lora_rank + rope dim]."""
+        """From the output of `queries`, queries for latents: (q_nope W^UK, q_rope), [B, S, H, kv_lora_rank + rope dim]."""
         w_uk = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))[:, : self.qk_nope_head_dim]  # [H, nope, kv_lora_rank]
         return torch.cat([torch.einsum("bshd,hdr->bshr", q_nope, w_uk), q_rope], dim=-1)
 
@@ -227,7 +227,7 @@ EXPERT_TABLES = ("expert_down", "expert_up")
 
 @dataclass
 class ExpertPlan:
-    """All that is set from outside on an `Experts` module. As it is made: one device, dense gradients."""
+    """All that is set from outside on an `Experts` module. The defaults: one device, dense gradients."""
 
     operator: Callable[..., Tensor] | None = None
     """Called in place of `peer_experts`, with its arguments: for tables that are sharded over a group of processes
@@ -267,7 +267,7 @@ class Experts(nn.Module):
         return operator(x, indices, gates, *self.tables(), self.activation, self.plan.row_gradients)
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """What is computed with: [N, E, D] each."""
+        """The tables to compute with, [N, E, D] each."""
         return self.plan.compute_copies or (self.expert_down, self.expert_up)
 
     def init_weights(self, residual_scale: float) -> None:
@@ -330,7 +330,7 @@ class PEER(nn.Module):
     def retrieve(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts of each token: x [T, D] -> indices int64 [T, H, k] and their scores float32 [T, H, k].
 
-        All that decides which experts are chosen is float32: norm, queries, sub-keys and scores.
+        Everything that decides which experts are chosen is float32: norm, queries, sub-keys and scores.
         """
         queries = wide(self.wq(x)).unflatten(-1, (self.num_heads, self.query_dim))  # [T, H, query_dim]
         if isinstance(self.query_norm, QueryBatchNorm):
@@ -497,8 +497,8 @@ class Transformer(nn.Module):
         Args:
             tokens: int64 [B, S], S at most max_seq_len.
             document_ids: integer [B, S]; runs of equal ids are documents, which do not see each other; negative ids are
-                padding, best each another one, so that attention has nothing to do. None: one document a row.
-            labels: int64 [B, S], the next token of each place, -100 where nothing is learnt.
+                padding; if no two are equal, attention skips it. None: each row is one document.
+            labels: int64 [B, S], the next token of each place, -100 where there is none to learn.
         Returns:
             logits [B, S, vocab] in the compute dtype; or, with labels, the float32 sum of -log p(label) over learnt
             tokens, made without ever holding all logits.
@@ -507,7 +507,7 @@ class Transformer(nn.Module):
             return self.logits_or_loss(tokens, document_ids, labels)
 
     def logits_or_loss(self, tokens: Tensor, document_ids: Tensor | None, labels: Tensor | None) -> Tensor:
-        """`forward`, in whatever precision the caller has chosen."""
+        """`forward`, in the precision that the caller has chosen."""
         batch_size, seq_len = tokens.shape
         mask = causal_mask(document_ids, batch_size, seq_len, tokens.device)
         # [B or 1, S, 2, qk_rope_head_dim / 2]
@@ -548,7 +548,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.tok_embeddings.weight, std=args.init_std)
         if not args.tie_embeddings:
             nn.init.normal_(self.output.weight, std=args.init_std)
-        for block in self.layers:  # perhaps wrapped, for instance to recompute its activations
+        for block in self.layers:  # may be wrapped, for instance to recompute its activations
             block.init_weights(args.init_std, residual_scale)  # type: ignore[operator]
         if self.shared_experts is not None:
             self.shared_experts.init_weights(residual_scale)

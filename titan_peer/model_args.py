@@ -22,13 +22,13 @@ class MLAArgs:
     q_lora_rank: Annotated[int, Range(0)] = 0
     """Rank of the query compression; 0 projects queries directly from the model dim."""
     kv_lora_rank: Annotated[int, Range(1)] = 128
-    """Rank of the joint key/value compression; this many numbers a token and layer are cached in decoding."""
+    """Rank of the joint key/value compression; this many numbers per token and layer are cached in decoding."""
     qk_nope_head_dim: Annotated[int, Range(1)] = 32
-    """Dim a head of the part of queries and keys without rotary positions."""
+    """Dim per head of the part of queries and keys without rotary positions."""
     qk_rope_head_dim: Annotated[int, Range(1)] = 16
-    """Dim a head of the part of queries and keys with rotary positions (keys share one such part); even."""
+    """Dim per head of the part of queries and keys with rotary positions (one such part for the keys of all heads); even."""
     v_head_dim: Annotated[int, Range(1)] = 32
-    """Dim a head of the values."""
+    """Dim per head of the values."""
     rope_theta: Annotated[float, Range(1, above=True)] = 10000.0
     """Base of the rotary frequencies."""
     rope_factor: Annotated[float, Range(1)] = 1.0
@@ -54,17 +54,17 @@ class PEERArgs:
     """Product-key expert retrieval (arXiv 2407.04153, section 2)."""
 
     num_experts: Annotated[int, Range(1)] = 16384
-    """Experts of a layer, N."""
+    """Experts per layer, N."""
     product_key_dim: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [128, 128])
     """Sub-keys of each product-key axis; any number of axes of any sizes whose product is num_experts."""
     num_heads: Annotated[int, Range(1)] = 4
     """Retrieval heads, H; each has its own queries."""
     num_experts_per_tok: Annotated[int, Range(1)] = 8
-    """Experts a head retrieves for a token, k."""
+    """Experts that each head retrieves per token, k."""
     expert_hidden_size: Annotated[int, Range(1)] = 1
-    """Hidden neurons of an expert, E (the paper uses single-neuron experts)."""
+    """Hidden neurons per expert, E (the paper uses single-neuron experts)."""
     query_dim: Annotated[int, Range(1)] = 128
-    """Dim of a head's query; split evenly over the axes."""
+    """Dim of the query of each head; split evenly over the axes."""
     query_norm: Literal["batch", "rms", "none"] = "batch"
     """Normalisation of queries before retrieval (the paper uses batch norm, which spreads usage)."""
     norm_query: bool = False
@@ -72,7 +72,7 @@ class PEERArgs:
     norm_keys: bool = False
     """Scale every sub-key to unit length (with norm_query: cosine scores)."""
     gates: Literal["softmax", "sigmoid", "relu"] = "softmax"
-    """How a head's k scores become gates; softmax is over the k retrieved experts."""
+    """How the k scores of a head become gates; softmax is over the k retrieved experts."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     """Activation of an expert's hidden neurons."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
@@ -92,7 +92,7 @@ class ModelArgs:
     dim: Annotated[int, Range(1)] = 256
     """Model dim, D."""
     n_layers: Annotated[int, Range(1)] = 4
-    """Blocks."""
+    """Number of blocks."""
     n_dense_layers: Annotated[int, Range(0)] = 1
     """The first blocks, which have a dense feed-forward instead of PEER."""
     peer_every_n_layers: Annotated[int, Range(0)] = 1
@@ -127,7 +127,7 @@ class ModelArgs:
         return [layer for layer in range(self.n_layers) if self.feed_forward_kind(layer) == kind]
 
     def problems(self) -> list[str]:
-        """What makes this architecture impossible: one line a problem, naming key, value and what is allowed."""
+        """What makes this architecture impossible: one line per problem, naming key, value and what is allowed."""
         found = list(out_of_range(self, "model."))
 
         def require(ok: bool, key: str, value: object, allowed: str) -> None:
