@@ -2,7 +2,7 @@
 
 It is the unevenness that is reported (arXiv 2407.04153, section 3.3), of the tokens at hand and in differentiable form, so
 its gradient lowers the gates of the experts that have too much and raises those of the others that were retrieved; through
-the scores it moves queries and sub-keys. Experts that nothing retrieves get no gradient: for those, see expert_revival.py.
+the scores it moves queries and sub-keys. Experts that nothing retrieves get no gradient: for those, see revival.py.
 """
 
 from __future__ import annotations
