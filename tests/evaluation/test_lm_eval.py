@@ -132,4 +132,4 @@ def test_a_task_whose_data_must_be_downloaded_is_refused_without_a_network(check
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     first, advice = done.stderr.splitlines()[-2:]
     assert first.startswith("error: tasks: arc_easy: its data cannot be loaded: ")
-    assert "run this once where there is a network" in advice and "sample_text_copy" in advice
+    assert "run this once with a network" in advice and "sample_text_copy" in advice

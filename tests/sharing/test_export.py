@@ -93,7 +93,7 @@ def test_what_transformers_saved_again_can_be_imported_and_trained(
         model.norm.weight.mul_(1.5)  # as if it had been trained
     model.save_pretrained(tmp_path / "again")
     message = failure(capsys, "import", "--input", tmp_path / "again", "--output", tmp_path / "back")
-    assert "tokenizer.json: is not there; save the tokenizer there too" in message
+    assert "tokenizer.json: does not exist; save the tokenizer there too" in message
     AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path / "again")
     with caplog.at_level("INFO", "titan_peer"):
         back = import_model(tmp_path / "again", tmp_path / "back")
@@ -388,7 +388,7 @@ def test_a_foreign_or_inconsistent_export_is_refused_with_the_reason(broken: Pat
     (broken / "config.json").write_text("{", encoding="utf-8")
     assert "config.json: cannot be read" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
     (broken / "config.json").unlink()
-    assert "config.json: is not there" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
+    assert "config.json: does not exist" in failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
 
 
 # ---- the generate command

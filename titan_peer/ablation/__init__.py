@@ -1,1 +1,1 @@
-"""Comparing designs: plan.py says which jobs, solve.py makes them equal, run.py trains them, results.py sums them up."""
+"""Comparing designs: plan.py makes the jobs, solve.py makes their costs equal, run.py trains them, results.py sums them up."""

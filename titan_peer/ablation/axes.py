@@ -1,4 +1,4 @@
-"""What an ablation varies: axes, and the values of each as changes of a job. A number that a person gives stays as it is."""
+"""What an ablation varies: axes, whose values are changes of a job. Numbers that a person gives are never adjusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import data_sources, leaf_keys, load_config
 
 MOST_UNEQUAL = 4
-"""How many times the sub-keys of another axis an axis may have where the sizes follow from a number of experts."""
+"""The largest ratio between the numbers of sub-keys of two axes, if the sizes are derived from a number of experts."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Point:
     label: str
     apply: Callable[[JobConfig], None]
     note: str = ""
-    """What the value changes besides what it names."""
+    """What the value changes besides the key that it names."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_key(config: JobConfig, key: str) -> Any:
 
 
 def _sets(values: dict[str, Any]) -> Callable[[JobConfig], None]:
-    """What gives keys of a job these values."""
+    """A function that gives keys of a job these values."""
 
     def apply(config: JobConfig) -> None:
         for key, value in values.items():
@@ -64,7 +64,7 @@ def _whole_numbers(name: str, values: Sequence[str]) -> list[int]:
 
 
 def exact_shape(num_experts: int, axes: int) -> list[int] | None:
-    """The most equal sub-keys of each axis whose product is num_experts; None where they would be too unequal."""
+    """Numbers of sub-keys per axis, as equal as possible, with the product num_experts; None if they are too unequal."""
     shape: list[int] = []
     left = num_experts
     for axis in range(axes, 1, -1):
@@ -87,8 +87,8 @@ def _expert_count(base: JobConfig, values: Sequence[str]) -> Axis:
             above = next(n for n in range(wanted + 1, 2**axes * wanted + 2) if exact_shape(n, axes))
             near = " or ".join(f"{n:,} ({_text(exact_shape(n, axes) or [])})" for n in (below, above) if n)
             raise UserError(
-                f"--axes expert_count={wanted}: cannot be divided over {axes} product-key axes of similar size; near it: "
-                f"{near}. Axis cartesian_dims takes the sizes themselves"
+                f"--axes expert_count={wanted}: cannot be divided over {axes} product-key axes of similar size; close to it: "
+                f"{near}. The axis cartesian_dims takes the sizes themselves"
             )
         shapes.append(shape)
     if not values:
@@ -137,7 +137,7 @@ def _cartesian_shape(base: JobConfig, value: str) -> list[int]:
 
 
 def _cartesian_dims(base: JobConfig, values: Sequence[str]) -> Axis:
-    """How many axes the product keys have (`3`), or the sub-keys of each (`64x16x16`)."""
+    """The number of axes of the product keys (`3`), or the number of sub-keys of each axis (`64x16x16`)."""
     peer = base.model.peer
     points: list[Point] = []
     settings: dict[str, Any] = {}
@@ -204,10 +204,10 @@ def build_axis(
     """The axis that `NAME` or `NAME=VALUE,VALUE` names.
 
     Args:
-        base: the base job, which `base_arguments` describe on a command line.
+        base: the base job, described by `base_arguments` as on a command line.
         mixes: for the axis data_mix.
     Raises:
-        UserError: no such axis, or a value that it cannot have.
+        UserError: there is no such axis, or a value is invalid for it.
     """
     name, _, text = spec.partition("=")
     values = [value for value in text.split(",") if value]

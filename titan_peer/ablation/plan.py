@@ -1,4 +1,4 @@
-"""Which jobs an ablation consists of: a complete job for every point of its axes and every seed."""
+"""The jobs of an ablation: a complete job for every point of its axes and every seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OURS = {
     "comm.mode": "--dry_run shows the runs",
     "debug.seed": "give --seeds",
 }
-"""Keys that an ablation sets for every run, whatever the base job says, and what there is instead."""
+"""Keys that an ablation sets for every run itself, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
     """One training run of the ablation."""
 
     name: str
-    """Also its folder's."""
+    """Also the name of its folder."""
     labels: dict[str, str]
     """axis -> value; empty for the base job."""
     seed: int
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def point(self) -> str:
-        """The design, whatever the seed."""
+        """The design, without the seed."""
         return ", ".join(f"{axis} = {label}" for axis, label in self.labels.items()) or "base"
 
 
@@ -48,9 +48,9 @@ class Run:
 class Plan:
     runs: list[Run]
     axes: dict[str, dict[str, str]]
-    """axis -> label -> point of the runs with this value and all else as in the base job. Empty for a grid."""
+    """axis -> label -> point of the runs with this value and otherwise the base job's values. Empty for a grid."""
     notes: list[str] = field(default_factory=list)
-    """Numbers that are not what was asked for or what the base job has, and why."""
+    """Numbers that differ from what was asked for or from the base job, and why."""
 
 
 def build_plan(
@@ -69,13 +69,13 @@ def build_plan(
     """All runs of an ablation, checked.
 
     Args:
-        base_arguments: of the base job, as `run_train.sh` takes them.
+        base_arguments: those of the base job, as for `run_train.sh`.
         axes: `NAME` or `NAME=VALUE,VALUE`.
-        grid: every combination of values; else one axis at a time, the others as in the base job.
-        tokens: of a run (of the base job's run, where the solver changes it).
-        seeds: of each design; None: the base job's.
-        equal, free: see `solve`; every point is made to cost what the base job does.
-        processes: of a run.
+        grid: every combination of values; otherwise one axis at a time, the others as in the base job.
+        tokens: per run (of the base job's run, if the solver changes it).
+        seeds: for each design; None: the base job's.
+        equal, free: see `solve`; every point is made to cost as much as the base job.
+        processes: per run.
     Raises:
         UserError: an axis, value or point is impossible.
     """
@@ -122,11 +122,11 @@ def build_plan(
 
 
 def _set_tokens(base: JobConfig, tokens: int, processes: int) -> str:
-    """Make the base job's run as long as `tokens`, in whole steps; returns the line that says how long that is."""
+    """Make the base job's run as long as `tokens`, in whole steps; returns a line with the actual length."""
     step = tokens_per_step(base, processes)
     if tokens < step:
         raise UserError(
-            f"--tokens {tokens:,}: a step of the base job has {step:,} tokens; give at least these, or make "
+            f"--tokens {tokens:,}: a step of the base job has {step:,} tokens; give at least this many, or make "
             "training.seq_len or training.local_batch_size smaller"
         )
     set_steps(base, round(tokens / step))
@@ -147,12 +147,12 @@ def _combinations(axes: Sequence[Axis], grid: bool) -> Iterator[Combination]:
 def _design(
     base: JobConfig, combination: Combination, target: Cost, equal: Equal, free: str | None, processes: int
 ) -> tuple[JobConfig, list[str]]:
-    """The job of a combination of values, and what changed in it besides them.
+    """The job of a combination of values, and notes on what else changed in it.
 
-    All designs have the base job's tokens, unless an axis or the solver changes the steps.
+    All designs have the base job's number of tokens, unless an axis or the solver changes the steps.
     """
     config = copy.deepcopy(base)
-    # the length of a run scales its warmup, which another axis may then set
+    # training.steps first: it scales the warmup, which another axis may then set
     for _, point in sorted(combination, key=lambda pair: pair[0].name != "training.steps"):
         point.apply(config)
     notes = [point.note for _, point in combination if point.note]
@@ -178,7 +178,7 @@ def _design(
     if "training.steps" not in changed and config.training.steps == matched:
         tokens = matched * tokens_per_step(config, processes)
         if tokens != target.tokens:
-            notes.append(f"{tokens:,} tokens, the base job {target.tokens:,}: steps are whole")
+            notes.append(f"{tokens:,} tokens, the base job has {target.tokens:,}: the number of steps is rounded")
     return config, notes
 
 
@@ -194,7 +194,7 @@ def _match_tokens(config: JobConfig, tokens: int, processes: int) -> None:
 def _run(
     labels: dict[str, str], seed: int, design: JobConfig, own: frozenset[str], output_dir: Path, processes: int
 ) -> Run:
-    """The job of a design and seed; `own` are the keys that the command line or an axis gave."""
+    """The job of a design and seed; `own` are the keys that the command line or an axis sets."""
     settings = [f"{axis}={label}" for axis, label in labels.items()] or ["base"]
     name = re.sub(r"[^\w.=,+-]", "_", ",".join([*settings, f"seed={seed}"]))
     config = copy.deepcopy(design)
@@ -217,7 +217,7 @@ def _run(
 
 
 def plan_table(plan: Plan) -> str:
-    """The runs as text: parameters, FLOPs, tokens."""
+    """The runs as a text table: parameters, FLOPs, tokens."""
     header = ("run", "parameters", "active", "FLOPs per token", "tokens", "FLOPs")
     rows = [
         (

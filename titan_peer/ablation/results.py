@@ -1,4 +1,4 @@
-"""Summing up an ablation: results.csv, results.md and two plots, from what is in the runs' folders."""
+"""Sum up an ablation: results.csv, results.md and two plots, from the files in the runs' folders."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Result:
     records: list[Record]
     error: str = ""
     beside: int = 0
-    """Most other runs that worked on the same cores meanwhile."""
+    """The largest number of other runs on the same cores during the run."""
 
     @property
     def loss(self) -> float:
-        """What runs are compared by: the last validation loss; the mean training loss of the last tenth without one."""
+        """The loss by which runs are compared: the last validation loss or, without one, the mean training loss of the last
+        tenth of the run."""
         if self.state != "done":
             return math.nan
         validation = [record["validation_loss"] for record in self.records if "validation_loss" in record]
@@ -48,7 +49,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median of the log lines; the first, which compiles, counts only if it is alone. nan without any."""
+        """Median over the log lines; the first, which includes compilation, counts only if there is no other. nan without any."""
         speeds = [record["tokens_per_second"] for record in self.records if "tokens_per_second" in record]
         return statistics.median(speeds[1:] or speeds) if speeds else math.nan
 
@@ -90,7 +91,7 @@ class PointResult:
         return max(result.beside for result in self.results)
 
     def speed_text(self) -> str:
-        """Tokens per second, mean over seeds; with a star where runs shared the cores."""
+        """Tokens per second, mean over seeds; with a star if runs shared the cores."""
         speeds = [speed for result in self.results if not math.isnan(speed := result.tokens_per_second)]
         return f"{statistics.fmean(speeds):,.0f}{'*' * (self.beside > 0)}" if speeds else ""
 
@@ -136,7 +137,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def best_of(candidates: Sequence[tuple[str, PointResult]]) -> str:
-    """Which of some (label, design) has the lowest loss, and how far that can be told from chance."""
+    """The (label, design) with the lowest loss, and whether the difference could be chance."""
     (label, best), *others = sorted(candidates, key=lambda entry: entry[1].mean)
     text = f"**{label}**, loss {best.loss_text()}."
     if not others:
@@ -145,8 +146,8 @@ def best_of(candidates: Sequence[tuple[str, PointResult]]) -> str:
     gap = f"{following.mean - best.mean:.4f} lower than the next, {next_label}"
     if len(best.losses) == 1 or len(following.losses) == 1:
         return (
-            f"{text} That is {gap}, from one seed: whether it is more than chance is not known. Runs that differ in "
-            "nothing but the seed differ too; `--seeds 0 1 2` shows by how much."
+            f"{text} That is {gap}, from one seed, so it may be chance. Runs that differ only in their seed have "
+            "different losses too; `--seeds 0 1 2` shows how different."
         )
     noise = max(best.deviation, following.deviation)
     if following.mean - best.mean <= noise:
@@ -155,13 +156,13 @@ def best_of(candidates: Sequence[tuple[str, PointResult]]) -> str:
 
 
 _EXPLANATION = """\
-Loss: the last validation loss, nats per token; where a job has no validation text, the mean training loss of the last
-tenth of the run. ±: standard deviation over seeds. tokens/s: median of the log lines, mean over seeds.
+Loss: the last validation loss in nats per token; for a job without validation text, the mean training loss of the last
+tenth of the run. ±: standard deviation over seeds. tokens/s: median over the log lines, mean over seeds.
 """
 
 
 def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
-    """Best design, a table for each axis (or of all combinations), what failed."""
+    """The best design, a table for each axis, a table of all designs, and the failed runs."""
     points = {found.point: found for found in by_point(results)}
     done = [(found.point, found) for found in points.values() if found.losses]
     states = [result.state for result in results]
@@ -202,7 +203,7 @@ def results_markdown(plan: Plan, results: Sequence[Result], title: str) -> str:
     most = max((found.beside for found in points.values()), default=0)
     if most:
         lines += [
-            f"\\*: trained with up to {most} other runs on the same cores; such speeds do not compare designs.",
+            f"\\*: trained with up to {most} other runs on the same cores; such speeds cannot be compared.",
             "",
         ]
     return "\n".join(lines)
@@ -243,7 +244,7 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Style:
-    """How a design is drawn, in every panel of every plot."""
+    """How a design is drawn in every panel of every plot."""
 
     colour: str
     marker: str
@@ -251,7 +252,7 @@ class Style:
 
 
 def design_styles(points: Sequence[str]) -> dict[str, Style]:
-    """A style for each design, different ones for up to 50."""
+    """A style for each design; different for up to 50 designs."""
     shapes = ("-", "--", "-.", ":", (0, (1, 3)))
     return {
         point: Style(f"C{i % 10}", "osD^v"[i // 10 % 5], shapes[i // 10 % 5])  # type: ignore[arg-type]
@@ -263,7 +264,7 @@ Panel = list[tuple[str, PointResult]]
 
 
 def panels(plan: Plan, results: Sequence[PointResult]) -> dict[str, Panel]:
-    """What is drawn together: the values of an axis; all designs of a grid."""
+    """What is drawn in one panel: the values of one axis, or all designs of a grid."""
     points = {found.point: found for found in results}
     axes = {axis: [(label, points[p]) for label, p in labels.items()] for axis, labels in plan.axes.items() if labels}
     return axes or {"all designs": list(points.items())}
@@ -327,7 +328,7 @@ def loss_scaling(points: Sequence[PointResult], styles: dict[str, Style]) -> Fig
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.3, which="both")
     several = any(len(found.losses) > 1 for found in points)
-    bars = "bars: standard deviation over seeds" if several else "one seed each: chance is not shown"
+    bars = "bars: standard deviation over seeds" if several else "one seed each, so no error bars"
     figure.axes[0].set_ylabel(f"loss (nats per token)\n{bars}")
     if points:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -1,7 +1,7 @@
-"""Training the runs of an ablation: several at a time on this machine, or as SLURM jobs. What is done stays done.
+"""Train the runs of an ablation: several at a time on this machine, or as SLURM jobs. Finished runs are not repeated.
 
-A run's folder holds job.toml (what to train), log.txt (the trainer's output), everything the trainer writes, and, once it
-has ended, status.json. A run that was cut off has none and goes on from its checkpoint when it is started again.
+A run's folder holds job.toml (what to train), log.txt (the trainer's output), everything the trainer writes, and, after the
+run has ended, status.json. A run that was interrupted has no status.json and continues from its checkpoint when started again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def folder_of(run: Run) -> Path:
 
 
 def status_of(run: Run) -> dict[str, Any] | None:
-    """How the run ended; None if it has not."""
+    """How the run ended; None if it has not ended."""
     file = folder_of(run) / STATUS
     found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     return found
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a kill or a crash at any moment leaves the old text or the new one."""
+    """Write a file so that a kill or a crash at any moment leaves either the old text or the new one."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -53,10 +53,10 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def only_here(output_dir: Path) -> Iterator[None]:
-    """Keep a second ablation out of the folder.
+    """Lock the folder against a second ablation.
 
     Raises:
-        UserError: there is one.
+        UserError: another ablation is working there.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / ".lock").open("w", encoding="utf-8") as lock:
@@ -68,12 +68,12 @@ def only_here(output_dir: Path) -> Iterator[None]:
 
 
 def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool, keep_checkpoints: bool = False) -> list[Run]:
-    """Write the runs' jobs and return those that are still to do.
+    """Write the runs' jobs and return the runs that are still to do.
 
-    Checkpoints of done runs, which a killed ablation may have left, are removed unless they are to be kept.
+    Checkpoints of finished runs, which a killed ablation may have left, are removed unless they are to be kept.
 
     Raises:
-        UserError: the folder has runs and `resume` is not given, or a run of this name with other settings.
+        UserError: the folder has runs and `resume` is false, or it has a run of the same name with other settings.
     """
     started = [run for run in runs if (folder_of(run) / JOB).exists()]
     if started and not resume:
@@ -86,7 +86,7 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool, keep_check
         folder, job = folder_of(run), run.config.to_toml()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / JOB).exists():
-            # by key, since an earlier version wrote the same job without keys that are new
+            # compared by key, because an earlier version wrote the same job without newer keys
             changes = changed_settings(read_saved_job(folder / JOB), run.config)
             if changes:
                 raise UserError(
@@ -103,7 +103,7 @@ def prepare(runs: Sequence[Run], *, resume: bool, retry_failed: bool, keep_check
 
 
 def command(folder: Path, processes: int) -> list[str]:
-    """What trains a run's job."""
+    """The command that trains a run's job."""
     module = ["-m", "titan_peer.train", "--job.config_file", str(folder / JOB)]
     if processes == 1:
         return [sys.executable, *module]
@@ -112,7 +112,7 @@ def command(folder: Path, processes: int) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """In the child: have the kernel tell it to save and stop when the process that started it dies."""
+    """In the child process: make the kernel send SIGTERM (save and stop) when the parent process dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -120,7 +120,7 @@ def _end_with_parent() -> None:
 
 def _start(folder: Path, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with (folder / LOG).open("ab") as log, (folder / ".lock").open("w", encoding="utf-8") as lock:
-        # The trainer inherits the lock and has it until it ends: one that a killed ablation left behind saves first.
+        # The trainer inherits the lock until it ends, so a trainer that a killed ablation left behind can save first.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
             command(folder, processes),
@@ -140,7 +140,7 @@ def record_end(
     """Write status.json, unless the run was stopped before its end; returns "done", "failed" or "stopped".
 
     Args:
-        beside: most other runs that worked on the same cores meanwhile.
+        beside: the largest number of other runs on the same cores during the run.
     """
     last = max((line["step"] for line in complete_lines(folder / "metrics.jsonl")), default=0)
     if exit_status == 0 and last < steps:
@@ -157,7 +157,7 @@ def record_end(
         lines = [line for line in text.splitlines() if line.strip()]
         record["error"] = next((line for line in reversed(lines) if "error:" in line.lower()), "".join(lines[-1:]))
     write_whole(folder / STATUS, json.dumps(record))
-    if state == "done" and not keep_checkpoints:  # only now: a kill before leaves a run that can go on
+    if state == "done" and not keep_checkpoints:  # only now, so that a kill before this leaves a resumable run
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return state
 
@@ -168,7 +168,7 @@ class StoppedError(Exception):
 
 @dataclass
 class _Working:
-    """A run that is being trained here."""
+    """A run that is being trained on this machine."""
 
     run: Run
     process: subprocess.Popen[bytes]
@@ -176,7 +176,7 @@ class _Working:
     """Its GPUs."""
     began: float
     beside: int = 0
-    """Most other runs on the same cores so far."""
+    """The largest number of other runs on the same cores so far."""
 
 
 def run_here(
@@ -191,11 +191,11 @@ def run_here(
     """Train the runs on this machine, `jobs` at a time.
 
     Args:
-        processes: of a run.
-        gpus: ids of the devices to share out, `processes` to a run; empty for the CPU.
-        report: is told what starts and ends.
+        processes: per run.
+        gpus: ids of the devices to distribute, `processes` per run; empty for the CPU.
+        report: is called with a line for each run that starts or ends.
     Raises:
-        StoppedError: after SIGTERM or SIGINT, when the trainers have saved and ended.
+        StoppedError: after SIGTERM or SIGINT, once the trainers have saved and ended.
     """
     waiting = list(runs)
     slots = (
@@ -248,7 +248,7 @@ def run_here(
 
 
 def run_one(folder: str, steps: int, processes: int, keep_checkpoints: bool) -> str:
-    """One run from start to end in this process' place: what a SLURM job does."""
+    """Run one run from start to end, and wait for it: the body of a SLURM job."""
     began = time.monotonic()
     process = _start(Path(folder), processes, {})
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -272,10 +272,10 @@ def run_on_cluster(
     """Submit the runs as one job array and wait for it.
 
     Args:
-        jobs: runs that may work at the same time.
-        cluster: "slurm"; or submitit's "local", which starts processes here.
+        jobs: how many runs may work at the same time.
+        cluster: "slurm"; or submitit's "local", which starts processes on this machine.
     Raises:
-        UserError: submitit is not installed, or SLURM is not there.
+        UserError: submitit or SLURM is not installed.
     """
     try:
         import submitit
@@ -300,5 +300,5 @@ def run_on_cluster(
     for run, job in zip(runs, submitted):
         try:
             report(f"{job.result():<7}{run.name}")
-        except Exception as error:  # whatever took the job away, the others go on
+        except Exception as error:  # for whatever reason the job was lost, the others go on
             report(f"lost   {run.name}: {str(error).splitlines()[0]}; --resume starts it again")

@@ -1,4 +1,4 @@
-"""Making jobs comparable: one number of a job is changed until its parameters or FLOPs are those of the base job."""
+"""Make jobs comparable: one number of a job is changed until its parameters or FLOPs equal those of the base job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titan_peer.config.job import JobConfig
 
 Equal = Literal["none", "total_parameters", "active_parameters", "flops"]
 TOLERANCE = 0.02
-"""How far, relatively, a job may be from the base job in the quantity that is to be equal."""
+"""The largest relative difference from the base job in the quantity that is to be equal."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Cost:
     total_parameters: int
     active_parameters: int
     flops_per_token: int
-    """Training: forward and backward."""
+    """In training: forward and backward."""
     tokens: int
 
     @property
     def flops(self) -> int:
-        """Of the whole run."""
+        """FLOPs of the whole run."""
         return self.flops_per_token * self.tokens
 
 
@@ -60,7 +60,7 @@ def cost(config: JobConfig, processes: int) -> Cost:
 
 
 def nearest_shape(num_experts: int, axes: int) -> list[int]:
-    """Sub-keys of each axis, as equal as they can be, of a product near num_experts."""
+    """Numbers of sub-keys per axis, as equal as possible, with a product near num_experts."""
     sizes: list[int] = []
     left = float(num_experts)
     for axis in range(axes, 0, -1):
@@ -76,7 +76,7 @@ def set_expert_count(config: JobConfig, number: int) -> None:
 
 
 def set_steps(config: JobConfig, steps: int) -> None:
-    """Another length of the run; warmup keeps its share."""
+    """Change the length of the run; warmup keeps its share of the steps."""
     warmup_share = config.lr_scheduler.warmup_steps / config.training.steps
     config.training.steps = max(steps, 1)
     config.lr_scheduler.warmup_steps = round(warmup_share * config.training.steps)
@@ -117,9 +117,9 @@ FREE_NUMBERS: dict[str, FreeNumber] = {
     "kv_lora_rank": _model_number("mla", "kv_lora_rank"),
     "v_head_dim": _model_number("mla", "v_head_dim"),
 }
-"""By the name that --free takes."""
+"""By their names for --free."""
 
-# Which number is tried first, second, ... for a quantity: what changes it in the finest steps and the design the least.
+# The order in which numbers are tried for a quantity: first those with the finest steps that change the design the least.
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "flops": ("tokens",),
     "total_parameters": ("expert_count", "ffn_hidden_dim", "v_head_dim"),
@@ -130,11 +130,11 @@ _PREFERRED: dict[str, tuple[str, ...]] = {
 def solve(
     config: JobConfig, target: Cost, equal: Equal, changed: frozenset[str], processes: int, free: str | None = None
 ) -> JobConfig:
-    """The job with one free number set so that it costs what `target` does.
+    """The job with one free number set so that it costs as much as `target`.
 
     Args:
-        changed: the config keys that make this job different; they are not free.
-        free: the name of the number; None tries those that suit the quantity.
+        changed: the config keys in which this job differs from the base job; they are not free.
+        free: the name of the number; None: the suitable ones are tried in order.
     Raises:
         UserError: no value of any free number comes within TOLERANCE.
     """
@@ -166,7 +166,7 @@ def _has_dense_blocks(config: JobConfig) -> bool:
 
 
 def _nearest(config: JobConfig, number: FreeNumber, equal: Equal, wanted: int, processes: int) -> JobConfig:
-    """The job whose quantity, which grows with the free number, is nearest to what is wanted."""
+    """The job whose quantity, which grows with the free number, is nearest to the wanted value."""
 
     def at(value: int) -> tuple[JobConfig, int]:
         candidate = copy.deepcopy(config)

@@ -1,6 +1,6 @@
-"""What a model consists of: parameters, active parameters and FLOPs a token, by layer and component.
+"""What a model consists of: parameters, active parameters and FLOPs per token, by layer and component.
 
-Counted from the modules themselves, so that nothing is missed; works on the meta device, whatever the size.
+They are counted from the modules themselves, so that nothing is missed; this works on the meta device, for any size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ COMPONENTS = ("embedding", "attention", "feed-forward", "retrieval", "experts", 
 
 @dataclass(frozen=True)
 class ComponentSize:
-    """One component of one layer; all numbers but `total_parameters` are for one token."""
+    """One component of one layer; all numbers except `total_parameters` are per token."""
 
     layer: int | None
-    """Block, from 0; None for what is outside of blocks."""
+    """The block, from 0; None for what is outside of blocks."""
     component: str
     """One of COMPONENTS. Retrieval: PEER's query projection, query norm and sub-keys."""
     total_parameters: int
@@ -29,14 +29,14 @@ class ComponentSize:
     """Parameters that take part in one token's forward pass: chosen experts only, one embedding row, the whole head.
     Tables shared by several layers are active once in each of them."""
     forward_flops: int
-    """Floating-point operations, 2 a multiply-add, matrix products only."""
+    """Floating-point operations (2 per multiply-add) of the matrix products only."""
     backward_flops: int
     """The same of the backward pass, without recomputation (attention inside its kernel, activation checkpointing)."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts that describe a model, for one token of a sequence of a given length."""
+    """Counts that describe a model, per token of a sequence of a given length."""
 
     components: tuple[ComponentSize, ...]
 
@@ -50,17 +50,17 @@ class ModelSize:
 
     @property
     def forward_flops(self) -> int:
-        """Forward pass, attention over the whole sequence counted."""
+        """The forward pass, with attention counted over the whole sequence."""
         return sum(part.forward_flops for part in self.components)
 
     @property
     def training_flops(self) -> int:
-        """Forward and backward: three times the forward pass, but for retrieval, whose backward touches chosen keys only."""
+        """Forward and backward: three times the forward pass, except for retrieval, whose backward touches only chosen keys."""
         return sum(part.forward_flops + part.backward_flops for part in self.components)
 
 
 def model_size(model: Transformer, seq_len: int) -> ModelSize:
-    """Parameters and FLOPs a token at sequences of `seq_len`."""
+    """Parameters and FLOPs per token in sequences of `seq_len` tokens."""
     return ModelSize(tuple(_outside_of_blocks(model)) + tuple(_of_blocks(model, seq_len)))
 
 
@@ -69,7 +69,7 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 
 def _linear(weights: int) -> dict[str, int]:
-    """FLOPs of matrix products with so many weights: one product forward, two backward."""
+    """FLOPs of matrix products with this many weights: one product forward, two backward."""
     return {"forward_flops": 2 * weights, "backward_flops": 4 * weights}
 
 
@@ -103,7 +103,7 @@ def _of_blocks(model: Transformer, seq_len: int) -> Iterator[ComponentSize]:
 def _attention(layer: int, mla: MLA, seq_len: int) -> ComponentSize:
     parameters = _count(mla.parameters())
     weights = _count([m.weight for m in mla.modules() if isinstance(m, nn.Linear)])
-    # scores and their product with the values: each like a matrix of S columns a head
+    # scores and their product with the values: each like a matrix with S columns per head
     pairs = mla.n_heads * seq_len * (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim)
     return ComponentSize(layer, "attention", parameters, parameters, **_linear(weights + pairs))
 

@@ -1,7 +1,7 @@
-"""Keeps books while tensor code runs: which memory is alive and what for, and what is sent over which process group.
+"""Records, while tensor code runs, which memory is alive and for what, and what is sent over which process group.
 
-Meant for fake tensors: a training step of any size then runs in seconds on any machine, and the books tell what the real
-one would take.
+Meant for fake tensors: a training step of any size then runs in seconds on any machine, and the record shows what the real
+step would take.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# what an operator does to its data, by the part of its name that says so
+# the operation of a collective, by a part of its operator's name
 _COLLECTIVES = {
     "allgather": "all-gather",
     "all_gather": "all-gather",
@@ -44,13 +44,13 @@ class Collective:
 
 @dataclass
 class Traffic:
-    """What one process did with a collective."""
+    """One process' use of a collective."""
 
     calls: int = 0
     payload_bytes: int = 0
-    """Size of the whole tensors: gathered, or before they are reduced."""
+    """Size of the whole tensors: after gathering, or before reducing."""
     sent_bytes: int = 0
-    """What this process sends in a ring of n: (n - 1) / n of the payload, twice that for an all-reduce."""
+    """Bytes that this process sends in a ring of n: (n - 1) / n of the payload, twice that for an all-reduce."""
 
 
 @dataclass
@@ -61,13 +61,13 @@ class _Storage:
 
 
 class TensorLedger(TorchDispatchMode):
-    """Context manager. Memory that is made inside is booked under the `kind` set at that time.
+    """Context manager. Memory that is allocated inside is recorded under the `kind` set at that time.
 
     Args:
-        read_number: the value of a number that the program reads from a tensor, which a fake tensor does not have.
+        read_number: gives the value of a number that the program reads from a tensor, since fake tensors have no values.
     """
 
-    supports_higher_order_operators = True  # compiled graphs have some: around random numbers, for instance
+    supports_higher_order_operators = True  # compiled graphs contain some, for instance around random numbers
 
     def __init__(self, read_number: Callable[[Tensor], float | int | bool] | None = None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class TensorLedger(TorchDispatchMode):
         self.kind = "other"
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        """Bytes by kind at the moment of the most bytes."""
+        """Bytes by kind at the moment of the peak."""
         self.traffic: dict[Collective, Traffic] = {}
         self._storages: dict[int, _Storage] = {}
         self._bytes, self._peak_bytes = 0, 0
@@ -83,7 +83,7 @@ class TensorLedger(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes no result, so the compiler need not step aside for it."""
+        """It changes no results, so compilation may stay enabled under it."""
         return True
 
     @property
@@ -91,7 +91,7 @@ class TensorLedger(TorchDispatchMode):
         return self._peak_bytes
 
     def forget_peak(self) -> None:
-        """Begin anew: the peak is what is alive now, and nothing has been sent."""
+        """Start again: the peak becomes what is alive now, and the traffic is cleared."""
         self._peak_bytes, self.peak = self._bytes, Counter(self.alive)
         self.traffic.clear()
 
@@ -104,7 +104,7 @@ class TensorLedger(TorchDispatchMode):
             self.kind = outer
 
     def book(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Put the memory of these tensors under `kind`, whatever it was under before."""
+        """Record the memory of these tensors under `kind`, whatever its kind was before."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -130,7 +130,7 @@ class TensorLedger(TorchDispatchMode):
                 known.size = size
             return result
 
-        # FSDP frees and restores its gathered parameters so, past every dispatcher
+        # FSDP frees and restores its gathered parameters this way, which no dispatch mode sees
         torch.UntypedStorage.resize_ = followed_resize  # type: ignore[method-assign,assignment]
         super().__enter__()
         return self
@@ -161,10 +161,10 @@ class TensorLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it comes back with what it does to its local tensors
+            return NotImplemented  # its operations on local tensors are dispatched again
         if func is torch.ops.aten._local_scalar_dense.default and self.read_number is not None:
             return self.read_number(args[0])
-        if func is torch.ops.aten.nonzero.default:  # unknown too; at most all
+        if func is torch.ops.aten.nonzero.default:  # its length is unknown too; the maximum is assumed
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         result = func(*args, **(kwargs or {}))
         is_communication = getattr(func, "namespace", None) in ("c10d", "_c10d_functional", "fsdp")
@@ -182,7 +182,7 @@ class TensorLedger(TorchDispatchMode):
         if operation is None or func.namespace == "fsdp":  # fsdp's operations only copy in and out of buffers
             return
         group = _group(args)
-        # a gathered tensor is the result, or the largest argument of an operation in place; a scattered one goes in
+        # a gathered tensor is the result, or the largest argument if in place; a scattered one is an argument
         size = group.size()
         if size == 1:
             return

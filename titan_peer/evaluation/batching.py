@@ -1,4 +1,4 @@
-"""Calls of many threads, answered in batches by a single one."""
+"""Calls from many threads, answered in batches by one thread."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Answer = TypeVar("Answer")
 
 
 class RequestBatcher(Generic[Request, Answer]):
-    """A function of one request whose callers, each in a thread of its own, share batches.
+    """A function of one request that many threads call, and whose calls are answered in batches.
 
-    A model call costs about the same for one sequence as for a few, so a batch waits a moment for further requests.
+    A model call costs about the same for one sequence as for a few, so a batch waits briefly for further requests.
 
     Args:
         answer_all: answers a list of requests, in order; always called from the same thread.
-        batch_size: most requests of a call.
-        wait_seconds: how long a batch that is not full waits for one more.
+        batch_size: the most requests per call.
+        wait_seconds: how long an incomplete batch waits for another request.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class RequestBatcher(Generic[Request, Answer]):
         self._thread.start()
 
     def __call__(self, request: Request) -> Answer:
-        """Wait for the answer; raises what `answer_all` raised for the batch."""
+        """Wait for the answer; raises the error that `answer_all` raised for the batch."""
         future: Future[Answer] = Future()
         self._queue.put((request, future))
         return future.result()
 
     def close(self) -> None:
-        """Answer what is waiting, then end the thread."""
+        """Answer the waiting requests, then end the thread."""
         self._queue.put(None)
         self._thread.join()
 

@@ -1,8 +1,8 @@
-"""Evaluations of a training job's current weights, every so many steps, that leave nothing behind but numbers.
+"""Evaluations of a training job's current weights at intervals, which do not influence the training.
 
-Perplexity runs on the training model itself, all processes together. Completions need a plain model: its parameters are
-the training model's own in a single process, and gathered for the time being in several, each of which then runs its
-share of the evals and tasks alone, so that a slow or failing one holds up no collective.
+Perplexity is measured on the training model itself by all processes together. Completions need a plain model: in a single
+process it shares the training model's parameters; in several processes they are gathered temporarily. Each process then runs
+its share of the evals and tasks alone, so that a slow or failing evaluation holds up no collective.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from titan_peer.model import ModelArgs, Transformer, rope_table
 
 logger = logging.getLogger("titan_peer")
 
-# Processes wait for the one with the longest evaluations.
+# Processes wait for the process with the longest evaluations.
 _LONGEST_EVALUATION = datetime.timedelta(days=2)
 
 
@@ -57,7 +57,7 @@ class PeriodicEvaluation(Callback):
     It is made before the model, so that what is missing is noticed at once, and takes part in the run after `join`.
 
     Raises:
-        UserError: a set cannot be read, a package is missing, a name is not known, or data cannot be downloaded.
+        UserError: a set cannot be read, a package is missing, a name is unknown, or data cannot be downloaded.
     """
 
     def __init__(self, config: JobConfig, tokenizer: Tokenizer, world: World) -> None:
@@ -66,7 +66,7 @@ class PeriodicEvaluation(Callback):
         self.folder = Path(config.job.dump_folder)
         self.title = config.job.description or config.job.config_file
         on_all_processes(lambda: self._open(config))
-        # Waiting is done on the CPU, outside the training collectives' timeout.
+        # Processes wait on the CPU, outside the training collectives' timeout.
         self.group = new_gloo_group(_LONGEST_EVALUATION) if world.size > 1 else None
         on_all_processes(self._prepare, self.group)
 
@@ -111,13 +111,13 @@ class PeriodicEvaluation(Callback):
         loss_on: Callable[[Batches], HeldOutLoss],
         should_stop: Callable[[], bool],
     ) -> list[Result]:
-        """Evaluate; all processes together. Nothing that goes wrong in an evaluation is raised.
+        """Evaluate, all processes together. A failure of an evaluation is reported in its result, not raised.
 
         Args:
             loss_on: measures the training model on this process's held-out batches, summed over all processes.
-            should_stop: whether this process has been told to stop; what has not run by then is left out.
+            should_stop: whether this process has been told to stop; evaluations that have not run by then are left out.
         Returns:
-            every evaluation's result, the same list on every process.
+            the results of all evaluations, the same list on every process.
         """
         with _as_it_was(self.world.device):
             results = [
@@ -130,7 +130,7 @@ class PeriodicEvaluation(Callback):
         return results
 
     def write_report(self, metrics_file: Path) -> None:
-        """Write evaluation.md and evaluation.png from a run's metrics.jsonl; a disk that refuses is only logged."""
+        """Write evaluation.md and evaluation.png from a run's metrics.jsonl; a failure to write is only logged."""
         try:
             records = [
                 json.loads(line)
@@ -143,10 +143,10 @@ class PeriodicEvaluation(Callback):
         except (OSError, ValueError) as error:
             logger.error("the evaluation report in %s was not written: %s", self.folder, error)
 
-    # ---- one call down
+    # ---- internals
 
     def _prepare(self) -> None:
-        """Get what this process's share of the evaluations needs."""
+        """Prepare this process's share of the evaluations, for instance download data."""
         with _as_it_was(self.world.device):
             for evaluation in self._share():
                 evaluation.prepare()
@@ -160,7 +160,7 @@ class PeriodicEvaluation(Callback):
         try:
             language_model = self._language_model(model, should_stop)
         except Exception as error:  # such as a GPU without room for the whole model
-            logger.error("the weights could not be put together for the evaluation", exc_info=error)
+            logger.error("the weights could not be gathered for the evaluation", exc_info=error)
             why = f"{type(error).__name__}: {error}"
             results = [Result(evaluation.kind, evaluation.name, error=why) for evaluation in mine]
         else:
@@ -175,7 +175,7 @@ class PeriodicEvaluation(Callback):
         return LanguageModel(generator, settings.max_new_tokens, settings.batch_size, self.precision, should_stop)
 
     def _in_step(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
-        """The batches; ends for all processes together, also when one of them cannot read on."""
+        """The batches; they end on all processes together, also if one of them cannot read any more."""
         iterator = iter(batches)
         while True:
             batch, problem = None, None
@@ -227,7 +227,7 @@ def _require_room(sharded: Sequence[DTensor]) -> None:
 
 @contextmanager
 def _as_it_was(device: torch.device) -> Iterator[None]:
-    """Random states and the garbage collector's setting stay as they are; memory is given back afterwards."""
+    """Restore random states and the garbage collector's setting afterwards, and release memory."""
     python, numpy, collects = random.getstate(), np.random.get_state(), gc.isenabled()
     gc.enable()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Settings that libraries read from the process's environment, for a while."""
+"""Temporary settings of environment variables that libraries read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set these variables, and put them back as they were."""
+    """Set these variables, and restore their earlier values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""A model as evaluations see it: prompts in, text or log-likelihoods out, nothing ever too long for the model."""
+"""A model for evaluations: prompts in, text or log-likelihoods out; what is too long for the model is truncated."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from titan_peer.inference.generator import Generator, SamplingParams
 
 logger = logging.getLogger("titan_peer")
 
-# Batches between two looks at whether to stop; pairs are sorted by length within as many.
+# How many batches run between two checks whether to stop; pairs are sorted by length within that many batches.
 _BATCHES_A_CHUNK = 32
 
 
 class EvaluationStoppedError(Exception):
-    """The process has been told to stop: what follows can wait for another time."""
+    """The process has been told to stop, so the evaluation is broken off."""
 
 
 @dataclass
 class LanguageModel:
-    """What the adapters need, over the decoder of `inference/generator.py`."""
+    """The interface that the adapters use, on top of `inference/generator.py`."""
 
     generator: Generator
     max_new_tokens: int
-    """Tokens of a completion where an evaluation does not say."""
+    """Tokens per completion if an evaluation does not specify it."""
     batch_size: int
-    """Sequences in a forward pass."""
+    """Sequences per forward pass."""
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Makes the context that every pass runs in, such as autocast."""
+    """Makes the context in which every pass runs, such as autocast."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked between batches; True ends the evaluation with EvaluationStoppedError."""
+    """Called between batches; True ends the evaluation with EvaluationStoppedError."""
     _said_truncated: bool = field(default=False, init=False)
     _said_broken: bool = field(default=False, init=False)
 
@@ -52,7 +52,7 @@ class LanguageModel:
 
     @property
     def prefix_id(self) -> int:
-        """The token that begins a document, which the log-likelihood of a whole text is conditioned on."""
+        """The token that begins a document; the log-likelihood of a whole text is conditioned on it."""
         known = (token for token in (self.tokenizer.bos_id, self.tokenizer.eos_id) if token is not None)
         unused = set(self.tokenizer.unused_ids)
         return next(known, next(i for i in range(self.tokenizer.vocab_size) if i not in unused))
@@ -64,9 +64,11 @@ class LanguageModel:
         top_p: float | None,
         stop: str | Sequence[str] | None,
     ) -> SamplingParams:
-        """How an evaluation wants its completions; what it leaves open (None) is greedy and of the usual length."""
+        """Sampling parameters for an evaluation's completions; None stands for greedy and for the default length."""
         stop = [stop] if isinstance(stop, str) else stop or []
-        stop = [text for text in stop if text and text == with_whole_characters(text)]  # others can never be written
+        stop = [
+            text for text in stop if text and text == with_whole_characters(text)
+        ]  # the model can never write others
         return SamplingParams(
             max_new_tokens=min(max_new_tokens or self.max_new_tokens, self.max_seq_len // 2),
             temperature=temperature or 0.0,
@@ -76,7 +78,7 @@ class LanguageModel:
         )
 
     def whole(self, text: str) -> str:
-        """The text with U+FFFD where it has half of a surrogate pair, as JSON can spell; said once."""
+        """The text with lone surrogates, which JSON can contain, replaced by U+FFFD; logged once."""
         whole = with_whole_characters(text)
         if whole != text and not self._said_broken:
             logger.warning("evaluation: a sample has half of a surrogate pair; the model is shown U+FFFD in its place")
@@ -84,7 +86,7 @@ class LanguageModel:
         return whole
 
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[str]:
-        """The text that the model writes after each prompt; prompts too long for it lose their beginning."""
+        """The text that the model writes after each prompt; prompts that are too long are cut off at their beginning."""
         ids = []
         for prompt, sampling in zip(prompts, params, strict=True):
             encoded = self.generator.encode(self.whole(prompt)) if prompt else [self.prefix_id]
@@ -104,7 +106,7 @@ class LanguageModel:
         """log p(continuation | context), in nats, and whether greedy decoding would give the continuation.
 
         Args:
-            pairs: (context, continuation), both text or both ids; what is too long for the model loses its beginning.
+            pairs: (context, continuation), both text or both ids; pairs that are too long are cut off at their beginning.
         """
         fitting = [
             (self.whole(c), self.whole(t)) if isinstance(c, str) and isinstance(t, str) else (c, t[-self.max_seq_len :])
@@ -121,7 +123,7 @@ class LanguageModel:
         return scores
 
     def _progress(self, total: int) -> tqdm[None]:
-        """A bar on a terminal for what takes more than a few batches; otherwise nothing."""
+        """A progress bar on a terminal, if there are more than a few batches; otherwise a hidden one."""
         hidden = not sys.stderr.isatty() or total <= 4 * self.batch_size
         return tqdm(total=total, leave=False, dynamic_ncols=True, disable=hidden)
 
@@ -134,10 +136,10 @@ class LanguageModel:
             return ids
         if not self._said_truncated:
             logger.warning(
-                "evaluation: a prompt of %d tokens does not fit model.max_seq_len = %d; such prompts lose their beginning",
+                "evaluation: a prompt of %d tokens does not fit model.max_seq_len = %d; such prompts are cut off at their beginning",
                 len(ids),
                 self.max_seq_len,
             )
             self._said_truncated = True
-        # the document's begin token stays, so that the model sees what it was trained on
+        # the begin token is kept, so that the model sees documents begin as in training
         return [ids[0], *ids[len(ids) - room + 1 :]] if ids[0] == self.tokenizer.bos_id else ids[-room:]

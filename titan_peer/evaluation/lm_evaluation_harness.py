@@ -45,10 +45,10 @@ _FEWSHOT_SEED = 1234  # lm_eval's own default
 
 @register_model("titan_peer")
 class TitanPeerLM(TemplateLM):  # type: ignore[misc]
-    """lm_eval's view of a model.
+    """A model in lm_eval's interface.
 
     Args: (`lm_eval --model_args checkpoint=...,max_new_tokens=... --device ... --batch_size ...`)
-        checkpoint: a job's folder, or `<dump_folder>/checkpoint/step-N`; or a LanguageModel that is already there.
+        checkpoint: a job's folder, or `<dump_folder>/checkpoint/step-N`; or a LanguageModel.
         device, batch_size, max_new_tokens: as for `titan-peer eval`.
     """
 
@@ -133,7 +133,7 @@ class TitanPeerLM(TemplateLM):  # type: ignore[misc]
 
 
 def _device(asked: str | None) -> str:
-    """The device that the lm_eval command asks for; its default is a GPU, whether there is one or not."""
+    """The device that the lm_eval command asks for; by default it asks for a GPU even if there is none."""
     if asked == _LM_EVALS_DEVICE and not torch.cuda.is_available():
         logger.warning("lm_eval asks for %s, as it does by default; there is none, so the model is on the CPU", asked)
         return "cpu"
@@ -142,8 +142,8 @@ def _device(asked: str | None) -> str:
 
 @contextmanager
 def _quiet_in_a_log() -> Iterator[None]:
-    """lm_eval's progress bars belong on a terminal and its messages not on standard output, which is the table's; its
-    bootstrap must not fork a process that trains."""
+    """Show lm_eval's progress bars only on a terminal, send its messages to standard error (standard output is for the
+    table), and keep its bootstrap from forking a process that trains."""
     with ExitStack() as stack:
         stack.enter_context(environment(DISABLE_MULTIPROC="1"))
         if not sys.stderr.isatty():
@@ -154,7 +154,7 @@ def _quiet_in_a_log() -> Iterator[None]:
 
 
 def _task_manager(names: Sequence[str], tasks_path: str) -> TaskManager:
-    """One that knows the names; lm_eval's own 15,000 task files, which take many seconds, are read only if need be."""
+    """A task manager that knows the names; lm_eval's own 15,000 task files, which take many seconds, are read only if needed."""
     paths = [str(BUNDLED_TASKS), *([tasks_path] if tasks_path else [])]
     local = TaskManager(include_path=paths, include_defaults=False)
     if all(local.match_tasks([name]) for name in names):
@@ -181,17 +181,17 @@ class LMEvalTask:
             raise UserError(f"tasks: lm_eval has no task {name!r}; the nearest names: {', '.join(near)}")
 
     def prepare(self) -> None:
-        """Load its data, which lm_eval downloads for its own tasks.
+        """Load the task's data, which lm_eval downloads for its own tasks.
 
         Raises:
-            UserError: they cannot be downloaded or read.
+            UserError: the data cannot be downloaded or read.
         """
         if self._loaded is not None:
             return
         try:
             with _quiet_in_a_log():
                 self._loaded = self.manager.load(self.manager.match_tasks([self.name]))
-        except Exception as error:  # of datasets, the network, pyarrow or a task's own code
+        except Exception as error:  # from datasets, the network, pyarrow or a task's own code
             causes = list(_causes(error))
             lines = [f"{type(e).__name__}: {e}".splitlines()[0] for e in dict.fromkeys([error, causes[-1]])]
             advice = f"\n{_network_advice()}" if _needs_network(error) else ""
@@ -200,10 +200,10 @@ class LMEvalTask:
             ) from None
 
     def run(self, model: LanguageModel, records: Path | None = None) -> Result:
-        """Run it.
+        """Run the task.
 
         Args:
-            records: folder for every sample's prompt, answer and scores (JSON lines).
+            records: folder for every sample's prompt, answer and scores (JSON lines); None: not written.
         """
         self.prepare()
         loaded, self._loaded = self._loaded, None
@@ -224,14 +224,14 @@ class LMEvalTask:
             records.mkdir(parents=True, exist_ok=True)
             for task, samples in report["samples"].items():
                 lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-                # which spells half of a surrogate pair as JSON does
+                # half of a surrogate pair is written as in JSON
                 written = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
                 (records / f"{task}.jsonl").write_bytes(written)
         return Result(self.kind, self.name, dict(_metrics(report, self.name)), _num_samples(report))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, what caused that ..."""
+    """The error and the chain of its causes."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -246,13 +246,13 @@ def _needs_network(error: Exception) -> bool:
 def _network_advice() -> str:
     bundled = ", ".join(sorted(file.stem for file in BUNDLED_TASKS.glob("*.yaml")))
     return (
-        "data of lm-eval's own tasks are downloaded: run this once where there is a network, so that they are kept in the "
-        f"folder HF_HOME (~/.cache/huggingface), or take tasks that have theirs: {bundled}"
+        "data of lm-eval's own tasks are downloaded: run this once with a network, so that they are stored in the folder "
+        f"HF_HOME (~/.cache/huggingface), or choose tasks that come with their data: {bundled}"
     )
 
 
 def _metrics(report: dict[str, Any], name: str) -> Sequence[tuple[str, float]]:
-    """lm_eval names a metric "acc,none" for the filter "none", the usual one; here "acc"."""
+    """Metrics by name; lm_eval calls a metric "acc,none" with the usual filter "none", and here it is "acc"."""
     found = []
     for task, values in (report.get("groups") or report["results"]).items():
         for key, value in values.items():
@@ -268,10 +268,10 @@ def _num_samples(report: dict[str, Any]) -> int:
 
 
 def tasks(names: Sequence[str], *, limit: int = -1, tasks_path: str = "") -> list[LMEvalTask]:
-    """The tasks of these names.
+    """The tasks with these names.
 
     Args:
-        tasks_path: folder of further task files (YAML).
+        tasks_path: a folder with further task files (YAML).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(names, tasks_path)

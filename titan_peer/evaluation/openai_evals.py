@@ -1,7 +1,7 @@
-"""OpenAI evals (the `evals` package) on our models: the model as a completion function, and the package's evals as
-evaluations of ours.
+"""OpenAI evals (the `evals` package) on our models: the model as a completion function, and the package's evals as our
+evaluations.
 
-The package builds an API client when it is imported, which asks for a key; none is ever used, so any word will do.
+The package builds an API client when it is imported, which needs a key; the client is never used, so any string will do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from titan_peer.inference.generator import SamplingParams
 
 INSTALL = "pip install 'titan_peer[evals]' && pip install --no-deps evals"
 PREFIX = "titan_peer/"
-# A completion that goes on with the next turn of the conversation has answered.
+# A completion that starts the next turn of the conversation has finished its answer.
 _TURNS = ("\nUser:", "\nSystem:", "\nAssistant:")
-# With more different answers than this over its samples, an eval is not taken for a multiple-choice one.
+# An eval with more different answers than this over its samples is not treated as multiple-choice.
 _MAX_CHOICES = 10
 _SEED = 20220722  # oaieval's own default
 _MATCH = "evals.elsuite.basic.match:Match"
@@ -40,7 +40,7 @@ _MULTIPLE_CHOICE = "evals.elsuite.multiple_choice:MultipleChoice"
 
 @contextmanager
 def _package(batch_size: int = 1) -> Iterator[Any]:
-    """The imported `evals`, with what it reads from the environment: a key, threads, and progress on terminals only."""
+    """The imported `evals`, with its environment variables set: a key, threads, and progress on terminals only."""
     settings = {
         "OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY") or "unused",
         "EVALS_THREADS": str(batch_size),
@@ -77,13 +77,13 @@ class Completion:
 class ModelCompletionFn:
     """`evals.api.CompletionFn` on a model: evals call it from many threads, it answers in batches.
 
-    A chat prompt is written out as the package does for models without chat ("User: ...", "Assistant:"). Sampling is
-    greedy unless the eval asks for a temperature. White space around prompt and completion is dropped, because where a
-    tokenizer puts the space between them is none of the eval's business.
+    A chat prompt is written as the package does it for models without chat ("User: ...", "Assistant:"). Sampling is greedy
+    unless the eval asks for a temperature. White space around prompt and completion is dropped, because the result must not
+    depend on where a tokenizer puts the space between them.
 
     Args:
-        choices: if given, the answer is the most probable of these by log-likelihood; "letters" takes the letters that
-            the prompt offers as "A) ...".
+        choices: if given, the answer is the most probable of these by log-likelihood; "letters": of the letters that the
+            prompt offers as "A) ...".
     """
 
     def __init__(self, model: LanguageModel, choices: Sequence[str] | str = ()) -> None:
@@ -133,9 +133,9 @@ class ModelCompletionFn:
 
 
 class CheckpointCompletionFn(ModelCompletionFn):
-    """What `oaieval titan_peer/<checkpoint>` makes: a completion function on a checkpoint.
+    """A completion function on a checkpoint, for `oaieval titan_peer/<checkpoint>`.
 
-    Args: (those after `checkpoint` by `oaieval --completion_args name=value,...`)
+    Args: (those after `checkpoint` are given with `oaieval --completion_args name=value,...`)
         checkpoint: a job's folder, or `<dump_folder>/checkpoint/step-N`.
         choices: answers to choose from by log-likelihood, separated by "/"; or "letters".
         device, batch_size, max_new_tokens: as for `titan-peer eval`.
@@ -159,9 +159,9 @@ class CheckpointCompletionFn(ModelCompletionFn):
 
 
 def write_registry(folder: Path, checkpoint: Path) -> Path:
-    """Make the checkpoint known to `oaieval` as `titan_peer/<checkpoint>`, by a registry file in `folder`.
+    """Register the checkpoint for `oaieval` as `titan_peer/<checkpoint>`, in a registry file in `folder`.
 
-    Registries are looked for in `~/.evals` and in `oaieval --registry_path`. Earlier entries of the file are kept.
+    `oaieval` looks for registries in `~/.evals` and in `--registry_path`. Earlier entries of the file are kept.
     """
     import yaml
 
@@ -186,7 +186,7 @@ def write_registry(folder: Path, checkpoint: Path) -> Path:
 
 @functools.cache
 def _registry(path: str) -> Any:
-    """The package's registry and that of the folder `path`, if any; its 460 files take seconds to read."""
+    """The package's registry and that of the folder `path`, if any; cached, since the package's 460 files take seconds."""
     from evals.registry import Registry
 
     registry = Registry()
@@ -199,7 +199,7 @@ class OpenAIEval:
     """One eval of the registry, such as test-match.
 
     Raises:
-        UserError: the package is not installed, or has no eval of this name.
+        UserError: the package is not installed, or has no eval with this name.
     """
 
     kind = "evals"
@@ -215,13 +215,13 @@ class OpenAIEval:
                 raise UserError(f"evals: no eval {name!r} in the registry; the nearest names: {', '.join(near)}")
 
     def prepare(self) -> None:
-        """Nothing: the package has its data."""
+        """Nothing to do: the package contains its data."""
 
     def run(self, model: LanguageModel, records: Path | None = None) -> Result:
-        """Run it by generation and, where its answers are a small closed set, also by log-likelihood.
+        """Run the eval by generation and, if its answers are a small closed set, also by log-likelihood.
 
         Args:
-            records: folder for every sample's prompt, answer and verdict (JSON lines).
+            records: folder for every sample's prompt, answer and verdict (JSON lines); None: not kept.
         """
         with tempfile.TemporaryDirectory() as scratch, _package(model.batch_size):
             folder = Path(scratch) if records is None else records
@@ -236,7 +236,7 @@ class OpenAIEval:
         return Result(self.kind, self.name, metrics, samples)
 
     def _report(self, completion_fn: ModelCompletionFn, record_file: Path) -> tuple[Mapping[str, Any], int]:
-        """The eval's final report, and its number of samples; what `oaieval` does, without leaving its recorder behind."""
+        """The eval's final report and number of samples; as `oaieval` does it, but without leaving its recorder registered."""
         from evals.base import RunSpec
         from evals.eval import set_max_samples
 
@@ -266,7 +266,7 @@ class OpenAIEval:
         return report, len({event["sample_id"] for event in events if event.get("sample_id")})
 
     def _closed_answers(self) -> Sequence[str] | str:
-        """What to choose from by log-likelihood, or nothing for an eval with open answers."""
+        """The choices for log-likelihood; empty for an eval with open answers."""
         from evals.data import get_jsonl
 
         spec = _registry(self.registry_path).get_eval(self.name)
@@ -282,7 +282,7 @@ class OpenAIEval:
 
 
 def _recorder(file: Path, run_spec: Any) -> Any:
-    """The package's recorder to a file, which ends the eval where a sample has half of a surrogate pair."""
+    """The package's file recorder, but with lone surrogates replaced, at which the original would fail."""
     from evals.record import Event, LocalRecorder
 
     class Recorder(LocalRecorder):  # type: ignore[misc]
@@ -293,7 +293,7 @@ def _recorder(file: Path, run_spec: Any) -> Any:
 
 
 def _whole(data: Any) -> Any:
-    """Data of a record with `with_whole_characters` on every text in it."""
+    """A record's data with `with_whole_characters` applied to every text in it."""
     if isinstance(data, str):
         return with_whole_characters(data)
     if isinstance(data, dict):

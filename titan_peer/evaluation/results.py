@@ -16,7 +16,7 @@ PREFIX = "evaluation/"
 FAILED = "failed"
 _SHARES = ("acc", "exact_match", "f1")  # beginnings of metrics that lie between 0 and 1
 _SAMPLES = "samples"
-# the evals package's standard error of an accuracy, by sampling from its samples
+# the evals package's standard error of an accuracy, by bootstrapping over its samples
 BOOTSTRAP_OF = {"accuracy": "bootstrap_std", "accuracy_by_log_likelihood": "bootstrap_std_by_log_likelihood"}
 
 
@@ -34,7 +34,7 @@ class Result:
     error: str = ""
     """Why there are no numbers."""
     stopped: bool = False
-    """Broken off, because the job was told to stop, and so neither a success nor a failure."""
+    """Broken off because the job was told to stop, which is neither a success nor a failure."""
 
     def record(self) -> dict[str, float]:
         """`evaluation/<kind>/<name>/<metric>`: value, and the number of samples as a metric; a failed evaluation has the metric
@@ -49,7 +49,7 @@ class Result:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
-    """A Markdown table whose columns line up; numbers to the right from column `numbers_from` on."""
+    """A Markdown table with aligned columns; from column `numbers_from` on they are right-aligned."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     rule = ["-" * w if i < numbers_from else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -61,13 +61,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: i
 
 
 def _spread_of(metric: str) -> str:
-    """The metric that has another one's standard error."""
+    """The name of the metric that holds a metric's standard error."""
     name, filtered, filter_name = metric.partition(" (")  # lm_eval's filters
     return BOOTSTRAP_OF.get(name) or f"{name}_stderr{filtered}{filter_name}"
 
 
 def _is_spread(metric: str) -> bool:
-    """Whether it says how sure another metric is."""
+    """Whether the metric is the standard error of another metric."""
     return metric in BOOTSTRAP_OF.values() or metric.partition(" (")[0].endswith("_stderr")
 
 
@@ -80,7 +80,7 @@ def _number(value: float) -> str:
 
 
 def result_table(results: Sequence[Result]) -> str:
-    """One row a metric, for one checkpoint."""
+    """One row per metric, for one checkpoint."""
     rows = []
     for result in results:
         if result.error:
@@ -118,9 +118,9 @@ class _Series:
     values: dict[int, float] = field(default_factory=dict)
     """step: value"""
     spreads: dict[int, float] = field(default_factory=dict)
-    """step: standard error, where it was measured"""
+    """step: standard error, if measured"""
     samples: int = 0
-    """Those of the newest step."""
+    """Number of samples at the newest step."""
 
     @property
     def unit(self) -> str:
@@ -128,7 +128,7 @@ class _Series:
 
 
 def _series(records: Sequence[dict[str, float]]) -> list[_Series]:
-    """Every metric, in the order of first appearance; spreads and numbers of samples stand with theirs."""
+    """Every metric, in order of first appearance, with its standard errors and number of samples."""
     columns: dict[str, dict[int, float]] = {}
     for record in records:
         for key, value in record.items():
@@ -147,10 +147,10 @@ def _series(records: Sequence[dict[str, float]]) -> list[_Series]:
 
 
 def history_table(records: Sequence[dict[str, float]], max_steps: int = 8) -> str:
-    """A run's evaluations: one row a metric, one column a step (the newest `max_steps`), a value with its standard error.
+    """A run's evaluations: one row per metric, one column per step (the newest `max_steps`), values with standard errors.
 
     Args:
-        records: those of metrics.jsonl; what is not of an evaluation is passed over.
+        records: those of metrics.jsonl; records without evaluations are ignored.
     """
     series = _series(records)
     steps = sorted({step for one in series for step in one.values})[-max_steps:]
@@ -165,7 +165,7 @@ def history_table(records: Sequence[dict[str, float]], max_steps: int = 8) -> st
 
 
 def plot_history(records: Sequence[dict[str, float]], output: Path) -> None:
-    """Every metric against the step, a small panel each, with standard errors, as a PNG; nothing is written without records."""
+    """Every metric against the step, one small panel each, with standard errors, as a PNG; without records nothing is written."""
     series = [one for one in _series(records) if one.metric != FAILED]
     if not series:
         return
@@ -208,7 +208,7 @@ def _figure(series: Sequence[_Series]) -> Figure:
     for i, panel in enumerate(axes.flat):
         if i >= len(series):
             panel.axis("off")
-        elif i + columns >= len(series):  # the lowest of its column
+        elif i + columns >= len(series):  # the lowest panel of its column
             panel.set_xlabel("step", fontsize=8)
     if any(one.spreads for one in series):
         figure.suptitle("bars: one standard error to either side", fontsize=8)

@@ -1,4 +1,4 @@
-"""The evaluations that a job or a command line names: checked before any work, run without ever raising."""
+"""The evaluations that a job or a command line names: checked before any work; failures go into the results, not raised."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GenerativeEvaluation(Protocol):
     name: str
 
     def prepare(self) -> None:
-        """Get what it needs that may be missing, such as data to download; raises UserError."""
+        """Get what it needs, such as data to download; raises UserError."""
         ...
 
     def run(self, model: LanguageModel, records: Path | None) -> Result: ...
@@ -53,7 +53,7 @@ def held_out_batches(
     """One pass over a held-out set, packed as in training.
 
     Args:
-        key: what the user called the set, for error messages.
+        key: the user's name for the set, for error messages.
         data: the training data's settings; packing and begin and end tokens are taken from it.
     Raises:
         UserError: the set cannot be read.
@@ -72,7 +72,7 @@ def held_out_batches(
 
 
 class _NamedBatches:
-    """Batches of a held-out set, whose errors call it as the user did."""
+    """Batches of a held-out set, whose errors use the user's name for it."""
 
     def __init__(self, batches: Batches, key: str) -> None:
         self._batches, self._key = batches, key
@@ -84,7 +84,7 @@ class _NamedBatches:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Errors about the only validation set are about the set `key`; a set on a command line has no keys of its own."""
+    """Rename the only validation set to `key` in errors; a set given on a command line has no keys of its own."""
     try:
         yield
     except (UserError, TransientError) as error:
@@ -99,10 +99,10 @@ def _named(key: str) -> Iterator[None]:
 
 
 def generative_evaluations(settings: Evaluation) -> list[GenerativeEvaluation]:
-    """The OpenAI evals and lm-eval tasks that are named.
+    """The OpenAI evals and lm-eval tasks that the settings name.
 
     Raises:
-        UserError: a package is not installed, or has nothing of a name.
+        UserError: a package is not installed, or does not know a name.
     """
     found: list[GenerativeEvaluation] = []
     if settings.evals:
@@ -117,12 +117,12 @@ def generative_evaluations(settings: Evaluation) -> list[GenerativeEvaluation]:
 
 
 def run_one(evaluation: GenerativeEvaluation, model: LanguageModel, records: Path | None) -> Result:
-    """The evaluation's result; one that fails says so in it."""
+    """The evaluation's result; if it fails, the result says why."""
     return _guarded(evaluation.kind, evaluation.name, lambda: evaluation.run(model, records))
 
 
 def run_perplexity(source: DataSource, measure: Callable[[], HeldOutLoss]) -> Result:
-    """Perplexity of one held-out set, likewise."""
+    """Perplexity of one held-out set; if it fails, the result says why."""
     name = source_name(source)
 
     def run() -> Result:
@@ -138,7 +138,7 @@ def _guarded(kind: str, name: str, run: Callable[[], Result]) -> Result:
         result = run()
     except EvaluationStoppedError as stop:
         return Result(kind, name, error=str(stop), stopped=True)
-    except (UserError, TransientError) as error:  # says all that there is to say
+    except (UserError, TransientError) as error:  # its message is complete without a traceback
         result = Result(kind, name, error=str(error))
     except Exception as error:
         logger.error("evaluation %s of %s failed", name, kind, exc_info=error)

@@ -1,4 +1,4 @@
-"""A remedy for uneven usage: an auxiliary loss, the KL divergence from uniform of a batch's gate-weighted usage.
+"""A remedy for uneven usage: an auxiliary loss, the KL divergence of a batch's gate-weighted usage from the uniform one.
 
 It is the unevenness that is reported (arXiv 2407.04153, section 3.3), of the tokens at hand and in differentiable form, so
 its gradient lowers the gates of the experts that have too much and raises those of the others that were retrieved; through
@@ -19,12 +19,12 @@ from titan_peer.model import PEER, Transformer, peer_layers
 
 
 def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
-    """log N + sum_n p_n log p_n with p the experts' shares of the gates.
+    """log N + sum_n p_n log p_n, where p_n are the experts' shares of the gates.
 
-    Work and memory follow the pairs, not the experts: gates are summed along the runs of the sorted indices.
+    Work and memory grow with the pairs, not with the experts: gates are summed along the runs of the sorted indices.
 
     Args:
-        indices: int64, any shape; places of negative index (padding) have no share.
+        indices: int64, any shape; places with a negative index (padding) have no share.
         gates: the same shape; not negative.
     Returns:
         0-d, dtype of gates, nats; differentiable in gates. log N, without a gradient, if all gates are zero.
@@ -41,7 +41,7 @@ def unevenness(indices: Tensor, gates: Tensor, num_experts: int) -> Tensor:
 
 
 class _AddLoss(torch.autograd.Function):
-    """Gates as they are; the backward pass adds the gradient of `loss` to what comes from the model's own loss."""
+    """Returns the gates unchanged; the backward pass adds the gradient of `loss` to that of the model's own loss."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, loss: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _BalanceLoss:
 def add_balance_loss(model: Transformer, coeff: float, micro_batches: int) -> Callable[[], None]:
     """Have training also minimise coeff x the sum over PEER layers of their unevenness.
 
-    Each process' micro-batch has its own; what is minimised is the mean over micro-batches and processes.
+    The unevenness is computed per micro-batch of each process; its mean over micro-batches and processes is minimised.
 
     Args:
         micro_batches: of all processes in an optimizer step, since gradients are summed over them (train_step.py).

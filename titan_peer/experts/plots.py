@@ -15,8 +15,8 @@ from titan_peer.metrics.sinks import Record, complete_lines
 def draw(records_file: Path, folder: Path) -> dict[str, Path]:
     """Draw the plots of an expert_usage.jsonl into `folder`; returns their paths by name.
 
-    rank_frequency: load against rank on logarithmic axes, a line a layer; load_percentiles: layers x percentiles of load;
-    over_time (from the second report on): share used, unevenness, Gini and dead experts against steps.
+    rank_frequency: load against rank on logarithmic axes, one line per layer; load_percentiles: layers x percentiles of load;
+    over_time (from the second report on): share used, unevenness, Gini coefficient and dead experts against steps.
     """
     records = complete_lines(records_file)
     last_step = records[-1]["step"]
@@ -37,7 +37,7 @@ def _colours(number: int) -> list[Any]:
 
 
 def load_text(load: float) -> str:
-    """A load in two digits or whole multiples of the uniform share, never as a power of ten: 970, 1.8, 0.022, <0.001."""
+    """A load with two digits or as a whole number, never as a power of ten: 970, 1.8, 0.022, <0.001."""
     if load >= 10:
         return f"{load:,.0f}"
     if 0 < load < 0.001:
@@ -64,7 +64,7 @@ def _load_percentiles(latest: Sequence[Record]) -> Figure:
 
     figure = Figure(figsize=(9, 1.8 + 0.4 * len(latest)), layout="constrained")
     axes = figure.subplots()
-    # below a thousandth of the uniform share all loads have one colour
+    # all loads below a thousandth of the uniform share have the same colour
     values = [[max(load, 1e-3) for load in record["percentiles"]] for record in latest]
     picture = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=LogNorm(1e-3, 1e3))
     for i, record in enumerate(latest):

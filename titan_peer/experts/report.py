@@ -1,4 +1,4 @@
-"""What a person sees of expert usage: records, plots and warnings, at the intervals of a training run."""
+"""Reports of expert usage for a person: records, plots and warnings, at intervals of a training run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from titan_peer.metrics.sinks import JsonlSink, Record
 logger = logging.getLogger("titan_peer")
 
 HOT_LOAD, HOT_COUNT = 100.0, 100
-"""Warn of an expert with this many times the uniform share of gates and this many uses in the window."""
+"""Warn about an expert with this many times the uniform share of the gates and this many uses in the window."""
 DEAD_SHARE = 0.05
 """Warn when this share of a layer's experts is dead."""
 _WORSE = 1.5
-"""Warn again when it has become worse by this factor."""
+"""Warn again when the value has become worse by this factor."""
 _PLOT_TIME_SHARE = 0.005
-"""Plots are drawn anew as often as this share of the time allows, and at the end."""
+"""The largest share of the time that drawing plots may take; they are always drawn at the end."""
 
 
 def remedies(config: JobConfig) -> dict[str, str]:
-    """What a job could try against a "hot" expert and against "dead" ones; nothing that it does already."""
+    """What a job could try against a "hot" expert and against "dead" ones; without what it does already."""
     training = config.training
     balance = "training.expert_balance_coeff = 0.01"
     if training.expert_balance_coeff:
@@ -77,7 +77,7 @@ class UsageReporter(Callback):
 
     @torch.no_grad()
     def report(self, step: int) -> None:
-        """Read and report the window that ends with `step`. Called by every process."""
+        """Read and report the window that ends with `step`. Every process must call it."""
         start, self._reported = time.perf_counter(), step
         window = self.usage.read()
         if self._file is not None:
@@ -91,9 +91,9 @@ class UsageReporter(Callback):
         self.metrics.exclude(time.perf_counter() - start)
 
     def close(self, step: int | None) -> None:
-        """End with `step`, where the job may have stopped early; its last window is reported. Called by every process.
+        """End with `step`, at which the job may have stopped early, and report the last window. Every process must call it.
 
-        None: this process, or another, has failed; nothing more is reported, since that takes all of them.
+        None: a process has failed; nothing more is reported, since reporting needs all of them.
         """
         if step is not None and step > self._reported:
             self.report(step)

@@ -1,11 +1,11 @@
-"""A remedy for dead experts: sub-keys that a head never chooses start anew from chosen ones, and their experts with them.
+"""A remedy for dead experts: sub-keys that a head never chooses are re-initialised from chosen ones, with their experts.
 
-An expert is retrieved by its sub-keys, so weights alone cannot bring it back: a dead sub-key becomes a copy of a used one,
-picked in proportion to use, plus noise. The two then share the tokens that the one had. Experts on the revived sub-key that
-no head used get weights and optimizer state of their counterparts on the copied one, so that they start as good as those;
-experts that another head uses keep theirs.
+An expert is retrieved by its sub-keys, so new weights alone cannot revive it. A dead sub-key therefore becomes a copy, plus
+noise, of a used one that is picked in proportion to its use; the two then share the tokens of the used one. Experts on the
+revived sub-key that no head used get the weights and optimizer state of their counterparts on the copied one, so that they
+start as well as those; experts that another head uses keep their own.
 
-Counters run from one revival to the next; a resumed job starts counting anew.
+Counters run from one revival to the next; a resumed job starts counting from zero.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _ROWS_AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class DeadKeys:
-    """Sub-keys of one product-key axis of a layer that are to be replaced, and by which; each int64 [R]."""
+    """Sub-keys of one product-key axis of a layer that are to be replaced, and their replacements; tensors int64 [R]."""
 
     axis: int
     key_sets: Tensor
-    """The head, or 0 where heads share their sub-keys."""
+    """The head, or 0 if heads share their sub-keys."""
     dead: Tensor
     sources: Tensor
 
@@ -42,11 +42,11 @@ class DeadKeys:
 def find_dead_keys(
     counts: Tensor, product_key_dim: list[int], key_sets: int, generator: torch.Generator
 ) -> list[DeadKeys]:
-    """The sub-keys that were never chosen though uniform usage would have chosen them at least DEAD_AFTER times.
+    """The sub-keys that were never chosen although uniform usage would have chosen them at least DEAD_AFTER times.
 
     Args:
         counts: int64 [H, N] on the CPU.
-        key_sets: H, or 1 where heads share their sub-keys.
+        key_sets: H, or 1 if heads share their sub-keys.
     """
     heads = counts.shape[0]
     grid = counts.view(heads, *product_key_dim)
@@ -66,7 +66,7 @@ def find_dead_keys(
 
 
 def counterparts(keys: DeadKeys, product_key_dim: list[int]) -> tuple[Tensor, Tensor]:
-    """The experts on dead sub-keys and those on the sub-keys that replace them, otherwise of equal coordinates."""
+    """The experts on dead sub-keys, and the experts with the replacing sub-keys and otherwise equal coordinates."""
     stride = 1
     for num_keys in product_key_dim[keys.axis + 1 :]:
         stride *= num_keys
@@ -78,11 +78,11 @@ def counterparts(keys: DeadKeys, product_key_dim: list[int]) -> tuple[Tensor, Te
 
 
 def copy_rows(tensor: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """tensor[targets] = tensor[sources], also where the rows are spread over processes. Called by all that hold some.
+    """tensor[targets] = tensor[sources], also for rows sharded over processes. All processes of the mesh must call it.
 
     Args:
-        tensor: [N, ...]; a DTensor is sharded on the first dim over a one-dimensional mesh.
-        sources, targets: int64 [R], all different from one another.
+        tensor: [N, ...]; a DTensor must be sharded on the first dim over a one-dimensional mesh.
+        sources, targets: int64 [R], without a common element.
     """
     if not isinstance(tensor, DTensor):
         where = tensor.device
@@ -126,9 +126,9 @@ class ExpertRevival(Callback):
 
     @torch.no_grad()
     def revive(self, step: int) -> list[str]:
-        """Revive what is dead since the last call; a line for a person about each layer that had some.
+        """Revive what was dead since the last call; returns a line to log for each layer with dead sub-keys.
 
-        Called by every process.
+        Every process must call it.
         """
         window = self.usage.read()
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * step)
@@ -147,7 +147,7 @@ class ExpertRevival(Callback):
         self, peer: PEER, layer: int, window: dict[int, Counts], generator: torch.Generator
     ) -> tuple[int, int]:
         counts = window[layer].counts.cpu()
-        # tables that layers share are used where any of them uses them
+        # an expert of shared tables is used if any of the layers uses it
         of_table = window.values() if peer.experts is None else [window[layer]]
         used = sum((usage.counts.sum(0).cpu() for usage in of_table), torch.zeros(counts.shape[1])) > 0
         experts = peer.experts if peer.experts is not None else self.model.shared_experts
@@ -159,7 +159,7 @@ class ExpertRevival(Callback):
             dead, sources = counterparts(keys, product_key_dim)
             copied = ~used[dead] & used[sources]
             dead, sources = dead[copied], sources[copied]
-            # heads may revive the same sub-key from different ones: an expert has one source
+            # heads may revive the same sub-key from different sources, but an expert needs exactly one
             order = dead.argsort(stable=True)
             is_first = torch.cat([torch.ones(1, dtype=torch.bool), dead[order][1:] != dead[order][:-1]])[: len(dead)]
             dead, sources = dead[order][is_first], sources[order][is_first]
@@ -181,7 +181,7 @@ class ExpertRevival(Callback):
                 tensor.to_local().copy_(mine.to_local())
 
     def _state(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What the optimizer keeps for each element or row of a parameter."""
+        """The optimizer's state for each element or row of a parameter."""
         yield from ((name, t) for name, t in self.optimizers.state_of(parameter).items() if t.ndim > 0)
 
     def _with_state(self, experts: Experts) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ tokens x heads x k additions per layer, no synchronisation, nothing of the size 
 over processes and cleared only when a report is due. Each process counts its own tokens over all experts, so sharded expert
 tables change nothing.
 
-Shapes: T tokens, H heads, k experts a head, N experts.
+Shapes: T tokens, H heads, k experts per head, N experts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from titan_peer.metrics.sinks import Histogram
 from titan_peer.model import PEER, Transformer, peer_layers
 
 DEAD_AFTER = 10.0
-"""An expert is dead when uniform usage would have used it this often since its last use (by chance: e^-10)."""
+"""An expert is dead if uniform usage would have used it this often since its last use (probability by chance: e^-10)."""
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
-"""Of the experts of a layer, by load."""
+"""Percentiles of a layer's experts, by load."""
 LOAD_EDGES = (0.0, *(2.0**power for power in range(-6, 15)))
 """Bins of the histogram of loads, in multiples of uniform usage; unused experts are in the first."""
 
@@ -36,7 +36,7 @@ def count_experts(counts: Tensor, gate_sums: Tensor, indices: Tensor, gates: Ten
     """Add the experts of T tokens to the counters of a layer.
 
     Args:
-        counts: int32 [H, N]; a head takes an expert at most once a token, so there is room for 2**31 tokens.
+        counts: int32 [H, N]; a head takes an expert at most once per token, so there is room for 2**31 tokens.
         gate_sums: float32 [H, N].
         indices: int64 [T, H, k]; negative ones (padding) are not counted.
         gates: [T, H, k].
@@ -71,18 +71,18 @@ class _Counter:
 
 @dataclass
 class Counts:
-    """What one PEER layer used in a window, all processes together."""
+    """The expert usage of one PEER layer in a window, over all processes."""
 
     counts: Tensor
-    """int64 [H, N]: times a head took an expert."""
+    """int64 [H, N]: how often a head took an expert."""
     gate_sums: Tensor
-    """float32 [H, N]: the gates it gave it, summed."""
+    """float32 [H, N]: the sum of the gates that a head gave an expert."""
     idle: Tensor
     """float32 [N]: how often uniform usage would have used an expert since its last use."""
 
     @property
     def expected(self) -> float:
-        """Uses of an expert in the window if usage were uniform."""
+        """Uses per expert in the window if usage were uniform."""
         return float(self.counts.sum()) / self.counts.shape[1]
 
 
@@ -115,9 +115,9 @@ class ExpertUsage:
             peer.detach(self._counters[layer])
 
     def read(self) -> dict[int, Counts]:
-        """What was counted since the last call, by layer, summed over processes; the counters start anew.
+        """What was counted since the last call, per layer, summed over processes; the counters are reset.
 
-        Called by every process.
+        Every process must call it.
         """
         window = {}
         for layer, counter in self._counters.items():
@@ -139,21 +139,21 @@ class ExpertUsage:
 
 @dataclass(frozen=True)
 class Spread:
-    """How evenly the gates of a window lie on the experts."""
+    """How evenly the gates of a window are distributed over the experts."""
 
     share_used: float
-    """Experts used at least once, of all."""
+    """Share of the experts that were used at least once."""
     unevenness: float
     """KL divergence of the gate-weighted usage from the uniform distribution, nats (arXiv 2407.04153, section 3.3)."""
     gini: float
-    """Gini coefficient of the gate-weighted usage: 0 all equal, towards 1 all on one expert."""
+    """Gini coefficient of the gate-weighted usage: 0 if all are equal, near 1 if one expert has everything."""
 
 
 @dataclass(frozen=True)
 class HotExpert:
     expert: int
     load: float
-    """Its gates, in multiples of the uniform share."""
+    """Its share of the gates, in multiples of the uniform share."""
     count: int
 
 
@@ -164,7 +164,7 @@ class LayerUsage:
     layer: int
     num_experts: int
     expected: float
-    """Uses of an expert in the window if usage were uniform; far below 1, a small share used says little."""
+    """Uses per expert in the window if usage were uniform; if far below 1, a small share_used says little."""
     whole: Spread
     heads: list[Spread]
     dead: int
@@ -172,7 +172,7 @@ class LayerUsage:
     hot: list[HotExpert]
     """The most loaded experts, descending."""
     histogram: Histogram
-    """Of the experts' loads, in multiples of the uniform share of gates."""
+    """Histogram of the experts' loads, in multiples of the uniform share of the gates."""
     percentiles: list[float]
     """The load at each of PERCENTILES."""
     ranks: list[int]
@@ -180,7 +180,7 @@ class LayerUsage:
     """The rank-frequency curve: loads at some ranks (1: the most loaded), evenly spaced on a logarithmic axis."""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by name, for a record."""
+        """The numbers by name, for a metrics record."""
         prefix = f"expert_usage/layer_{self.layer}"
         found = {f"{prefix}/{name}": value for name, value in vars(self.whole).items()}
         found[f"{prefix}/dead"] = self.dead
@@ -191,7 +191,7 @@ class LayerUsage:
 
 
 def _spread(counts: Tensor, gate_sums: Tensor) -> tuple[Spread, Tensor]:
-    """Of counts and gate sums [N]; also the shares of the gates, ascending, float64 [N]."""
+    """The spread of counts and gate sums [N]; also the shares of the gates, ascending, float64 [N]."""
     shares, num_experts = gate_sums.double().sort().values, gate_sums.numel()
     shares = shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)
     unevenness = math.log(num_experts) + float(torch.xlogy(shares, shares).sum()) if shares.any() else 0.0

@@ -1,8 +1,9 @@
 """The forward pass with the latent cache: the model's own blocks, with attention that reads what is cached.
 
-MLA has two forms that give the same (arXiv 2405.04434, section 2.1.2). Expanded: the latents become keys and values of every
-head; the least work when many new tokens share that cost (prefill). Absorbed: the heads' queries are mapped into the
-latent space and all heads attend to the latents as to one key/value head; the least memory traffic for one new token.
+MLA has two forms with equal results (arXiv 2405.04434, section 2.1.2). Expanded: the latents are expanded into keys and values
+of every head; this is the least work when many new tokens share the cost (prefill). Absorbed: the heads' queries are mapped
+into the latent space, and all heads attend to the latents as to one key/value head; this is the least memory traffic for one
+new token.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ Form = Literal["expanded", "absorbed"]
 class Decoder:
     """Runs a model over new tokens of sequences whose earlier tokens are in a `LatentCache`.
 
-    Computes as training does: matrices are multiplied in the dtype of the model's head (autocast, if that is a low one), all
-    else in float32.
+    It computes as training does: matrices are multiplied in the dtype of the model's head (by autocast if that is not
+    float32), everything else is computed in float32.
 
     Args:
-        compile: compile the decode step's blocks (the first tokens then take as long as the compiler).
+        compile: compile the decode step's blocks (the first tokens then wait for the compiler).
     """
 
     def __init__(self, model: Transformer, *, compile: bool) -> None:
@@ -56,7 +57,7 @@ class Decoder:
                 experts.plan.operator = _experts_at_home
 
     def cache_dtype(self) -> torch.dtype:
-        """That of the latents the model makes."""
+        """The dtype of the model's latents."""
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.model.output.weight.dtype
@@ -65,7 +66,7 @@ class Decoder:
         return LatentCache(self.model.args, num_blocks, self.device, self.cache_dtype())
 
     def report(self) -> str:
-        """One line: which path serves attention in the decode step, and why not FlashMLA."""
+        """One line: which path computes attention in the decode step, and why it is not FlashMLA."""
         if self.no_flash_mla is None:
             return "decode attention: FlashMLA"
         how = "compiled" if self.compile else "not compiled"
@@ -90,11 +91,11 @@ class Decoder:
             return self.model.output(hidden).float()
 
     def __call__(self, tokens: Tensor, step: CacheStep, cache: LatentCache, form: Form | None = None) -> Tensor:
-        """Run new tokens, and put their latents into the cache.
+        """Run new tokens, and write their latents into the cache.
 
         Args:
-            tokens: int64 [B, S], what is beyond a sequence's new tokens is anything.
-            form: of attention; None takes the absorbed form for one token a sequence and the expanded one for more.
+            tokens: int64 [B, S]; values beyond a sequence's new tokens are ignored.
+            form: of attention; None: absorbed for one token per sequence, expanded for more.
         Returns:
             [B, S, D], normed, ready for the output head.
         """
@@ -103,7 +104,7 @@ class Decoder:
         block_forward, schedule = _block, None
         if form == "absorbed":
             block_forward = self.decode_block
-            # for one new token a sequence: FlashMLA's causal mask takes the new tokens to be the last, padding is not
+            # only for one new token per sequence: FlashMLA's causal mask assumes that the new tokens are last, without padding
             if tokens.shape[1] == 1 and self.no_flash_mla is None and cache.dtype == torch.bfloat16:
                 schedule = flash_mla_schedule(step.lengths, model.args.mla.n_heads)
         rope = model.rope[step.positions]  # [B, S, 2, qk_rope_head_dim / 2]

@@ -1,7 +1,7 @@
-"""Make text with a trained model.
+"""Generate text with a trained model.
 
-A request is prefilled in MLA's expanded form, then decoded a token at a time in the absorbed form over the paged latent
-cache. Requests of different lengths run in one batch; one that ends gives its place and its blocks to the next.
+A request is prefilled in MLA's expanded form, then decoded one token at a time in the absorbed form over the paged latent
+cache. Requests of different lengths run in one batch; when one ends, the next takes over its place and its blocks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from titan_peer.model import Transformer
 Prompt = str | Sequence[int]
 logger = logging.getLogger("titan_peer")
 
-_PREFILL_TOKENS = 8192  # of all sequences together that are run at a time
-_LOGIT_ELEMENTS = 1 << 26  # logits that exist at a time in log_likelihoods: 256 MiB
-# A decode step on a CPU that reads less has so short loops that waking threads takes longer than they save (docs/generate.md).
+_PREFILL_TOKENS = 8192  # the most tokens per forward pass, all sequences together
+_LOGIT_ELEMENTS = 1 << 26  # the most logits that exist at the same time in log_likelihoods: 256 MiB
+# A decode step on a CPU that reads less has such short loops that waking threads takes longer than they save (docs/generate.md).
 _ONE_THREAD_BYTES = 64 << 20
 _THREADS_OF_TORCH = torch.get_num_threads()  # before the user has set another number
 
@@ -43,30 +43,30 @@ class Completion:
     """What a model wrote after a prompt."""
 
     text: str
-    """Ends before a stop string or end token."""
+    """The text, without the stop string or end token that ended it."""
     token_ids: list[int]
-    """All tokens that were drawn, those of an end token or stop string included."""
+    """All drawn tokens, including those of an end token or stop string."""
     logprobs: list[float]
     """log p of each token under the model itself, over the tokenizer's entries, before penalty, temperature and truncation."""
     finish_reason: Literal["eos", "stop", "length"]
     """The end token; a stop string; max_new_tokens or the end of the model's context."""
     prompt_tokens: int
-    """Tokens of the prompt, the begin token included."""
+    """Tokens of the prompt, including the begin token."""
 
 
 class LogLikelihood(NamedTuple):
     """How well a model predicts a continuation."""
 
     sum_logprob: float
-    """Sum of log p of its tokens, nats."""
+    """Sum of log p of its tokens, in nats."""
     is_greedy: bool
-    """Each of its tokens is the most probable one."""
+    """Whether each of its tokens is the most probable one."""
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Some more text of the completion of prompt number `index`; its end if `completion` is there."""
+    """More text of the completion of prompt number `index`; the last piece carries the `completion`."""
 
     index: int
     text: str
@@ -89,7 +89,7 @@ class _Sequence:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens in the cache: the newest is only put there by the pass that takes it as input."""
+        """Tokens in the cache: the newest token enters it only with the pass that takes it as input."""
         return len(self.prompt) + len(self.token_ids) - 1
 
     def push(self, token: int, logprob: float) -> TextPiece:
@@ -107,7 +107,7 @@ class _Sequence:
         if self.finish_reason is None:
             return TextPiece(self.index, text, None)
         text += self.stream.finish()
-        if self.stream.stopped:  # also by an incomplete character that is certain only now
+        if self.stream.stopped:  # possibly by an incomplete character, which is final only now
             self.finish_reason = "stop"
         completion = Completion(
             self.stream.text, self.token_ids, self.logprobs, self.finish_reason, prompt_tokens=len(self.prompt)
@@ -118,12 +118,12 @@ class _Sequence:
 class Generator:
     """Completions and log-likelihoods from a model.
 
-    The model may be on any device, in any floating dtype; it is used in evaluation mode and left in the mode it was in.
-    A model may have a larger vocabulary than the tokenizer: ids without an entry are never drawn and have no probability.
-    Under FSDP every process must make the same calls: parameters are gathered for the call's duration.
+    The model may be on any device, in any floating dtype; it is used in evaluation mode and returned to its earlier mode.
+    A model may have a larger vocabulary than the tokenizer: ids without an entry are never drawn and have probability 0.
+    Under FSDP every process must make the same calls: parameters are gathered for the duration of the call.
 
     Args:
-        max_batch_size: most sequences that are decoded together.
+        max_batch_size: the most sequences that are decoded together.
         compile: compile the decode step; None does so on CUDA only, since on a CPU the compiler takes longer than
             most completions.
     """
@@ -133,7 +133,7 @@ class Generator:
     ) -> None:
         if model.args.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {model.args.vocab_size} entries: they do "
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has {model.args.vocab_size} entries: they do "
                 "not belong together"
             )
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
@@ -150,11 +150,11 @@ class Generator:
         """Complete every prompt.
 
         Args:
-            prompts: text, which begins a document as in training (with the begin token, if there is one); or ids, taken
-                as they are.
+            prompts: text, which begins a document as in training (with the begin token, if there is one); or ids, used
+                unchanged.
             params: for all prompts, or one for each.
         Returns:
-            one completion a prompt, in the order of the prompts.
+            one completion per prompt, in the order of the prompts.
         Raises:
             UserError: a prompt is empty, does not fit the model's context, or has ids outside the vocabulary.
         """
@@ -164,10 +164,10 @@ class Generator:
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TextPiece]:
-        """`generate`, but gives the text of all completions out piece by piece, as it comes."""
+        """Like `generate`, but yields the text of all completions piece by piece, as it is made."""
         every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
         if len(every) != len(prompts):
-            raise UserError(f"{len(every)} sampling parameters for {len(prompts)} prompts: give one, or one a prompt")
+            raise UserError(f"{len(every)} sampling parameters for {len(prompts)} prompts: give one, or one per prompt")
         waiting = deque(self._sequence(i, prompt, every[i]) for i, prompt in enumerate(prompts))
         return self._run(waiting)
 
@@ -183,7 +183,7 @@ class Generator:
         """A prompt's ids; text gets the begin token.
 
         Raises:
-            UserError: it is empty, has places that are no characters, or ids that the tokenizer has no entry for.
+            UserError: it is empty, contains lone surrogates, or has ids without an entry in the tokenizer.
         """
         if isinstance(prompt, str):
             require_whole(prompt, name)
@@ -202,7 +202,7 @@ class Generator:
         return ids
 
     def _run(self, waiting: deque[_Sequence]) -> Iterator[TextPiece]:
-        """Work off the requests: admit and prefill what there is room for, then decode all a token further."""
+        """Process the requests: admit and prefill as many as fit, then decode one more token of each."""
         needs = sorted((blocks_for(len(s.prompt) + s.limit - 1) for s in waiting), reverse=True)
         cache = self.decoder.new_cache(sum(needs[: self.max_batch_size]))
         running: list[_Sequence] = []
@@ -224,7 +224,7 @@ class Generator:
 
     @torch.no_grad()
     def _prefill(self, sequences: list[_Sequence], cache: LatentCache) -> list[TextPiece]:
-        """Run the prompts, padded to the longest, some thousand tokens at a time; choose each one's first token."""
+        """Run the prompts, padded to the longest, in chunks of some thousand tokens; choose the first token after each."""
         for sequence in sequences:
             sequence.blocks = cache.reserve(len(sequence.prompt) + sequence.limit - 1)
             if sequence.params.repetition_penalty != 1:
@@ -248,14 +248,14 @@ class Generator:
     def _decode(
         self, sequences: list[_Sequence], batch: CacheBatch, sampler: Sampler, cache: LatentCache
     ) -> list[TextPiece]:
-        """One token further for every sequence."""
+        """Decode one more token of every sequence."""
         with self._decoding_threads(len(sequences)):
             tokens = torch.tensor([[s.token_ids[-1]] for s in sequences], device=self.device)
             hidden = self.decoder(tokens, batch.step([1] * len(sequences)), cache)
             return self._choose(sequences, sampler, hidden[:, 0])
 
     def _decoding_threads(self, num_sequences: int) -> AbstractContextManager[None]:
-        """One CPU thread where a step has little to read, unless the user has set how many there are."""
+        """A context with one CPU thread if a step reads little, unless the user has chosen the number of threads."""
         short = self.device.type == "cpu" and self.decoder.bytes_read(num_sequences) < _ONE_THREAD_BYTES
         return one_thread() if short and not threads_are_chosen(_THREADS_OF_TORCH) else nullcontext()
 
@@ -268,7 +268,7 @@ class Generator:
         return [s.push(token, lp) for s, token, lp in zip(sequences, tokens.tolist(), logprobs.tolist())]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> float32 [..., vocab]; ids without an entry in the tokenizer have none of the probability."""
+        """[..., D] -> float32 [..., vocab]; ids without an entry in the tokenizer get probability 0."""
         logits = self.decoder.logits(hidden)
         return logits.index_fill(-1, self._masked, float("-inf")) if len(self._masked) else logits
 
@@ -289,9 +289,9 @@ class Generator:
         """log p(continuation | context) of each pair, by full forward passes over batches of similar length.
 
         Args:
-            contexts_and_continuations: both text (encoded together, so that a token may span neither or the space between
-                them; the context begins a document) or both ids. An empty context is the begin token. A context too long
-                for the model loses its beginning.
+            contexts_and_continuations: both text (encoded together, so that tokens are as in the whole text; the context
+                begins a document) or both ids. An empty context is replaced by the begin token. A context too long for the
+                model is cut off at its beginning.
         Raises:
             UserError: a continuation is empty or longer than the model's context.
         """
@@ -305,7 +305,7 @@ class Generator:
         return [found[i] for i in range(len(pairs))]
 
     def _encode_pair(self, index: int, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
-        """All ids, and how many of them, from the end, are the continuation's."""
+        """All ids, and the number of them, counted from the end, that belong to the continuation."""
         begin = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         if isinstance(context, str) and isinstance(continuation, str):
             whole = require_whole(context, f"context {index}") + require_whole(continuation, f"continuation {index}")
@@ -346,7 +346,7 @@ class Generator:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model in evaluation mode and its parameters whole; afterwards as it was."""
+        """Put the model in evaluation mode with gathered parameters; restore its earlier state afterwards."""
         was_training = self.model.training
         sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         self.model.eval()
@@ -367,7 +367,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _without_ended(sequences: list[_Sequence], cache: LatentCache) -> list[_Sequence]:
-    """The sequences that go on; the blocks of the others are free again."""
+    """The sequences that have not ended; the blocks of the others are released."""
     for sequence in sequences:
         if sequence.finish_reason is not None:
             cache.release(sequence.blocks)
@@ -375,7 +375,7 @@ def _without_ended(sequences: list[_Sequence], cache: LatentCache) -> list[_Sequ
 
 
 def _groups_of_similar_length(sequences: list[_Sequence]) -> list[list[_Sequence]]:
-    """Groups in which no prompt is more than twice as long as another, so that padding is never most of the work."""
+    """Groups in which no prompt is more than twice as long as another, so that padding is at most half of the work."""
     groups: list[list[_Sequence]] = []
     for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
         if groups and len(sequence.prompt) <= 2 * len(groups[-1][0].prompt):

@@ -1,8 +1,8 @@
 """The latent KV cache, in pages.
 
-MLA needs `kv_lora_rank + qk_rope_head_dim` numbers a token and layer, whatever the number of heads (arXiv 2405.04434,
-section 2.1). They lie in blocks of 64 tokens; a sequence's block table says which blocks are its own, so that sequences of
-any lengths share one pool, start and end at any time, and leave at most 63 places empty.
+MLA needs `kv_lora_rank + qk_rope_head_dim` numbers per token and layer, independent of the number of heads (arXiv 2405.04434,
+section 2.1). They are stored in blocks of 64 tokens, and a sequence's block table lists its blocks. So sequences of any
+length share one pool, start and end at any time, and leave at most 63 places empty each.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor
 from titan_peer.model import ModelArgs
 
 BLOCK_SIZE = 64
-"""Tokens of a block (the size that FlashMLA's kernels read)."""
-_SCRATCH = 0  # this block belongs to nobody: the padding of ragged batches is written there
+"""Tokens per block (the size that FlashMLA's kernels read)."""
+_SCRATCH = 0  # this block belongs to no sequence: the padding of ragged batches is written there
 
 
 def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold `num_tokens`."""
+    """The number of blocks for `num_tokens` tokens."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
 def cache_bytes_per_token(args: ModelArgs, dtype: torch.dtype) -> int:
-    """Bytes one token takes in the caches of all layers."""
+    """Bytes per token in the caches of all layers."""
     return args.n_layers * (args.mla.kv_lora_rank + args.mla.qk_rope_head_dim) * dtype.itemsize
 
 
 class LatentCache:
-    """Pools of blocks, one a layer, that share their block numbers.
+    """Pools of blocks, one per layer, that share their block numbers.
 
     Args:
-        num_blocks: that sequences can reserve; one more is made for padding.
+        num_blocks: blocks that sequences can reserve; one more is made for padding.
     """
 
     def __init__(self, args: ModelArgs, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         width = args.mla.kv_lora_rank + args.mla.qk_rope_head_dim
-        # Zeros: places that hold no token yet are masked, but must be finite.
+        # Zeros, because places without a token are masked but must be finite.
         self.layers = [
             torch.zeros(num_blocks + 1, BLOCK_SIZE, width, device=device, dtype=dtype) for _ in range(args.n_layers)
         ]
@@ -54,7 +54,7 @@ class LatentCache:
         return len(self._free)
 
     def reserve(self, num_tokens: int) -> list[int]:
-        """Blocks for a sequence of up to `num_tokens`; the caller has made sure that so many are free."""
+        """Reserve blocks for a sequence of up to `num_tokens`; the caller makes sure that enough are free."""
         return [self._free.pop() for _ in range(blocks_for(num_tokens))]
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -62,10 +62,10 @@ class LatentCache:
 
 
 class CacheStep(NamedTuple):
-    """Where the new tokens of one forward pass go and what each of them sees. B sequences, S new tokens at most."""
+    """Where the new tokens of one forward pass are stored and what each of them sees. B sequences, at most S new tokens."""
 
-    positions: Tensor  # int64 [B, S], of the new tokens in their sequences
-    slots: Tensor  # int64 [B * S], places in the flattened pool, scratch for padding
+    positions: Tensor  # int64 [B, S], positions of the new tokens in their sequences
+    slots: Tensor  # int64 [B * S], places in the flattened pool, the scratch block for padding
     block_table: Tensor  # int32 [B, blocks], those that hold tokens after this step
     lengths: Tensor  # int32 [B], tokens after this step
     mask: Tensor | None  # bool [B, 1, S, blocks * 64]; None if no sequence had tokens before: plain causal
@@ -76,8 +76,8 @@ class CacheBatch:
     """The sequences that take part in some forward passes.
 
     Args:
-        blocks: those of each sequence.
-        lengths: tokens that each sequence has in the cache.
+        blocks: the blocks of each sequence.
+        lengths: tokens per sequence that are in the cache.
     """
 
     def __init__(self, blocks: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
@@ -87,7 +87,7 @@ class CacheBatch:
         self.lengths = list(lengths)
 
     def step(self, new: Sequence[int]) -> CacheStep:
-        """The next forward pass, in which sequence b gets new[b] tokens (padded on the right to the most of any)."""
+        """The next forward pass, in which sequence b gets new[b] tokens, padded on the right to max(new)."""
         device = self.table.device
         before = torch.tensor(self.lengths, device=device)
         counts = torch.tensor(new, device=device)

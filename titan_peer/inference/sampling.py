@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titan_peer.inference.sampling_params import SamplingParams
 
-_LEAST_TEMPERATURE = 1e-30  # as far as float32 goes; the most probable token has all the probability long before
+_LEAST_TEMPERATURE = 1e-30  # well within float32's range; the most probable token has probability 1 long before
 
 
 class Sampler:
@@ -33,11 +33,11 @@ class Sampler:
         self.any_truncated = any(p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p) for p in params)
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Choose a token a sequence.
+        """Choose one token per sequence.
 
         Args:
             logits: float32 [B, vocab].
-            uniform: float64 [B], a random number from [0, 1) each, which alone decides among the tokens left.
+            uniform: float64 [B], one random number from [0, 1) per sequence, which decides among the remaining tokens.
         Returns:
             int64 [B].
         """
@@ -46,7 +46,7 @@ class Sampler:
             logits = torch.where(self.seen, penalised, logits)
         best = logits.argmax(dim=-1)
         if self.any_sampled:
-            # the largest becomes 0, since it divided by a tiny temperature would be infinite
+            # shifted so that the largest is 0: divided by a tiny temperature, another value could become infinite
             logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
             drawn = self._draw_truncated(logits, uniform) if self.any_truncated else _draw(logits.softmax(-1), uniform)
             best = torch.where(self.greedy, best, drawn)
@@ -70,7 +70,7 @@ class Sampler:
 
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The index at which the running sum passes uniform x total; float64, as a vocabulary's sum needs."""
+    """The index at which the running sum passes uniform x total; in float64, which a sum over a vocabulary needs."""
     sums = probabilities.double().cumsum(dim=-1)
     total = sums[:, -1]
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,4 +1,4 @@
-"""What a user may say of how completions are drawn, and its bounds. Without torch, so that a mistake is answered at once."""
+"""A user's settings of how completions are drawn, and their bounds. Without torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from titan_peer.common.errors import UserError
 class SamplingParams:
     """How a completion is drawn.
 
-    The order is: repetition penalty, temperature, top-k, top-p, min-p, each on what the one before has left.
+    The order is: repetition penalty, temperature, top-k, top-p, min-p; each works on the result of the one before.
 
     Raises:
         UserError: a value is outside its range.
     """
 
     max_new_tokens: int = 64
-    """Most tokens of the completion; the end of the model's context ends it earlier."""
+    """The most tokens of the completion; it ends earlier at the end of the model's context."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token always (greedy)."""
+    """Divides the logits; 0 always takes the most probable token (greedy)."""
     top_k: int = 0
     """Only the k most probable tokens; 0: all."""
     top_p: float = 1.0
@@ -35,10 +35,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Strings that end the completion; the text ends before the first of them."""
     ignore_eos: bool = False
-    """Go on after the tokenizer's end token."""
+    """Continue after the tokenizer's end token."""
     seed: int | None = None
-    """Together with the prompt's place in the list fixes the completion, whatever else is in the batch; None: another one
-    every time."""
+    """Together with the prompt's place in the list it fixes the completion, regardless of the rest of the batch; None: the
+    completion differs every time."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -58,5 +58,5 @@ class SamplingParams:
             require_whole(stop, "stop")
 
     def random_numbers(self, place: int) -> random.Random:
-        """The completion's own source of randomness: one number a token."""
+        """The completion's own random numbers, one per token."""
         return random.Random() if self.seed is None else random.Random(f"{self.seed}/{place}")

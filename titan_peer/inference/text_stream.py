@@ -1,4 +1,4 @@
-"""Tokens to text, token by token: what a person watches while a completion is made."""
+"""Tokens to text, one token at a time: what a person sees while a completion is made."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from titan_peer.data.tokenizer import Tokenizer
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes, once, for bytes at the end that are the beginning of a character
-_CONTEXT = 8  # tokens decoded along at least, so that a token's leading space is not taken for the text's
-_WINDOW = 32  # tokens decoded at a time at most, as long as they have text
+_INCOMPLETE = "\ufffd"  # a decoder writes it once for bytes at the end that begin a character
+_CONTEXT = 8  # at least this many earlier tokens are decoded with a token, so that its leading space is kept
+_WINDOW = 32  # at most this many tokens are decoded at a time, unless they have no text
 
 
 class TextStream:
-    """The text of a completion, in pieces that do not change any more, up to the first stop string.
+    """The text of a completion, in final pieces, up to the first stop string.
 
-    The pieces together are what decoding prompt and completion at once gives beyond the text of the prompt. A short
-    window is decoded at a time, so that the tokens of a long completion cost no more than those of a short one.
+    All pieces together equal the text of prompt and completion decoded at once, without the text of the prompt. Only a short
+    window is decoded at a time, so a token of a long completion costs no more than a token of a short one.
 
     Args:
-        prompt: ids before the completion; some decoders drop a space where they see nothing before it.
-        stop: strings at the first of which the text ends.
+        prompt: ids before the completion; some decoders drop a space that has nothing before it.
+        stop: the text ends at the first of these strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -28,11 +28,11 @@ class TextStream:
         self._limit = _WINDOW
         self._taken = tokenizer.decode(self._window)  # text of the window that is the prompt's or has been taken
         self._held = ""  # text that may be the beginning of a stop string
-        self.text = ""  # all that has been given out
+        self.text = ""  # all text returned so far
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that is certain now and was not before."""
+        """Add a token; returns the text that has become final with it."""
         self._window.append(token)
         new = self._take(self._stable())
         if new and len(self._window) > self._limit:
@@ -42,7 +42,7 @@ class TextStream:
         return self._give_out(new, flush=False)
 
     def finish(self) -> str:
-        """No more tokens come; returns what was held back."""
+        """End the completion; returns the text that was held back."""
         if self.stopped:
             return ""
         return self._give_out(self._take(self._tokenizer.decode(self._window)), flush=True)
@@ -52,14 +52,14 @@ class TextStream:
         return self._tokenizer.decode(self._window).removesuffix(_INCOMPLETE)
 
     def _take(self, text: str) -> str:
-        """What the window's text has beyond that taken before; an incomplete end of the prompt may be completed by it."""
+        """The part of the window's text that has not been taken yet; it may complete a character that the prompt began."""
         new = beyond(self._taken, text)
         if new:
             self._taken = text
         return new
 
     def _end_of(self, ids: Sequence[int]) -> list[int]:
-        """Some of the last ids, after which all that follows is decoded as after all ids."""
+        """As many of the last ids as are needed for later tokens to decode as they would after all ids."""
         count = _CONTEXT
         while count < len(ids) and not _anchors(self._tokenizer.decode(ids[-count:])):
             count *= 2
@@ -79,30 +79,30 @@ class TextStream:
 
 
 def beyond(before: str, whole: str) -> str:
-    """What the text of some tokens and further ones has beyond that of the former; these may end inside a character."""
+    """The part of `whole` after `before`, the text of the first tokens, which may end inside a character."""
     return whole[_shared(before, whole) :]
 
 
 def _shared(a: str, b: str) -> int:
-    """Length of the longest beginning that both have."""
+    """Length of the longest common prefix."""
     return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def text_in_context(
     tokenizer: Tokenizer, before: Sequence[int], token: int, after: Sequence[int]
 ) -> tuple[str, str, str]:
-    """The text of a token and of what is around it, blanks where they are in the text; part of a character is U+FFFD."""
+    """The text before a token, of the token, and after it, with the spaces of the text; part of a character is U+FFFD."""
     start, until = tokenizer.decode(before), tokenizer.decode([*before, token])
     whole = tokenizer.decode([*before, token, *after])
     return whole[: _shared(start, whole)], beyond(start, until) or tokenizer.decode([token]), beyond(until, whole)
 
 
 def _anchors(text: str) -> bool:
-    """Whether it has a character that does not depend on what comes before: no white space, which may be stripped at the
-    beginning, and none that may be the rest of a character."""
+    """Whether the text has a character that does not depend on the tokens before: not white space, which may be stripped at
+    the beginning, and not one that may be the rest of a character."""
     return any(not (character.isspace() or character == _INCOMPLETE) for character in text)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

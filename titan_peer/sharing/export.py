@@ -1,8 +1,8 @@
-"""Writing a checkpoint as a folder that transformers loads, and that can be shared.
+"""Write a checkpoint as a folder that transformers loads, and that can be shared.
 
-The folder holds safetensors files (with an index where there are several), config.json, the tokenizer, the model's code
-(transformers_model/), the job that trained it and a model card; `manifest.json`, as in a checkpoint, has the size and CRC-32
-of each, so that `titan-peer import` knows a damaged copy.
+The folder holds safetensors files (with an index if there are several), config.json, the tokenizer, the model's code
+(transformers_model/), the job that trained it and a model card. `manifest.json`, as in a checkpoint, has the size and CRC-32
+of each file, so that `titan-peer import` detects a damaged copy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 class _Planned(NamedTuple):
-    """A tensor of the export before it is made."""
+    """A tensor of the export that has not been made yet."""
 
     name: str
     source: Tensor
@@ -64,7 +64,7 @@ def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table
                 f"block {layer} is of the kind {kind!r}: only models of dense and PEER blocks can be exported"
             )
     numbers = {f.name: getattr(args, f.name) for f in dataclasses.fields(ModelArgs)}
-    for key in ("n_dense_layers", "peer_every_n_layers"):  # peer_layers says it in full
+    for key in ("n_dense_layers", "peer_every_n_layers"):  # peer_layers lists the layers instead
         del numbers[key]
     numbers["initializer_range"] = numbers.pop("init_std")
     return {
@@ -86,9 +86,9 @@ def transformers_config(args: ModelArgs, tokenizer: Tokenizer, dtype: str, table
 
 
 def quantize_rows(table: Tensor, table_dtype: TableDtype) -> tuple[Tensor, Tensor]:
-    """A table [N, E, D] as codes of one byte and a float32 scale per row [N, E], by torchao.
+    """A table [N, E, D] as one-byte codes and a float32 scale per row [N, E], made by torchao.
 
-    float8 codes are given as uint8, which no loader converts to another floating dtype.
+    float8 codes are returned as uint8, so that no loader converts them to another floating dtype.
     """
     try:
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
@@ -107,7 +107,7 @@ def quantize_rows(table: Tensor, table_dtype: TableDtype) -> tuple[Tensor, Tenso
 
 
 def _plan(model: Transformer, dtype: torch.dtype, table_dtype: TableDtype) -> list[_Planned]:
-    """The model's tensors in order; a quantised table stands for its codes and scales."""
+    """The model's tensors in order; a quantised table is one entry for its codes and scales."""
     parameters = {name for name, _ in model.named_parameters()}
     planned = []
     for name, tensor in model.state_dict().items():
@@ -122,7 +122,7 @@ def _plan(model: Transformer, dtype: torch.dtype, table_dtype: TableDtype) -> li
 
 
 def _shards(planned: Iterable[_Planned], max_bytes: int) -> list[list[_Planned]]:
-    """The tensors in files of at most `max_bytes`, larger tensors alone in theirs."""
+    """The tensors grouped into files of at most `max_bytes`; a larger tensor gets its own file."""
     shards: list[list[_Planned]] = [[]]
     size = 0
     for tensor in planned:
@@ -146,7 +146,7 @@ def _made(planned: _Planned, table_dtype: TableDtype) -> Iterator[tuple[str, Ten
 def _write_weights(
     model: Transformer, folder: Path, dtype: torch.dtype, table_dtype: TableDtype, max_shard_bytes: int
 ) -> None:
-    """Write the safetensors files, one at a time in memory, and the index if there are several."""
+    """Write the safetensors files, with only one of them in memory at a time, and the index if there are several."""
     from safetensors.torch import save_file
 
     shards = _shards(_plan(model, dtype, table_dtype), max_shard_bytes)
@@ -165,7 +165,7 @@ def _write_weights(
 
 
 def _generation_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of generation_config.json: special tokens, and the ids that no text has, which must not be chosen."""
+    """The content of generation_config.json: special tokens, and the ids without text, which must not be generated."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     without_text = [*tokenizer.unused_ids, *range(tokenizer.vocab_size, config["vocab_size"])]
     return tokens | ({"suppress_tokens": without_text} if without_text else {})
@@ -197,10 +197,10 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     license_name: str = "",
 ) -> None:
-    """Write `checkpoint` (as `find_checkpoint` takes it) to the new folder `output`, whole or not at all.
+    """Write `checkpoint` (see `find_checkpoint`) to the new folder `output`, whole or not at all.
 
     Raises:
-        UserError: the checkpoint is damaged or foreign, the output exists or cannot be written, a library is missing.
+        UserError: the checkpoint is damaged or not ours, the output exists or cannot be written to, or a library is missing.
     """
     try:
         from safetensors import SafetensorError
@@ -236,7 +236,7 @@ def export_checkpoint(
                 shutil.copyfile(checkpoint / name, partial / name)
             card = model_card(checkpoint, model, job, table_dtype, license_name)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            for path in partial.glob("*.safetensors"):  # its writer makes files that only their owner can read
+            for path in partial.glob("*.safetensors"):  # safetensors creates files that only their owner can read
                 shutil.copymode(partial / CONFIG_JSON, path)
             write_manifest(partial, manifest_entries(partial, (p for p in partial.rglob("*") if p.is_file())))
             partial.replace(folder)

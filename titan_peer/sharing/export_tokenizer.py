@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as the files that transformers' AutoTokenizer reads, giving the same ids."""
+"""Write a checkpoint's tokenizer as the files that transformers' AutoTokenizer reads, with the same ids."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_tokenizer(path: str, folder: Path, max_seq_len: int) -> int | None:
     With special tokens (transformers' default) a text gets the begin token, as every document had in training.
 
     Args:
-        path: as `load_tokenizer` takes it.
-        max_seq_len: tokens of the model's context.
+        path: as for `load_tokenizer`.
+        max_seq_len: the length of the model's context in tokens.
     Raises:
-        UserError: a kind of tokenizer that has no tokenizer.json.
+        UserError: the tokenizer is of a kind without a tokenizer.json.
     """
     ours = load_tokenizer(path)
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
@@ -58,9 +58,9 @@ def write_tokenizer(path: str, folder: Path, max_seq_len: int) -> int | None:
 
 
 def _padding_id(file: Path, theirs: tokenizers.Tokenizer, ours: Tokenizer) -> int | None:
-    """The padding token that the tokenizer has or its settings name, or else the end token.
+    """The padding token that the tokenizer has or that its settings name, or else the end token.
 
-    A new token would need a row of the embedding.
+    A new token would need a new row of the embedding.
     """
     settings = [file.with_name(name) for name in SETTINGS_FILES if file.name == "tokenizer.json"]
     for path in filter(Path.is_file, settings):
@@ -75,7 +75,7 @@ def _padding_id(file: Path, theirs: tokenizers.Tokenizer, ours: Tokenizer) -> in
 
 
 def _begin_documents(theirs: tokenizers.Tokenizer, ours: Tokenizer) -> None:
-    """Have encoding add the begin token, if the tokenizer does not do so by itself."""
+    """Make encoding add the begin token, if the tokenizer does not do so already."""
     if ours.bos_id is None or theirs.encode("a").ids[:1] == [ours.bos_id]:
         return
     name = theirs.id_to_token(ours.bos_id)
@@ -85,10 +85,10 @@ def _begin_documents(theirs: tokenizers.Tokenizer, ours: Tokenizer) -> None:
 
 
 def _byte_level(ours: ByteTokenizer) -> tokenizers.Tokenizer:
-    """The bytes of a text as a tokenizer of the `tokenizers` library: no merges, a byte's id is its value."""
+    """The byte tokenizer in the `tokenizers` library: no merges, and a byte's id is its value."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    # the library writes bytes as characters: printable ones as themselves, the others from 256 on
+    # the library represents bytes as characters: printable ones by themselves, the others by characters from 256 on
     characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     theirs = tokenizers.Tokenizer(models.BPE({characters[byte]: byte for byte in range(256)}, []))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Making a checkpoint, which decoding, evaluation and training take, of an exported folder."""
+"""Turn an exported folder into a checkpoint for decoding, evaluation and training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: is not there; give a folder that titan-peer export wrote") from None
+        raise UserError(f"{path}: does not exist; give a folder that titan-peer export wrote") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -56,7 +56,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of an exported folder; quantised tables as float32.
 
     Raises:
-        UserError: a file is missing or is not what it should be.
+        UserError: a file is missing or invalid.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -68,9 +68,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
         except FileNotFoundError:
-            raise UserError(f"{path}: is not there") from None
+            raise UserError(f"{path}: does not exist") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: is not a whole safetensors file: {error}") from None
+            raise UserError(f"{path}: is not a complete safetensors file: {error}") from None
     for name in [n for n in weights if n.endswith("_scale") and is_table(n.removesuffix("_scale"))]:
         table, scale = name.removesuffix("_scale"), weights.pop(name)
         codes = weights[table]
@@ -82,10 +82,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     """The job that trained an exported model, and its state: step, tokens, data.
 
-    A model that transformers saved again has neither beside it: its job is then of defaults around the architecture.
+    A folder that transformers has saved again contains neither; its job then has the model's architecture and defaults for
+    everything else.
 
     Raises:
-        UserError: the folder is no export of ours, or its config.toml and config.json describe different models.
+        UserError: the folder is not an export of ours, or its config.toml and config.json describe different models.
     """
     config = _read_json(folder / CONFIG_JSON)
     if config.get("model_type") != "titan_peer":
@@ -97,19 +98,19 @@ def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     if is_saved_again:
         job, state = _job_around(config, folder / CONFIG_JSON), {"step": 0, "tokens_seen": 0}
         logger.info(
-            "%s: has no %s, as when transformers has saved it again: the job's keys outside [model] are defaults, "
-            "training begins at step 0 and needs data.sources",
+            "%s: has no %s, probably because transformers has saved it again: the job's keys outside [model] have their "
+            "defaults, and training starts at step 0 and needs data.sources",
             folder,
             CONFIG,
         )
     elif not (folder / CONFIG).is_file():
-        raise UserError(f"{folder / CONFIG}: is not there; give a folder that titan-peer export wrote")
+        raise UserError(f"{folder / CONFIG}: does not exist; give a folder that titan-peer export wrote")
     else:
         job, state = read_saved_job(folder / CONFIG), _read_json(folder / TRAIN_STATE)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(
-            f"{file}: is not there; save the tokenizer there too: AutoTokenizer.from_pretrained(EXPORT, "
+            f"{file}: does not exist; save the tokenizer there too: AutoTokenizer.from_pretrained(EXPORT, "
             f"trust_remote_code=True).save_pretrained({str(folder)!r})"
         )
     job.model.tokenizer_path = str(file)
@@ -120,7 +121,7 @@ def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     numbers = ("vocab_size", "dim", "n_layers", "ffn_hidden_dim", "max_seq_len", "norm_eps", "tie_embeddings")
     for key in (*numbers, "mla", "peer", "peer_layers"):
         found = config.get(key)
-        if isinstance(found, dict):  # of a version that had fewer keys
+        if isinstance(found, dict):  # an earlier version had fewer keys
             found = defaults[key] | found
         if found != wanted[key]:
             raise UserError(
@@ -148,12 +149,12 @@ def _job_around(config: dict[str, Any], file: Path) -> JobConfig:
 
 
 def import_model(folder: Path, output: Path) -> Path:
-    """Make the run folder `output` with a checkpoint of an exported model; returns the checkpoint.
+    """Create the run folder `output` with a checkpoint of an exported model; returns the checkpoint.
 
     Training continues from it with the optimizer's moments at zero; the random numbers are those of a new run.
 
     Raises:
-        UserError: the export is damaged or foreign, or the output exists.
+        UserError: the export is damaged or not ours, or the output exists.
     """
     require_exported(folder)
     _remove_remains(output)
@@ -195,7 +196,7 @@ def _remove_remains(output: Path) -> None:
 
 
 def _write_run(folder: Path, output: Path, job: JobConfig, model: Transformer, state: dict[str, Any]) -> Path:
-    """The run's folder: tokenizer, config.toml and the checkpoint, which is returned."""
+    """Write the run's folder: tokenizer, config.toml and the checkpoint, which is returned."""
     tokenizer = output / "tokenizer"
     output.mkdir(parents=True, exist_ok=True)
     (output / _UNFINISHED).touch()

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how it was trained, what was measured."""
+"""The README of an exported model: what it is, how it was trained, and its measured results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SECTIONS = {"Evaluation": ("validation", "evaluation/"), "Expert usage": ("expe
 def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype: str, license_name: str) -> str:
     """Markdown with Hugging Face's metadata header.
 
-    Measurements come from the run's metrics.jsonl, where the checkpoint still lies in its run's folder.
+    Measurements come from the run's metrics.jsonl, if the checkpoint is still in its run's folder.
 
     Args:
-        license_name: of the weights; "" names none.
+        license_name: the weights' licence; "": none is named.
     """
     state = json.loads((checkpoint / TRAIN_STATE).read_text(encoding="utf-8"))
     size = model_size(model, job.training.seq_len)
@@ -29,9 +29,9 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
     n_peer = len(args.layers_of("peer"))
     training, optimizer = job.training, job.optimizer
     tables = {
-        "float": "as the other weights",
-        "int8": "int8, a scale per row",
-        "float8_e4m3": "float8, a scale per row",
+        "float": "the same dtype as the other weights",
+        "int8": "int8 with a scale per row",
+        "float8_e4m3": "float8 with a scale per row",
     }
     facts = {
         "Parameters": f"{size.total_parameters:,}, of which {size.active_parameters:,} are used per token",
@@ -54,10 +54,10 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
         header.append(f"license: {license_name}")
     metadata = "\n".join(["---", *header, "---"])
     parts = [
-        f"{metadata}\n\n# {title}\n\nA language model of multi-head latent attention (MLA) and product-key retrieval of "
+        f"{metadata}\n\n# {title}\n\nA language model with multi-head latent attention (MLA) and product-key retrieval of "
         f"tiny experts (PEER), trained with titan_peer {__version__}.",
         _bullets(facts),
-        f"## Use\n\n```python\n{_USE}```\n\nTo go on training it, or to use its faster kernels: `titan-peer import --input "
+        f"## Use\n\n```python\n{_USE}```\n\nTo continue its training, or to use faster kernels: `titan-peer import --input "
         "THIS_FOLDER --output NEW_RUN_FOLDER`.",
         f"## Training\n\n{_bullets(trained)}\n\nThe whole job is in `config.toml`.",
     ]
@@ -96,7 +96,7 @@ def _latest_metrics(path: Path, step: int) -> dict[str, tuple[int, float]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # a last line cut off by a kill
+        except ValueError:  # an incomplete last line of a killed run
             continue
         if record["step"] <= step:
             latest |= {k: (record["step"], v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}

@@ -1,6 +1,6 @@
-"""The documents of the task files beside this one, wherever the package is installed.
+"""The documents of the task files in this folder, wherever the package is installed.
 
-Loading a task file by its path also tells lm_eval where the model class "titan_peer" is, so that the plain `lm_eval`
+Loading a task file by its path also registers the model class "titan_peer" with lm_eval, so that the plain `lm_eval`
 command can use it.
 """
 
@@ -24,7 +24,7 @@ def load(file: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 
 def text_metrics(doc: dict[str, Any], results: tuple[float]) -> dict[str, tuple[float, int]]:
-    """A text's log-likelihood with the words and bytes it is to be divided by."""
+    """A text's log-likelihood, with the numbers of words and bytes to divide it by."""
     (log_likelihood,) = results
     num_words, num_bytes = len(doc["text"].split()), len(doc["text"].encode())
     return {

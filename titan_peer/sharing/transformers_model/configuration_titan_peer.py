@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 
 class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
-    """The architecture's numbers, by the names that titan_peer's job files have in `[model]`.
+    """The architecture's numbers, with the names of titan_peer's job files in `[model]`.
 
     Args:
         mla: of the attention: n_heads, q_lora_rank (0: direct queries), kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
@@ -19,7 +19,7 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
         peer_layers: the blocks (from 0) with experts; the others have a dense SwiGLU.
         table_dtype: how the expert tables are stored: "float" (as the other weights), "int8" or "float8_e4m3", with a
             float32 scale per row.
-        initializer_range: standard deviation of initial weights, should any be made.
+        initializer_range: standard deviation of initial weights, if any are created.
     """
 
     model_type = "titan_peer"

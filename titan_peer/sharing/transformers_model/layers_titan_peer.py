@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_titan_peer import TitanPeerConfig
 
-_GATHERED_ELEMENTS = 1 << 24  # of expert rows that exist at a time
+_GATHERED_ELEMENTS = 1 << 24  # the most elements of gathered expert rows at a time
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -38,7 +38,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def residual_scale(config: Any) -> float:
-    """By which initial weights that write into the residual stream are smaller."""
+    """The factor by which initial weights that write into the residual stream are scaled down."""
     return float((2 * config.n_layers) ** -0.5)
 
 
@@ -122,7 +122,7 @@ class MLA(nn.Module):
         if cache is not None:
             # The cache's "keys" are the latents, its "values" the rotated key parts; it has one head.
             latent, k_rope = cache.update(latent, k_rope, self.layer, {"cache_position": cache_position})
-            # a cache of fixed size returns its empty places too
+            # a fixed-size cache returns its empty places too
             latent, k_rope = latent[:, :, : mask.shape[-1]], k_rope[:, :, : mask.shape[-1]]
 
         if x.shape[1] == 1 and self._weights_are_at_hand():
@@ -144,14 +144,14 @@ class MLA(nn.Module):
         return self.wo(out.flatten(2))
 
     def _weights_are_at_hand(self) -> bool:
-        """Whether wkv_b is no more than its weight: no adapter, no quantised or offloaded numbers."""
+        """Whether wkv_b is a plain linear layer: no adapter, no quantised or offloaded weights."""
         return type(self.wkv_b) is nn.Linear and not hasattr(self.wkv_b, "_hf_hook")
 
 
 class QueryBatchNorm(nn.Module):
-    """Batch norm over tokens, padding left out; running statistics outside training and where its weights are frozen.
+    """Batch norm over tokens without padding; it uses running statistics outside training and if its weights are frozen.
 
-    Frozen, as under an adapter, it must not move: what it would learn is not saved with the adapter.
+    If frozen, as under an adapter, the statistics must not change, because they would not be saved with the adapter.
     """
 
     running_mean: Tensor
@@ -191,7 +191,7 @@ class QueryBatchNorm(nn.Module):
 
 
 class Experts(nn.Module):
-    """The expert tables, [N, E, D]: floats, or codes of one byte with a scale per row."""
+    """The expert tables, [N, E, D]: floats, or one-byte codes with a scale per row."""
 
     expert_down: Tensor
     expert_up: Tensor
@@ -210,7 +210,7 @@ class Experts(nn.Module):
                 self.register_buffer(f"{name}_scale", torch.zeros(shape[:2]))
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows [..., E, D] of experts [...] of a table."""
+        """A table's rows [..., E, D] for experts [...]."""
         rows = getattr(self, name)[indices]
         if self.table_dtype == "float":
             return rows.to(dtype)

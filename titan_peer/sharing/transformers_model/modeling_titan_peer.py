@@ -1,8 +1,8 @@
 """A titan_peer model in plain PyTorch: multi-head latent attention (MLA, arXiv 2405.04434) and product-key retrieval of tiny
 experts (PEER, arXiv 2407.04153).
 
-The reference form, without kernels, for loading with transformers anywhere. Parameter names are those of titan_peer's own
-checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers per token and layer.
+This is the reference form, without kernels, which transformers can load anywhere. Parameter names are those of titan_peer's
+own checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers per token and layer.
 
 Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert hidden size.
 """
@@ -27,11 +27,11 @@ _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutpu
 
 
 def causal_mask(cached: int, seq_len: int, is_token: Tensor | None, documents: Tensor | None, device: Any) -> Tensor:
-    """Who sees whom, bool [B or 1, 1, S, L]: the tokens before a place, of its document, and the place itself.
+    """The attention mask, bool [B or 1, 1, S, L]: each place sees the earlier tokens of its document and itself.
 
     Args:
         is_token: bool [B, L], False for padding.
-        documents: [B, L], the number of each place's document; None: one a row.
+        documents: [B, L], the number of each place's document; None: one document per row.
     """
     places = torch.arange(cached + seq_len, device=device)
     seen = (places <= places[cached:, None])[None]
@@ -39,7 +39,7 @@ def causal_mask(cached: int, seq_len: int, is_token: Tensor | None, documents: T
         seen = seen & is_token[:, None, :]
     if documents is not None:
         seen = seen & (documents[:, cached:, None] == documents[:, None, :])
-    itself = places == places[cached:, None]  # a padding place too, so that no row of the softmax is empty
+    itself = places == places[cached:, None]  # for padding places too, so that no row of the softmax is empty
     return (seen | itself)[:, None]
 
 
@@ -67,7 +67,7 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
         cache_position: Tensor | None,
         shared_experts: Experts | None,
     ) -> Tensor:
-        """x [B, S, D], is_token bool [B, S]; the others as MLA takes them -> [B, S, D]."""
+        """x [B, S, D], is_token bool [B, S]; the other arguments as for MLA -> [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), cos_sin, mask, cache, cache_position)
         h = self.ffn_norm(x)
         return x + (self.peer(h, is_token, shared_experts) if self.has_peer else self.feed_forward(h))
@@ -78,12 +78,12 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
     config_class = TitanPeerConfig
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # of the Trainer: num_items_in_batch
+    accepts_loss_kwargs = True  # from the Trainer: num_items_in_batch
     _supports_sdpa = True
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012 - as transformers has it
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - statistics, and what codes of one byte are multiplied by
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - statistics, and the scales of one-byte codes
         "running_mean",
         "running_var",
         "expert_down_scale",
@@ -114,7 +114,7 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """What is not loaded starts as in titan_peer; transformers guards what is."""
+        """Initialise what is not loaded as titan_peer does; transformers protects what is loaded."""
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range * getattr(module, "init_scale", 1.0))
         elif isinstance(module, RMSNorm):
@@ -136,7 +136,7 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             nn.init.normal_(module.expert_up, std=std * residual_scale(self.config))
 
     def _validate_generated_length(self, generation_config: Any, *args: Any) -> None:
-        """Before generation: it would fail in the middle."""
+        """Check the length before generation, which would otherwise fail in the middle."""
         super()._validate_generated_length(generation_config, *args)  # type: ignore[misc]
         if generation_config.max_length > self.config.max_seq_len:
             raise ValueError(
@@ -153,7 +153,11 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         cache: Cache | None,
         cache_position: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Where the new tokens x [B, S, D] stand: positions [B or 1, S], mask [B or 1, 1, S, L], is_token bool [B, S], cache_position [S]."""
+        """The places of the new tokens x [B, S, D].
+
+        Returns:
+            positions [B or 1, S], mask [B or 1, 1, S, L], is_token bool [B, S] (None: all are tokens), cache_position [S].
+        """
         cached, seq_len = (0 if cache is None else cache.get_seq_length()), x.shape[1]  # a tensor in static caches
         if cache_position is None:
             cache_position = torch.arange(seq_len, device=x.device) + cached
@@ -183,7 +187,7 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         return positions, mask, None if is_token is None else is_token[:, -seq_len:], cache_position
 
     def _require_known_positions(self, positions: Tensor, length: int | None) -> None:
-        """Refuse tokens beyond the model's context; `length`, where known, is above all positions."""
+        """Refuse tokens beyond the model's context; `length`, if known, is an upper bound of the positions."""
         limit = self.config.max_seq_len
         if (length is not None and length <= limit) or positions.numel() == 0 or torch.compiler.is_compiling():
             return  # compiled: reading a number back would break the graph; `generate` has checked before
@@ -213,19 +217,19 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         num_items_in_batch: int | Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, S, vocab], and the mean loss where labels are given.
+        """Logits [B, S, vocab], and the mean loss if labels are given.
 
         Args:
-            input_ids: [B, S], or else inputs_embeds [B, S, D].
-            attention_mask: [B, L], 0 for padding, which may be on either side; or [B, 1, S, L], bool or to be added.
-            position_ids: [B or 1, S]. Without mask and cache, positions that begin anew begin another document.
+            input_ids: [B, S], or instead inputs_embeds [B, S, D].
+            attention_mask: [B, L], 0 for padding, which may be on either side; or [B, 1, S, L], bool or added to the scores.
+            position_ids: [B or 1, S]. Without mask and cache, positions that restart begin a new document.
             past_key_values: the cache, which newer versions of transformers call `cache`.
-            labels: [B, S], the tokens themselves, -100 where nothing is learnt; they are shifted here.
-            num_items_in_batch: by what the summed loss is divided, instead of the number of labels here.
-            others: `cache_position` [S], which transformers 5.0 gives; newer versions complain of a model that names it.
+            labels: [B, S], the tokens themselves, -100 for tokens that are not learnt; they are shifted here.
+            num_items_in_batch: the divisor of the summed loss, instead of the number of labels here.
+            others: `cache_position` [S], which transformers 5.0 passes; newer versions warn about a model that names it.
         Raises:
             TypeError: an unknown keyword.
-            ValueError: the tokens exceed the model's context, or what was asked for cannot be given.
+            ValueError: the tokens exceed the model's context, or a requested output or combination is not supported.
         """
         cache_position = others.pop("cache_position", None)
         if others:
