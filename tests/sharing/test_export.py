@@ -97,7 +97,7 @@ def test_what_transformers_saved_again_can_be_imported_and_trained(
     AutoTokenizer.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path / "again")
     with caplog.at_level("INFO", "titan_peer"):
         back = import_model(tmp_path / "again", tmp_path / "back")
-    assert "has no config.toml" in caplog.text and "training begins at step 0" in caplog.text
+    assert "has no config.toml" in caplog.text and "training starts at step 0" in caplog.text
     theirs, job, tokenizer = load_model_for_inference(back)
     ours, original, our_tokenizer = load_model_for_inference(checkpoint)
     wanted = ours.state_dict()

@@ -17,7 +17,7 @@ def require_exported(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--input {folder}: is not a folder")
     if not (folder / CONFIG_JSON).exists():
-        raise UserError(f"{folder / CONFIG_JSON}: is not there; give a folder that titan-peer export wrote")
+        raise UserError(f"{folder / CONFIG_JSON}: does not exist; give a folder that titan-peer export wrote")
 
 
 def new_folder(key: str, path: Path, source: Path) -> Path:
