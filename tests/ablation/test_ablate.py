@@ -416,7 +416,7 @@ def test_speeds_of_runs_that_shared_the_cores_are_marked(tmp_path: Path) -> None
     results = finished(shared, losses, beside=3)
     text = results_markdown(shared, results, "title")
     assert "| 1,003* |" in text
-    assert "trained with up to 3 other runs on the same cores; such speeds do not compare designs" in text
+    assert "trained with up to 3 other runs on the same cores; such speeds cannot be compared" in text
     assert [row["other_runs_on_the_cores"] for row in csv.DictReader(results_csv(shared, results).splitlines())] == [
         "3",
         "3",

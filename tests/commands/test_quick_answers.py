@@ -73,7 +73,7 @@ def cases() -> list[Case]:
         ]
     found.append(Case("import: no folder", ["import", "--input", "no/such", "--output", "x"], 2, "is not a folder"))
     found.append(
-        Case("import: no export", ["import", "--input", "assets", "--output", "x"], 2, "config.json: is not there")
+        Case("import: no export", ["import", "--input", "assets", "--output", "x"], 2, "config.json: does not exist")
     )
     for name in COMMANDS:
         if name not in TAKE_A_JOB:
