@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,17 @@ def test_bad_input_is_refused(arguments: list[str], message: str, checkpoint: Pa
     with pytest.raises(UserError) as error:
         experts.main([*defaults, *arguments])
     assert message in str(error.value)
+
+
+def test_too_little_text_to_tell_which_experts_are_dead_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(checkpoint), "--data", TEXT, "--device", "cpu", "--output_dir", str(tmp_path)]
+    for tokens, is_told in (("100", False), ("20000", True)):
+        assert experts.main([*arguments, "--tokens", tokens]) == 0
+        shown = capsys.readouterr().out
+        expected = float(re.search(r"tokens, ([\d.]+) uses of an expert", shown)[1])  # type: ignore[index]
+        assert (expected >= 10) == is_told
+        row = next(line for line in shown.splitlines() if re.match(r" +\d+ +[\d.]+%", line))
+        assert (row.split()[4] != "?") == is_told
+        assert ("dead ?: too little text to tell" in shown) != is_told

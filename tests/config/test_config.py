@@ -65,6 +65,19 @@ def test_bad_job_files_are_named(text: str, message: str, tmp_path: Path) -> Non
     assert str(file) in str(caught.value)
 
 
+def test_all_wrong_types_and_unknown_keys_of_a_file_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('[training]\nsteps = "3"\nseq_len = 1.5\nstepz = 3\n[compile]\nenable = 1\n', encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(["--job.config_file", str(file)])
+    assert [line.removeprefix(f"{file}: ").split(":")[0] for line in str(caught.value).splitlines()] == [
+        "training.steps = '3'",
+        "training.seq_len = 1.5",
+        "unknown key training.stepz = 3; did you mean steps?",
+        "compile.enable = 1",
+    ]
+
+
 def test_command_line_overrides_the_file_and_toml_reproduces_the_job(tmp_path: Path) -> None:
     arguments = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable=false"]
     arguments += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -427,3 +428,20 @@ def test_a_million_experts_decode_from_the_file_in_little_memory(tmp_path: Path)
     mapped_mb, loaded_mb = run(1, "mapped")[1], run(1, "device")[1]
     tables_mb = 2 * 1024**2 * 64 * 4 / 1e6  # 537
     assert loaded_mb - mapped_mb > 0.9 * tables_mb
+
+
+def test_several_completions_are_told_apart_beside_the_output(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from titan_peer.commands.generate import write
+
+    monkeypatch.setattr(logging.getLogger("titan_peer"), "propagate", True)
+    generator, params = Generator(build_model(vocab_size=258), ByteTokenizer()), dataclasses.replace(GREEDY, seed=1)
+    for prompts in (["one"], ["one", 'two "lines"']):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "titan_peer"):
+            write(generator, prompts, params, as_json=False)
+        said = [record.message for record in caplog.records if record.message.startswith("---")]
+        assert said == (['--- 1 of 2, after "one"', '--- 2 of 2, after "two \\"lines\\""'] if len(prompts) > 1 else [])
+        texts = [c.text for c in generator.generate(prompts, params)]
+        assert capsys.readouterr().out == "".join(text + "\n" for text in texts)

@@ -120,7 +120,7 @@ def write(generator: Generator, prompts: Sequence[str], sampling: SamplingParams
     start, first_token = time.perf_counter(), 0.0
     ready = ["" for _ in prompts]  # text that waits until the prompts before it are done
     done: dict[int, Completion] = {}
-    turn = 0
+    turn, announced = 0, 0
     for piece in generator.stream(prompts, sampling):
         first_token = first_token or time.perf_counter()
         ready[piece.index] += piece.text
@@ -128,6 +128,9 @@ def write(generator: Generator, prompts: Sequence[str], sampling: SamplingParams
             done[piece.index] = piece.completion
         while turn < len(prompts):
             if not as_json:
+                if turn == announced and len(prompts) > 1 and ready[turn]:
+                    logger.info("--- %d of %d, after %s", turn + 1, len(prompts), json.dumps(prompts[turn][-60:]))
+                    announced += 1
                 print(ready[turn], end="", flush=True)
                 ready[turn] = ""
             if turn not in done:

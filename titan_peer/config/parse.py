@@ -17,7 +17,7 @@ import tyro
 from titan_peer.common.bounds import declared_range
 from titan_peer.common.characters import require_whole
 from titan_peer.common.command_line import wrapped_for_tyro
-from titan_peer.common.errors import UserError, os_failure
+from titan_peer.common.errors import Problems, UserError, os_failure
 from titan_peer.config import version as config_version
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import JobConfig, check
@@ -86,17 +86,18 @@ def _build(cls: type, table: dict[str, Any], prefix: str, where: str, left_out: 
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    values = {}
+    values, problems = {}, Problems()
     for name, value in table.items():
-        key = f"{prefix}.{name}" if prefix else name
-        try:
+        key, wrong = f"{prefix}.{name}" if prefix else name, Problems()
+        with wrong.collected():
             if name not in names:
                 raise UserError(f"{where}: unknown key {key} = {value!r}{_nearest(name, names)}")
             values[name] = _convert(value, hints[name], key, where, left_out)
-        except UserError:
-            if left_out is None or key.split(".")[0] == "model":
-                raise
+        if wrong.found and left_out is not None and key.split(".")[0] != "model":
             left_out.append(key)
+        else:
+            problems.found += wrong.found
+    problems.refuse()
     try:
         return cls(**values)
     except TypeError as error:  # a field without a default is missing

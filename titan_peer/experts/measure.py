@@ -16,7 +16,7 @@ from titan_peer.config.data_source import DataSource
 from titan_peer.data.sources import Source
 from titan_peer.data.streams import Document, DocumentEncoder, DocumentStream
 from titan_peer.data.tokenizer import Tokenizer
-from titan_peer.experts.usage import ExpertUsage, LayerUsage, layer_usage
+from titan_peer.experts.usage import DEAD_AFTER, ExpertUsage, LayerUsage, layer_usage
 from titan_peer.inference.text_stream import text_in_context
 from titan_peer.model import PEER, Transformer, peer_layers
 
@@ -173,13 +173,17 @@ def tokens_report(found: dict[int, dict[int, list[Activation]]], usage: Sequence
 
 
 def usage_table(usage: Sequence[LayerUsage]) -> str:
-    """The usage as text, one line per layer under a header."""
+    """The usage as text, one line per layer under a header, and what it cannot tell."""
     header = (
         f"{'layer':>5} {'used':>7} {'unevenness':>10} {'Gini':>6} {'dead':>9}  most loaded experts (x uniform share)"
     )
     lines = [header]
     for u in usage:
         hot = ", ".join(f"{h.expert} ({h.load:.1f})" for h in u.hot[:5])
-        w = u.whole
-        lines.append(f"{u.layer:>5} {w.share_used:>7.1%} {w.unevenness:>10.3f} {w.gini:>6.3f} {u.dead:>9,}  {hot}")
+        w, dead = u.whole, "?" if u.expected < DEAD_AFTER else f"{u.dead:,}"
+        lines.append(f"{u.layer:>5} {w.share_used:>7.1%} {w.unevenness:>10.3f} {w.gini:>6.3f} {dead:>9}  {hot}")
+    if any(u.expected < DEAD_AFTER for u in usage):
+        lines.append(
+            f"dead ?: too little text to tell; it takes {DEAD_AFTER:g} uses of an expert if usage were uniform"
+        )
     return "\n".join(lines)
