@@ -112,6 +112,6 @@ def test_what_a_step_reads_is_the_model_without_the_rows_that_are_not_chosen(tie
     args, decoder = model.args, Decoder(model, compile=False)
     names = [name for name, _ in model.named_parameters() if "expert_" not in name and "tok_embeddings" not in name]
     read = sum(model.get_parameter(name).numel() for name in names) + (258 * args.dim if tied else 0)
-    layers = sum(args.has_peer(layer) for layer in range(args.n_layers))
+    layers = len(list(args.layers_of("peer")))
     rows = layers * args.peer.num_heads * args.peer.num_experts_per_tok * 2 * args.dim * args.peer.expert_hidden_size
     assert [decoder.bytes_read(count) for count in (1, 3)] == [4 * (read + rows), 4 * (read + 3 * rows)]
