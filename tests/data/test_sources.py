@@ -241,7 +241,7 @@ def test_a_misspelt_file_of_a_folder_that_is_here_is_not_looked_for_in_the_netwo
 ) -> None:
     (tmp_path / "mydata").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data.sources\[0\].path = mydata/mine.jsnl: no such file"):
+    with pytest.raises(UserError, match=r"data.sources\[0\].path = mydata/mine.jsnl: is not a file, a folder with"):
         opened(Path("mydata/mine.jsnl"))
 
 
