@@ -32,7 +32,7 @@ def read_documents(paths: Sequence[str], tokenizer: Tokenizer) -> Iterator[Docum
     """Every document of the files, once, in their order.
 
     Raises:
-        UserError: a file is not there or cannot be read.
+        UserError: a file does not exist or cannot be read.
     """
     encoder = DocumentEncoder(tokenizer)
     sources = [Source(DataSource(path, max_epochs=1), "--data") for path in paths]
