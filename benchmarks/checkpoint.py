@@ -5,7 +5,7 @@ median step beside which none is written: the save call itself, the wait before 
 and what the writing takes from the following steps while it runs.
 
 Examples:
-    python benchmarks/checkpoint.py                                  # 65,536 experts a layer: a minute on two CPU cores
+    python benchmarks/checkpoint.py                                  # 65,536 experts per layer: a minute on two CPU cores
     python benchmarks/checkpoint.py --experts 16384 --saves 3
     python benchmarks/checkpoint.py --experts 262144 --dim 512      # larger tables
 """
@@ -105,7 +105,7 @@ def summary(found: dict[str, Any], interval: int) -> dict[str, float]:
 def main() -> None:
     parser = FlagParser(__doc__)
     parser.add_argument(
-        "--experts", type=square_number, default=65536, help="experts a layer, a square number; three layers"
+        "--experts", type=square_number, default=65536, help="experts per layer, a square number; three layers"
     )
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--interval", type=int, default=8, help="steps from save to save")
@@ -134,7 +134,7 @@ def main() -> None:
     gib = found["async"]["bytes"] / 2**30
     header = ["save", "a step, s", "save call, s", "wait for the copy, s", "stands still, s"]
     header += ["following steps slower by, s", "total, s"]
-    text = f"{options.experts:,} experts a layer, dim {options.dim}: a checkpoint of {gib:.2f} GiB. Per save:\n\n"
+    text = f"{options.experts:,} experts per layer, dim {options.dim}: a checkpoint of {gib:.2f} GiB. Per save:\n\n"
     text += markdown_table(header, rows)
     print(f"{device_name(device)}; {versions()}\n\n{text}")
     stem = write_results(

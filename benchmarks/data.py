@@ -71,7 +71,7 @@ def texts_of_mix(sources: list[DataSource], characters: int) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# throughput: each returns tokens a second
+# throughput: each returns tokens per second
 
 
 def bare_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> float:

@@ -162,7 +162,7 @@ def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) 
         records.append({"context": context, **times})
         speeds = [f"{1e3 / ms:.4g}" for ms in (latent_ms, plain_ms, whole_ms)]
         rows.append([f"{context:,}", f"{latent_ms:.2f}", f"{rest_ms:.2f}", *speeds, f"{whole_ms / latent_ms:,.0f} x"])
-    header = ["context", "ms a token", "of it PEER and feed-forward", "tokens/s", "tokens/s with a plain cache"]
+    header = ["context", "ms per token", "of it PEER and feed-forward", "tokens/s", "tokens/s with a plain cache"]
     header += ["tokens/s with the whole prefix again", "faster than that"]
     return markdown_table(header, rows), records
 
@@ -179,7 +179,7 @@ def cache_sizes() -> tuple[str, list[dict[str, object]]]:
         mha = args.n_layers * args.mla.n_heads * (args.mla.qk_head_dim + args.mla.v_head_dim) * 2
         rows.append([name, f"{ours:,}", f"{mha:,}", f"{mha / ours:.1f} x"])
         records.append({"model": name, "latent_bytes": ours, "mha_bytes": mha})
-    header = ["bytes a token, all layers, bfloat16", "latent cache", "MHA of the same heads", "smaller by"]
+    header = ["bytes per token, all layers, bfloat16", "latent cache", "MHA of the same heads", "smaller by"]
     return markdown_table(header, rows), records
 
 
@@ -237,7 +237,7 @@ def by_experts(
             records.append(
                 {"batch": batch_size, **count._asdict(), "step_ms": step_ms[which], "layer_ms": peer_ms[which]}
             )
-    header = ["batch", "experts, by sub-keys of each axis", "ms a step", f"against {math.prod(BASE.axes):,}"]
+    header = ["batch", "experts, by sub-keys of each axis", "ms per step", f"against {math.prod(BASE.axes):,}"]
     if not compile:
         header += ["ms a PEER layer", f"against {math.prod(BASE.axes):,}"]
     return markdown_table(header, rows), records
@@ -260,7 +260,7 @@ def main() -> None:
     setting = (
         f"{str(dtype).removeprefix('torch.')}, decode step {'compiled' if args.compile else 'not compiled'}. "
         f"Model: {MODEL.n_layers} blocks, {MLA.n_heads} heads, latent {MLA.kv_lora_rank} + {MLA.qk_rope_head_dim}, 3 layers of "
-        f"{PEER.num_heads} x {PEER.num_experts_per_tok} experts a token"
+        f"{PEER.num_heads} x {PEER.num_experts_per_tok} experts per token"
     )
     folder = {"folder": args.output} if args.output else {}
     with torch.no_grad():

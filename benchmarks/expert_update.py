@@ -134,7 +134,7 @@ def main() -> None:
         "against the first",
     ]
     setting = (
-        f"debug model with {options.experts:,} experts a layer, {options.steps:,} steps of "
+        f"debug model with {options.experts:,} experts per layer, {options.steps:,} steps of "
         f"{options.batch_size} x {options.seq_len} tokens of the bundled text, dim {options.dim}, "
         f"learning rate {options.lr:g}, float32"
     )

@@ -221,7 +221,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden_size", type=int, default=1, help="of an expert")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--k", type=int, default=16, help="experts a head")
+    parser.add_argument("--k", type=int, default=16, help="experts per head")
     parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

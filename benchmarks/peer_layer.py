@@ -288,7 +288,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--k", type=int, default=16, help="experts a head")
+    parser.add_argument("--k", type=int, default=16, help="experts per head")
     parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
     parser.add_argument("--query_norm", choices=["batch", "rms", "none"], default="batch", help="PEER-pytorch has none")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
