@@ -1,8 +1,9 @@
 """Generation and training while other programs use the cores, under several settings of OpenMP's waiting threads.
 
-A thread that has done its part of a loop waits for the others. By default it spins; when the system has taken a core from one of
-them, the others spin for as long as it is away, and every one of the thousands of short loops per second may meet that. Each
-setting runs in a process of its own, in turns: alone, and beside processes that do nothing but use a core each.
+A thread that has done its part of a loop waits for the others. By default it spins; when the system has taken a core
+from one of them, the others spin for as long as it is away, and every one of the thousands of short loops per second
+may meet that. Each setting runs in a process of its own, in turns: alone, and beside processes that do nothing but use
+a core each.
 
     python benchmarks/busy_cores.py --rounds 3
 """

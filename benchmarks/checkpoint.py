@@ -1,8 +1,8 @@
 """How long training stands still for a checkpoint: saved on the training thread, or beside it.
 
-A job trains real steps on the bundled text; every few steps it saves. What is measured is the time a step takes beyond the
-median step beside which none is written: the save call itself, the wait before the optimizer may change what is being copied,
-and what the writing takes from the following steps while it runs.
+A job trains real steps on the bundled text; every few steps it saves. What is measured is the time a step takes beyond
+the median step beside which none is written: the save call itself, the wait before the optimizer may change what is
+being copied, and what the writing takes from the following steps while it runs.
 
 Examples:
     python benchmarks/checkpoint.py                                  # 65,536 experts per layer: a minute on two CPU cores
@@ -85,7 +85,8 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def summary(found: dict[str, Any], interval: int) -> dict[str, float]:
-    """Medians of one save, in seconds; neither the first interval nor the first save counts: they touch memory first."""
+    """Medians of one save, in seconds; neither the first interval nor the first save counts: they touch memory
+    first."""
     seconds, beside, waits = found["seconds"], found["beside"], found["waits"]
     measured = range(interval, len(seconds))
     step = statistics.median(seconds[i] for i in measured if not beside[i - 1])

@@ -1,10 +1,11 @@
 """How fast is the data path, and what do saving and resuming cost? python benchmarks/data.py [--corpora FOLDER]
 
 Three tables. Throughput, one process: the bare tokenizer on texts in memory, this package's loader on the mix of
-train_configs/three_corpora.toml, and `datasets.interleave_datasets` with a plain packing loop on the same files and weights.
-State: size of the loader's state and time to make it. Resume: time from the state to the first batch after so many
-documents, from a file that can be read from any place (JSONL), from one that cannot (gzip), and of a streamed dataset of
-the `datasets` library. Medians of several rounds, which alternate. `python scripts/fetch_corpora.py` fetches the corpora.
+train_configs/three_corpora.toml, and `datasets.interleave_datasets` with a plain packing loop on the same files and
+weights. State: size of the loader's state and time to make it. Resume: time from the state to the first batch after so
+many documents, from a file that can be read from any place (JSONL), from one that cannot (gzip), and of a streamed
+dataset of the `datasets` library. Medians of several rounds, which alternate. `python scripts/fetch_corpora.py` fetches
+the corpora.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ def resume_times(path: Path, tokenizer: Tokenizer, seq_len: int, documents: list
 
 
 def datasets_resume_times(path: Path, documents: list[int]) -> list[float]:
-    """Milliseconds from the state of a streamed dataset (without shuffle, whose buffer it would lose) to the next example."""
+    """Milliseconds from the state of a streamed dataset (without shuffle, whose buffer it would lose) to the next
+    example."""
     times = []
     for target in documents:
         stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)

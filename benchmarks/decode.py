@@ -1,8 +1,8 @@
 """Decoding: what the latent cache costs and saves, at several context lengths, and what a million experts cost a token.
 
-Three ways to the same next token, with the same weights: the paged latent cache with absorbed attention; a plain cache of
-every head's keys and values; no cache, the whole prefix again. Then decode steps of models that differ only in the number of
-experts. Random weights: speed does not depend on them.
+Three ways to the same next token, with the same weights: the paged latent cache with absorbed attention; a plain cache
+of every head's keys and values; no cache, the whole prefix again. Then decode steps of models that differ only in the
+number of experts. Random weights: speed does not depend on them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Is the row-wise AdamW of expert tables as good as the dense one? The same model, text and order of batches, both ways.
+"""Is the row-wise AdamW of expert tables as good as the dense one? The same model, text and order of batches, both
+ways.
 
 Trains the debug job with more experts than a step can touch, once a variant and learning-rate factor of the tables, and
-compares training and validation loss. Factors, because the two mean different things by one rate: under the dense update a
-row that is used goes on moving for some steps by what is left of its first moment (in all several rates for a row that is
-used rarely), under the row-wise one it moves once. No timing: the runs may share the machine.
+compares training and validation loss. Factors, because the two mean different things by one rate: under the dense
+update a row that is used goes on moving for some steps by what is left of its first moment (in all several rates for a
+row that is used rarely), under the row-wise one it moves once. No timing: the runs may share the machine.
 
 Examples:
     python benchmarks/expert_update.py

@@ -1,7 +1,7 @@
 """What does counting experts cost? The same job with and without it, step by step in turns in one process.
 
-Times whole optimizer steps of two trainers that see the same batches, one of them counting; then reports, without and with
-plots. A report's share of a step is its time over metrics.expert_usage_freq steps.
+Times whole optimizer steps of two trainers that see the same batches, one of them counting; then reports, without and
+with plots. A report's share of a step is its time over metrics.expert_usage_freq steps.
 
 Examples:
     python benchmarks/expert_usage.py

@@ -4,8 +4,9 @@
     python benchmarks/peer_kernels.py --device cuda --tokens 16384 --dim 1024 --dtype bfloat16
     python benchmarks/peer_kernels.py --experts 1048576 --kernels forward backward --backends cpu
 
-On a GPU times are those of triton.testing.do_bench, which clears the cache before each call, and inputs rotate. A table row
-counts once for every use of it (cache hits can beat the floor); what is read by all, such as x or sub-keys, counts once.
+On a GPU times are those of triton.testing.do_bench, which clears the cache before each call, and inputs rotate. A table
+row counts once for every use of it (cache hits can beat the floor); what is read by all, such as x or sub-keys, counts
+once.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Examples:
     python benchmarks/peer_layer.py --device cuda --tokens 16384 --dtype bfloat16
 
 `pytorch_peer` is lucidrains' PEER-pytorch (pip install PEER-pytorch) with torch.optim.AdamW(fused=True), as its README
-uses it; `pytorch_peer_compiled` puts torch.compile on it. titan_peer's layers and the dense feed-forwards are compiled, as
-titan_peer's trainer does by default.
+uses it; `pytorch_peer_compiled` puts torch.compile on it. titan_peer's layers and the dense feed-forwards are compiled,
+as titan_peer's trainer does by default.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def _feed_forward(
 
 
 def _equal_flops_width(options: argparse.Namespace, num_experts: int) -> int:
-    """Hidden dim of a two-matrix feed-forward with the multiplications of PEER: queries, scores of both axes, experts."""
+    """Hidden dim of a two-matrix feed-forward with the multiplications of PEER: queries, scores of both axes,
+    experts."""
     queries = options.dim * options.heads * options.query_dim
     scores = options.heads * round(num_experts**0.5) * options.query_dim
     experts = 2 * options.heads * options.k * options.dim

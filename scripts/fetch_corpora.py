@@ -1,9 +1,9 @@
 """Three real corpora for train_configs/three_corpora.toml: python scripts/fetch_corpora.py [FOLDER]
 
 The King James Bible, a chapter a document (packages bible-kjv and bible-kjv-text; the text is public domain), the
-Collaborative International Dictionary of English, an entry a document (package dict-gcide; GPL), and the standard library
-of this Python, a file a document (PSF licence). A document goes to NAME.validation.jsonl when the hash of its text says so
-(2%), else to NAME.jsonl. Needs apt-get and dpkg.
+Collaborative International Dictionary of English, an entry a document (package dict-gcide; GPL), and the standard
+library of this Python, a file a document (PSF licence). A document goes to NAME.validation.jsonl when the hash of its
+text says so (2%), else to NAME.jsonl. Needs apt-get and dpkg.
 """
 
 from __future__ import annotations

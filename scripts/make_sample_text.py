@@ -1,8 +1,8 @@
 """Make assets/sample_text from two Debian packages: python scripts/make_sample_text.py
 
-The Jargon File 4.4.7 (package dict-jargon; public domain), one entry a document, and the New Testament of the King James
-Bible (packages bible-kjv and bible-kjv-text; the text is public domain), one chapter a document. A document goes to
-validation.jsonl when the hash of its text says so (5%), else to train.jsonl. Needs apt-get and dpkg.
+The Jargon File 4.4.7 (package dict-jargon; public domain), one entry a document, and the New Testament of the King
+James Bible (packages bible-kjv and bible-kjv-text; the text is public domain), one chapter a document. A document goes
+to validation.jsonl when the hash of its text says so (5%), else to train.jsonl. Needs apt-get and dpkg.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What holds for all tests: settings that libraries read when they are imported, and how a whole run uses two cores.
 
-`pytest` without names of files or folders runs in two processes (pytest-xdist) where there are two cores and no GPU, otherwise in
-one; `-n` decides it too. Files are the units, and those in LONG come first, so that both processes end together.
-`scripts/check.sh --fast` leaves LONG out.
+`pytest` without names of files or folders runs in two processes (pytest-xdist) where there are two cores and no GPU,
+otherwise in one; `-n` decides it too. Files are the units, and those in LONG come first, so that both processes end
+together. `scripts/check.sh --fast` leaves LONG out.
 """
 
 import os
@@ -60,7 +60,8 @@ LONG = [
     "distributed/test_agreement.py",
     "distributed/test_checkpoint_agreement.py",
 ]
-"""Files whose tests take 5 to 200 seconds of a core, because they train, compile or start processes; the longest first."""
+"""Files whose tests take 5 to 200 seconds of a core, because they train, compile or start processes; the longest
+first."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,6 +71,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     names_files = config.args_source is pytest.Config.ArgsSource.ARGS
     has_two_cores = (os.cpu_count() or 1) >= 2 and not torch.cuda.is_available()
     is_decided = not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None or options.usepdb
+    is_decided = is_decided or hasattr(config, "workerinput")  # one of the two processes, which must not start two more
     if has_two_cores and not names_files and not is_decided and not options.collectonly:
         options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
 

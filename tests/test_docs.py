@@ -1,6 +1,7 @@
 """Every command shown in the README and docs/ runs as it is written, in the order of its page.
 
-By default some quick ones run, and all are read by the programs that they name; `pytest -m slow tests/test_docs.py` runs all.
+By default some quick ones run, and all are read by the programs that they name; `pytest -m slow tests/test_docs.py`
+runs all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""From its start to its end: what a job leaves in its folder, says and returns, also in a folder that was used before."""
+"""From its start to its end: what a job leaves in its folder, says and returns, also in a folder that was used
+before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Padding leaves no trace: what is learnt and counted from padded documents is what the same documents teach without it."""
+"""Padding leaves no trace: what is learnt and counted from padded documents is what the same documents teach without
+it."""
 
 from __future__ import annotations
 

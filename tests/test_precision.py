@@ -1,4 +1,5 @@
-"""One rule of precision everywhere: matrices are multiplied in the compute dtype, what decides or accumulates is float32."""
+"""One rule of precision everywhere: matrices are multiplied in the compute dtype, what decides or accumulates is
+float32."""
 
 from __future__ import annotations
 

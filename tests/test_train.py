@@ -1,6 +1,7 @@
 """Whole jobs as a user starts them: real text, real checkpoints, real kills.
 
-Jobs of one process whose launch is not in question start in a warm process; test_launch.py has what run_train.sh decides.
+Jobs of one process whose launch is not in question start in a warm process; test_launch.py has what run_train.sh
+decides.
 """
 
 from __future__ import annotations

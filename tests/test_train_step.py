@@ -1,4 +1,5 @@
-"""One optimizer step: its gradient is that of the mean loss over the global batch, however that is cut into micro-batches."""
+"""One optimizer step: its gradient is that of the mean loss over the global batch, however that is cut into
+micro-batches."""
 
 from __future__ import annotations
 

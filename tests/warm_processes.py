@@ -1,9 +1,10 @@
 """Processes that begin with the libraries imported: forks of a server that has imported them and done nothing else.
 
-Each is a process of its own, as `python -m titan_peer...` starts one: with its own memory, environment, working folder, output
-and exit status, and signals reach it. Only the imports are saved, about 4 seconds of a core per process. Where there is a GPU,
-processes start afresh, because CUDA does not survive a fork. Tests of what happens before and around the interpreter (run_train.sh,
-the launcher, the terminal's encoding, environment variables that libraries read when they are imported) start `sys.executable`.
+Each is a process of its own, as `python -m titan_peer...` starts one: with its own memory, environment, working folder,
+output and exit status, and signals reach it. Only the imports are saved, about 4 seconds of a core per process. Where
+there is a GPU, processes start afresh, because CUDA does not survive a fork. Tests of what happens before and around
+the interpreter (run_train.sh, the launcher, the terminal's encoding, environment variables that libraries read when
+they are imported) start `sys.executable`.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def begin_reports(config: JobConfig, resumed_step: int) -> None:
 
 
 def _earlier_reports(config: JobConfig, folder: Path) -> list[str]:
-    """What a job writes, or adds to, beside its checkpoints, the lock and W&B's own folder; nothing if none was here."""
+    """What a job writes, or adds to, beside its checkpoints, the lock and W&B's own folder; nothing if none was
+    here."""
     profiling = config.profiling
     traces = (profiling.save_traces_folder, profiling.save_memory_snapshot_folder)
     inside = [name for name in traces if folder.resolve() in (folder / name).resolve().parents]

@@ -1,6 +1,7 @@
 """Why a job ends before its time: said to the user and to the launcher, and turned into an exit status.
 
-torch is imported where it is needed, since a mistake in the arguments is answered by this file before anything else is imported.
+torch is imported where it is needed, since a mistake in the arguments is answered by this file before anything else is
+imported.
 """
 
 from __future__ import annotations

@@ -2,17 +2,18 @@
 
 Notable choices:
 - MLA as in DeepSeek-V2/V3: low-rank queries and keys/values, a rope part shared by all heads, YaRN for long contexts.
-- PEER ("Mixture of a Million Experts", arXiv 2407.04153) in place of the feed-forward in chosen layers: product keys over
-  any number of axes, tiny experts of any hidden size. Other layers have a dense SwiGLU.
+- PEER ("Mixture of a Million Experts", arXiv 2407.04153) in place of the feed-forward in chosen layers: product keys
+  over any number of axes, tiny experts of any hidden size. Other layers have a dense SwiGLU.
 - Documents packed into one sequence do not see each other: positions restart and attention stops at a border.
 - Padding is left out of batch-norm statistics, retrieves no experts and has no label.
 - No biases. RMSNorm before every part and before the head. Head and embedding tied or not.
-- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What can be set from outside
-  is declared in the class that it concerns: `Experts.plan`, `PEER.attach`, `QueryBatchNorm`, `Transformer`. Parts
-  that need more precision than matrix products choose it themselves: norms, rotary positions, router scores, gates.
+- Nothing here knows of devices, meshes or precision: `parallelize.py` puts these on from outside. What can be set from
+  outside is declared in the class that it concerns: `Experts.plan`, `PEER.attach`, `QueryBatchNorm`, `Transformer`.
+  Parts that need more precision than matrix products choose it themselves: norms, rotary positions, router scores,
+  gates.
 
-Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts per head, K = H*k experts per token, N experts,
-C product-key axes, E expert hidden size.
+Shapes: B batch, S sequence, T = B*S tokens, D model dim, H heads, k experts per head, K = H*k experts per token, N
+experts, C product-key axes, E expert hidden size.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ class RMSNorm(nn.RMSNorm):
 class MLA(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434, eq. 9-19).
 
-    `forward` is the expanded form: keys and values of every head are made from the latents. Decoding may instead let the
-    heads attend to the latents themselves, with the up-projections absorbed into queries and output (section 2.1.2).
+    `forward` is the expanded form: keys and values of every head are made from the latents. Decoding may instead let
+    the heads attend to the latents themselves, with the up-projections absorbed into queries and output (section
+    2.1.2).
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -130,7 +132,8 @@ class MLA(nn.Module):
         return q_nope, apply_rope(q_rope, rope)
 
     def latents(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """What decoding caches: normed latents [B, S, kv_lora_rank] and the rotated key part [B, S, 1, qk_rope_head_dim]."""
+        """What decoding caches: normed latents [B, S, kv_lora_rank] and the rotated key part [B, S, 1,
+        qk_rope_head_dim]."""
         latent, k_rope = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), rope)
 
@@ -141,7 +144,8 @@ class MLA(nn.Module):
         return torch.cat([k_nope, k_rope.expand(-1, -1, self.n_heads, -1)], dim=-1), v
 
     def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
-        """From the output of `queries`, queries for latents: (q_nope W^UK, q_rope), [B, S, H, kv_lora_rank + rope dim]."""
+        """From the output of `queries`, queries for latents: (q_nope W^UK, q_rope), [B, S, H, kv_lora_rank + rope
+        dim]."""
         w_uk = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))[:, : self.qk_nope_head_dim]  # [H, nope, kv_lora_rank]
         return torch.cat([torch.einsum("bshd,hdr->bshr", q_nope, w_uk), q_rope], dim=-1)
 
@@ -169,8 +173,8 @@ class QueryBatchNorm(nn.Module):
     """Batch norm of queries over all tokens, with running statistics for evaluation."""
 
     gather_from_replicas: Callable[[Tensor], Tensor] | None = None
-    """Set from outside if a batch is spread over R processes: stacks a tensor of all of them (with gradients) to [R, ...],
-    which makes the statistics those of the global micro-batch."""
+    """Set from outside if a batch is spread over R processes: stacks a tensor of all of them (with gradients) to [R,
+    ...], which makes the statistics those of the global micro-batch."""
     running_mean: Tensor
     running_var: Tensor
 
@@ -199,7 +203,8 @@ class QueryBatchNorm(nn.Module):
         return ((queries - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
 
     def statistics(self, q: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and number of the tokens of all replicas, [H, query_dim] each; 0, 0, 0 where there are none."""
+        """Mean, variance and number of the tokens of all replicas, [H, query_dim] each; 0, 0, 0 where there are
+        none."""
         if is_token is None:
             is_token = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
         present, count = is_token[:, None, None], is_token.sum().to(q.dtype)
@@ -233,10 +238,11 @@ class ExpertPlan:
     """Called in place of `peer_experts`, with its arguments: for tables that are sharded over a group of processes
     (`distributed/expert_parallel.py`), or that are on another device than the tokens (`inference/decoder.py`)."""
     row_gradients: RowGradients | None = None
-    """Where backward passes record the tables' gradients, as factors of the rows used, in place of dense gradients; set by
-    the optimizer that reads them."""
+    """Where backward passes record the tables' gradients, as factors of the rows used, in place of dense gradients; set
+    by the optimizer that reads them."""
     compute_copies: tuple[Tensor, Tensor] | None = None
-    """The tables in a lower precision, [N, E, D] each, to compute with; the optimizer that made them keeps them up to date."""
+    """The tables in a lower precision, [N, E, D] each, to compute with; the optimizer that made them keeps them up to
+    date."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the module (deepcopy, pickle) is not what the optimizer updates: it computes with its own tables and
@@ -278,15 +284,15 @@ class Experts(nn.Module):
 
 RouteStage = Literal["record", "count", "loss"]
 RouteHook = Callable[["PEER", Tensor, Tensor], Tensor | None]
-"""Called with the layer, indices int64 [T, H, k] (-1: no expert) and gates [T, H, k] of each batch. Returns None, or the gates
-to go on with: the same values, for instance with a loss attached whose gradient the backward pass adds."""
+"""Called with the layer, indices int64 [T, H, k] (-1: no expert) and gates [T, H, k] of each batch. Returns None, or
+the gates to go on with: the same values, for instance with a loss attached whose gradient the backward pass adds."""
 
 
 class PEER(nn.Module):
     """Parameter-efficient expert retrieval (arXiv 2407.04153, algorithm 1).
 
-    What looks at the routing from outside is attached as a hook, and can be detached. Hooks that record run first, then those
-    that count, then those that add a loss, in whatever order they were attached.
+    What looks at the routing from outside is attached as a hook, and can be detached. Hooks that record run first, then
+    those that count, then those that add a loss, in whatever order they were attached.
     """
 
     def __init__(self, dim: int, args: PEERArgs) -> None:
@@ -311,7 +317,8 @@ class PEER(nn.Module):
         self.route_hooks: list[tuple[RouteStage, RouteHook]] = []
 
     def attach(self, stage: RouteStage, hook: RouteHook) -> None:
-        """Call `hook` with the routing of every batch until it is detached. Hooks of one stage run in the order attached."""
+        """Call `hook` with the routing of every batch until it is detached. Hooks of one stage run in the order
+        attached."""
         self.route_hooks = sorted(
             [*self.route_hooks, (stage, hook)], key=lambda entry: get_args(RouteStage).index(entry[0])
         )
@@ -417,8 +424,9 @@ FEED_FORWARD_KINDS: dict[FeedForwardKind, Callable[[ModelArgs], nn.Module]] = {
     "feed_forward": lambda args: FeedForward(args.dim, args.ffn_hidden_dim),
     "peer": lambda args: PEER(args.dim, args.peer),
 }
-"""What a block can have after its attention. A kind has the `forward` and `init_weights` of `FeedForward`; its parameters and
-FLOPs are counted in `analysis/model_size.py`, and `ModelArgs.feed_forward_kind` says which layers have it."""
+"""What a block can have after its attention. A kind has the `forward` and `init_weights` of `FeedForward`; its
+parameters and FLOPs are counted in `analysis/model_size.py`, and `ModelArgs.feed_forward_kind` says which layers have
+it."""
 
 
 class Block(nn.Module):

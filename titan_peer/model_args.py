@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from titan_peer.common.bounds import Range, out_of_range
 
 FeedForwardKind = Literal["feed_forward", "peer"]
-"""What a block can have after its attention: a dense SwiGLU or PEER. The kind is also the name of that part in the block and
-in checkpoints; `titan_peer.model.FEED_FORWARD_KINDS` builds it."""
+"""What a block can have after its attention: a dense SwiGLU or PEER. The kind is also the name of that part in the
+block and in checkpoints; `titan_peer.model.FEED_FORWARD_KINDS` builds it."""
 
 
 @dataclass
@@ -26,7 +26,8 @@ class MLAArgs:
     qk_nope_head_dim: Annotated[int, Range(1)] = 32
     """Dim per head of the part of queries and keys without rotary positions."""
     qk_rope_head_dim: Annotated[int, Range(1)] = 16
-    """Dim per head of the part of queries and keys with rotary positions (one such part for the keys of all heads); even."""
+    """Dim per head of the part of queries and keys with rotary positions (one such part for the keys of all heads);
+    even."""
     v_head_dim: Annotated[int, Range(1)] = 32
     """Dim per head of the values."""
     rope_theta: Annotated[float, Range(1, above=True)] = 10000.0

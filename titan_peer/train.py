@@ -1,7 +1,7 @@
 """The way into a training run: `python -m titan_peer.train`, which run_train.sh starts on every process.
 
-It reads the job first and imports the trainer, and torch with it, only for a job that is valid: --help and a mistake in a key,
-a value or a path are answered at once.
+It reads the job first and imports the trainer, and torch with it, only for a job that is valid: --help and a mistake in
+a key, a value or a path are answered at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def print_config(config: JobConfig) -> None:
-    """Print the job as a TOML file that trains it: in UTF-8, as TOML requires, whatever encoding standard output has."""
+    """Print the job as a TOML file that trains it: in UTF-8, as TOML requires, whatever encoding standard output
+    has."""
     printed = dataclasses.replace(config, job=dataclasses.replace(config.job, print_config=False))
     sys.stdout.flush()
     sys.stdout.buffer.write(printed.to_toml().encode())

@@ -1,13 +1,13 @@
 """One optimizer step over a global batch: the training loop runs it, and the dry run traces it.
 
-How gradients are scaled: the loss of a step is the mean over the learnt tokens of the global batch, whichever process and
-micro-batch has them,
+How gradients are scaled: the loss of a step is the mean over the learnt tokens of the global batch, whichever process
+and micro-batch has them,
 
     loss = sum over processes, micro-batches and tokens of -log p(label) / learnt tokens of the global batch
 
 A process back-propagates its own part of this sum. So the gradient of the loss is the plain sum over processes, and
-everything that brings gradients together sums: FSDP's reduce-scatter, which would divide by the number of processes unless
-it were told not to (`distributed/parallelize.py`), and the exchange of the expert tables' gradients
+everything that brings gradients together sums: FSDP's reduce-scatter, which would divide by the number of processes
+unless it were told not to (`distributed/parallelize.py`), and the exchange of the expert tables' gradients
 (`distributed/expert_parallel.py` and `row_exchange.py`). No gradient is scaled anywhere else, except by clipping.
 """
 
@@ -73,7 +73,8 @@ class TrainStep:
 
     Args:
         before_update: called when the gradient is complete and before a parameter changes.
-        stage: makes the context in which a stage of the step runs; stages "forward" and "backward" once per micro-batch.
+        stage: makes the context in which a stage of the step runs; stages "forward" and "backward" once per
+            micro-batch.
     """
 
     def __init__(

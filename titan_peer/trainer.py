@@ -346,7 +346,8 @@ class Trainer:
         raise NonFiniteLossError(message)
 
     def _on_signal(self, signal_number: int, _frame: Any) -> None:
-        # A launcher passes on what a scheduler has sent to every process already: only a second Ctrl-C is meant to end at once.
+        # A launcher passes on what a scheduler has sent to every process already: only a second Ctrl-C is meant to end
+        # at once.
         if self.stop_signal and signal_number == signal.SIGINT and time.monotonic() - self.stop_time > 1:
             signal.signal(signal_number, signal.SIG_DFL)
             os.kill(os.getpid(), signal_number)
@@ -383,7 +384,8 @@ class Trainer:
             logger.info(word)
 
     def _let_running_save_end(self, failure: BaseException) -> None:
-        """Wait a little for the checkpoint that is being written, which completes unless it waits for a lost process."""
+        """Wait a little for the checkpoint that is being written, which completes unless it waits for a lost
+        process."""
         # a launcher that has noticed the failure need not wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:

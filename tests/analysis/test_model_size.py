@@ -1,4 +1,5 @@
-"""Counts of parameters and FLOPs against the built model and against torch's own counter over plain PyTorch operations."""
+"""Counts of parameters and FLOPs against the built model and against torch's own counter over plain PyTorch
+operations."""
 
 from __future__ import annotations
 

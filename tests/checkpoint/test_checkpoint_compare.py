@@ -111,7 +111,8 @@ def test_keys_without_a_part_in_the_function_may_differ(folder):
 
 
 def test_a_new_key_of_the_model_is_taken_to_change_its_function():
-    """All but those that tensors show, or that have no part in it, are compared; so whoever adds one need not think of it."""
+    """All but those that tensors show, or that have no part in it, are compared; so whoever adds one need not think of
+    it."""
 
     def keys(section: object, prefix: str) -> set[str]:
         fields = {f"{prefix}.{f.name}": getattr(section, f.name) for f in dataclasses.fields(section)}

@@ -1,4 +1,5 @@
-"""One job at a time in a folder: between processes, after a kill, across machines, and without locks of the file system."""
+"""One job at a time in a folder: between processes, after a kill, across machines, and without locks of the file
+system."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What the loader tests run in new processes.
 
-The processes fork from a server that has imported the libraries but read no data, so that each is new and quick to start.
+The processes fork from a server that has imported the libraries but read no data, so that each is new and quick to
+start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Files as they lie about on people's disks: links, folders of parts, what editors and systems leave, arrays, byte order marks."""
+"""Files as they lie about on people's disks: links, folders of parts, what editors and systems leave, arrays, byte
+order marks."""
 
 from __future__ import annotations
 

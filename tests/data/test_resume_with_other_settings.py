@@ -1,4 +1,5 @@
-"""A resume with other weights, numbers of passes, files or readings: what goes on, what begins anew, what is refused."""
+"""A resume with other weights, numbers of passes, files or readings: what goes on, what begins anew, what is
+refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def resumed(state: dict[str, Any], sources: list[DataSource], **settings: Any) -
 
 
 def as_saved_before(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as versions wrote it that knew less of the sources, and took an ended one and one of weight 0 for the same."""
+    """A state as versions wrote it that knew less of the sources, and took an ended one and one of weight 0 for the
+    same."""
     del state["settings"]
     for entry in state["sources"].values():
         for key in ("content", "modified", "reading", "seed"):

@@ -231,5 +231,6 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     for step in range(1, 17):
         for name in ("jargon", "python", "bible"):
             assert found[step][f"data/{name}_tokens"] == expected[step][f"data/{name}_tokens"], step
-        # sums round differently on two and four processes, and equal scores that change places make it grow (docs/dev_log.md)
+        # sums round differently on two and four processes, and equal scores that change places make it grow
+        # (docs/dev_log.md)
         assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4 if step <= 8 else 1e-2), step

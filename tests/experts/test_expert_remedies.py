@@ -1,4 +1,5 @@
-"""The remedies for uneven usage do what they say: the loss is the reported unevenness, revival copies what it should."""
+"""The remedies for uneven usage do what they say: the loss is the reported unevenness, revival copies what it
+should."""
 
 from __future__ import annotations
 

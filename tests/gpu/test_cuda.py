@@ -140,7 +140,8 @@ def test_kernels_are_not_compiled_again_for_other_numbers_of_tokens() -> None:
 
 
 def test_a_block_with_attention_and_experts_compiles_whole_and_never_again() -> None:
-    """FlexAttention, retrieval and experts, forward and backward, without a graph break; constant shapes, one compilation."""
+    """FlexAttention, retrieval and experts, forward and backward, without a graph break; constant shapes, one
+    compilation."""
     peer = PEERArgs(num_experts=4096, product_key_dim=[64, 64], num_heads=2, num_experts_per_tok=4, query_dim=64)
     mla = MLAArgs(n_heads=4, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64)
     args = ModelArgs(vocab_size=256, dim=128, n_layers=2, ffn_hidden_dim=256, max_seq_len=256, mla=mla, peer=peer)

@@ -1,4 +1,5 @@
-"""Compiles every Triton kernel for an H100 (sm_90), which needs no GPU, and prints as JSON what the compiler made of it.
+"""Compiles every Triton kernel for an H100 (sm_90), which needs no GPU, and prints as JSON what the compiler made of
+it.
 
 A script of its own because kernels that were imported for the interpreter cannot be compiled.
 """

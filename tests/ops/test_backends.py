@@ -28,7 +28,8 @@ def choose_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled", "compiled, recomputed, bfloat16"])
 def test_a_peer_layer_trains_as_on_the_reference(mode: str, choose_backend: Callable[[str], None]) -> None:
-    """Through the registered operators: whole-graph compilation, activation checkpointing, autocast, row-wise update."""
+    """Through the registered operators: whole-graph compilation, activation checkpointing, autocast, row-wise
+    update."""
     args = PEERArgs(num_experts=96, product_key_dim=[12, 8], num_heads=2, num_experts_per_tok=2, query_dim=16)
     torch.manual_seed(0)
     x, results = torch.randn(1, 5, 24).to(DEVICE), []

@@ -185,8 +185,8 @@ def test_a_row_longer_than_a_block_gets_its_mean_square_from_the_whole_row() -> 
 
 
 def test_bfloat16_is_rounded_stochastically_and_repeatably() -> None:
-    """One step from zero: the first moment is 0.1 x gradient, and the mean of many roundings must be that, not its nearest
-    bfloat16; neighbouring elements, rows and the two moments must not be rounded alike."""
+    """One step from zero: the first moment is 0.1 x gradient, and the mean of many roundings must be that, not its
+    nearest bfloat16; neighbouring elements, rows and the two moments must not be rounded alike."""
     N, D = 8, 1024
     indices, weights = torch.arange(N).view(N, 1), torch.ones(N, 1, 1)
     vectors = torch.full((N, D), 1.0037)
@@ -235,7 +235,8 @@ RETRIEVALS = [
 
 @pytest.fixture
 def tensor_core_products() -> Iterator[None]:
-    """Allows TF32, which is exact for float32 numbers that bfloat16 could hold; without it float32 goes by stored scores."""
+    """Allows TF32, which is exact for float32 numbers that bfloat16 could hold; without it float32 goes by stored
+    scores."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield

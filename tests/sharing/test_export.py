@@ -1,4 +1,5 @@
-"""What an export holds, what is refused, and back again (in transformers: test_transformers.py). The `generate` command."""
+"""What an export holds, what is refused, and back again (in transformers: test_transformers.py). The `generate`
+command."""
 
 from __future__ import annotations
 

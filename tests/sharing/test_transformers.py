@@ -1,4 +1,5 @@
-"""An exported model behaves in transformers as any causal language model does; the reference is titan_peer's own model."""
+"""An exported model behaves in transformers as any causal language model does; the reference is titan_peer's own
+model."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def prompts(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def our_next_logits(ours: Transformer, tokens: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """The logits [B, steps, vocab] from which the last `steps` of tokens [B, S] were chosen, each row without its padding."""
+    """The logits [B, steps, vocab] from which the last `steps` of tokens [B, S] were chosen, each row without its
+    padding."""
     rows = []
     for row, length in zip(tokens, mask.sum(dim=1).tolist()):
         alone = row[-(length + steps) :]

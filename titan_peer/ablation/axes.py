@@ -64,7 +64,8 @@ def _whole_numbers(name: str, values: Sequence[str]) -> list[int]:
 
 
 def exact_shape(num_experts: int, axes: int) -> list[int] | None:
-    """Numbers of sub-keys per axis, as equal as possible, with the product num_experts; None if they are too unequal."""
+    """Numbers of sub-keys per axis, as equal as possible, with the product num_experts; None if they are too
+    unequal."""
     shape: list[int] = []
     left = num_experts
     for axis in range(axes, 1, -1):

@@ -35,8 +35,8 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The loss by which runs are compared: the last validation loss or, without one, the mean training loss of the last
-        tenth of the run."""
+        """The loss by which runs are compared: the last validation loss or, without one, the mean training loss of the
+        last tenth of the run."""
         if self.state != "done":
             return math.nan
         validation = [record["validation_loss"] for record in self.records if "validation_loss" in record]
@@ -49,7 +49,8 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the log lines; the first, which includes compilation, counts only if there is no other. nan without any."""
+        """Median over the log lines; the first, which includes compilation, counts only if there is no other. nan
+        without any."""
         speeds = [record["tokens_per_second"] for record in self.records if "tokens_per_second" in record]
         return statistics.median(speeds[1:] or speeds) if speeds else math.nan
 

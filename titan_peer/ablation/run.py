@@ -1,7 +1,8 @@
 """Train the runs of an ablation: several at a time on this machine, or as SLURM jobs. Finished runs are not repeated.
 
-A run's folder holds job.toml (what to train), log.txt (the trainer's output), everything the trainer writes, and, after the
-run has ended, status.json. A run that was interrupted has no status.json and continues from its checkpoint when started again.
+A run's folder holds job.toml (what to train), log.txt (the trainer's output), everything the trainer writes, and, after
+the run has ended, status.json. A run that was interrupted has no status.json and continues from its checkpoint when
+started again.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ FREE_NUMBERS: dict[str, FreeNumber] = {
 }
 """By their names for --free."""
 
-# The order in which numbers are tried for a quantity: first those with the finest steps that change the design the least.
+# The order in which numbers are tried for a quantity: first those with the finest steps that change the design the
+# least.
 _PREFERRED: dict[str, tuple[str, ...]] = {
     "flops": ("tokens",),
     "total_parameters": ("expert_count", "ffn_hidden_dim", "v_head_dim"),

@@ -1,8 +1,8 @@
 """What a model consists of and what a token costs, without building the model.
 
 Parameters and FLOPs by layer and component, bytes of weights that decoding one token reads, the latent cache beside the
-caches of other kinds of attention, and the memory per process for the configured parallelism. `tables.py` and `plots.py`
-show it.
+caches of other kinds of attention, and the memory per process for the configured parallelism. `tables.py` and
+`plots.py` show it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A training step without devices, data, weights or other processes: what it would take in memory and communication.
 
-The real plans, model, optimizers and collectives run on fake tensors, which have shapes but no memory, as rank 0 of a fake
-process group. `./run_train.sh ... --comm.mode fake_backend` prints the result,
-so that a cluster job can be checked before it is queued.
+The real plans, model, optimizers and collectives run on fake tensors, which have shapes but no memory, as rank 0 of a
+fake process group. `./run_train.sh ... --comm.mode fake_backend` prints the result, so that a cluster job can be
+checked before it is queued.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class StepTrace:
 
 @contextmanager
 def fake_world(config: JobConfig, world_size: int) -> Iterator[World]:
-    """Rank 0 of `world_size` processes that do not exist, on the CPU whatever the machine has, since shapes are the same.
+    """Rank 0 of `world_size` processes that do not exist, on the CPU whatever the machine has, since shapes are the
+    same.
 
     Raises:
         UserError: the job's parallel degrees do not fit that number.
@@ -91,8 +92,8 @@ def resolve(config: JobConfig, dp_degree: int) -> int:
 def trace_step(config: JobConfig, world: World) -> StepTrace:
     """Run a step of the job on fake tensors.
 
-    With compile.enable the blocks are traced and split into forward and backward as by the compiler, but no code is generated.
-    How many of a token's experts an expert-parallel process holds is not known; a random spread is assumed.
+    With compile.enable the blocks are traced and split into forward and backward as by the compiler, but no code is
+    generated. How many of a token's experts an expert-parallel process holds is not known; a random spread is assumed.
     """
     micro_batches = resolve(config, world.dp_degree)
     config = _with_dtype_of_this_machine(config)
@@ -164,8 +165,8 @@ def _stand_in_for_compiler() -> Iterator[None]:
 
 
 def _places_on_one_process(peer: PEERArgs, parts: int) -> int:
-    """The largest number of a token's heads x k places that fall on one of `parts` processes, over all tokens: five standard
-    deviations above the mean of a binomial distribution."""
+    """The largest number of a token's heads x k places that fall on one of `parts` processes, over all tokens: five
+    standard deviations above the mean of a binomial distribution."""
     places = peer.num_heads * peer.num_experts_per_tok
     mean = places / parts
     return min(places, math.ceil(mean + 5 * math.sqrt(mean * (1 - 1 / parts))))

@@ -1,7 +1,7 @@
 """The memory per process of a job, before it is launched.
 
-It is what the ledger of one step on fake tensors (`dry_run.py`) says; on a CPU, where a run reports the resident set of its
-process, the memory of the interpreter, the libraries and the heap is added.
+It is what the ledger of one step on fake tensors (`dry_run.py`) says; on a CPU, where a run reports the resident set of
+its process, the memory of the interpreter, the libraries and the heap is added.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PROCESS_BASE = 560 * MIB
 COMPILER_BASE = 50 * MIB
 """What torch.compile adds to it: the compiler's modules and caches."""
 ALLOCATOR_SHARE = {False: 0.5, True: 0.15}
-"""What the C library's heap keeps in reserve, and buffers inside operators, as a share of the memory that is allocated and
-freed in a step; with compile.enable False and True. Measured on a CPU, see docs/analysis.md."""
+"""What the C library's heap keeps in reserve, and buffers inside operators, as a share of the memory that is allocated
+and freed in a step; with compile.enable False and True. Measured on a CPU, see docs/analysis.md."""
 _KEPT = ("parameters", "moments", "expert usage", "row-gradient factors", "checkpoint copy")
 """Kinds of tensors that are kept from step to step."""
 

@@ -1,7 +1,7 @@
 """Measuring how the GPU kernels of a job are best launched.
 
-For every kernel of the expert operators it times the launches near the built-in rule's, and the other ways to do the same
-(atomic or sorted gradients, scores by tiles or by matmul), at the job's shapes and dtypes.
+For every kernel of the expert operators it times the launches near the built-in rule's, and the other ways to do the
+same (atomic or sorted gradients, scores by tiles or by matmul), at the job's shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _expert_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[T
 
 
 def _retrieval_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[Task]:
-    """Calls of product-key retrieval, forward and backward, in a step of T tokens; all axes use the first axis' launch."""
+    """Calls of product-key retrieval, forward and backward, in a step of T tokens; all axes use the first axis'
+    launch."""
     from titan_peer.ops import triton as kernels
     from titan_peer.ops.triton.tuning import problem
 

@@ -55,7 +55,8 @@ class ModelSize:
 
     @property
     def training_flops(self) -> int:
-        """Forward and backward: three times the forward pass, except for retrieval, whose backward touches only chosen keys."""
+        """Forward and backward: three times the forward pass, except for retrieval, whose backward touches only chosen
+        keys."""
         return sum(part.forward_flops + part.backward_flops for part in self.components)
 
 

@@ -56,7 +56,8 @@ def print_tables(analysis: Analysis) -> None:
 
 
 def _runs(groups: dict[str, ComponentSize]) -> Iterator[tuple[str, ComponentSize]]:
-    """The rows; equal blocks next to each other become one row, "block 0 to 4, each", with the numbers of each of them."""
+    """The rows; equal blocks next to each other become one row, "block 0 to 4, each", with the numbers of each of
+    them."""
     items = list(groups.items())
     for _, equal in itertools.groupby(items, key=lambda item: dataclasses.replace(item[1], component="")):
         names = [name for name, _ in equal]

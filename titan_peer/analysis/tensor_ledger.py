@@ -1,7 +1,7 @@
 """Records, while tensor code runs, which memory is alive and for what, and what is sent over which process group.
 
-Meant for fake tensors: a training step of any size then runs in seconds on any machine, and the record shows what the real
-step would take.
+Meant for fake tensors: a training step of any size then runs in seconds on any machine, and the record shows what the
+real step would take.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class TensorLedger(TorchDispatchMode):
     """Context manager. Memory that is allocated inside is recorded under the `kind` set at that time.
 
     Args:
-        read_number: gives the value of a number that the program reads from a tensor, since fake tensors have no values.
+        read_number: gives the value of a number that the program reads from a tensor, since fake tensors have no
+            values.
     """
 
     supports_higher_order_operators = True  # compiled graphs contain some, for instance around random numbers

@@ -84,7 +84,8 @@ class Checkpointer:
         return Ranks()
 
     def _read_documents(self) -> None:
-        """Read the files that every checkpoint contains; now, since it must hold the tokenizer that the job started with."""
+        """Read the files that every checkpoint contains; now, since it must hold the tokenizer that the job started
+        with."""
         require_known_entries(self.settings.allow_changed)
         self._documents[CONFIG] = self.job.to_toml().encode()
         for name, content in read_tokenizer_files(self.job.model.tokenizer_path).items():
@@ -109,11 +110,12 @@ class Checkpointer:
     def save(self, step: int, train_state: dict[str, Any], *, wait: bool, model_only: bool = False) -> None:
         """Save `step-N`, then remove old checkpoints. Every process must call it, between two steps.
 
-        With `checkpoint.async_mode = "async"` and `wait` false it returns when copying has started: `wait_until_copied` must
-        be called before parameters or optimizer state change.
+        With `checkpoint.async_mode = "async"` and `wait` false it returns when copying has started: `wait_until_copied`
+        must be called before parameters or optimizer state change.
 
         Args:
-            wait: return only when the checkpoint is on disk. Otherwise a failure is logged as an error and training goes on.
+            wait: return only when the checkpoint is on disk. Otherwise a failure is logged as an error and training
+                goes on.
             model_only: save only the model, in checkpoint.export_dtype.
         Raises:
             CheckpointSaveError: with `wait`, if the checkpoint could not be written; on every process.
@@ -195,7 +197,8 @@ class Checkpointer:
         checkpoint); checkpoint.initial_load_path; otherwise nothing is loaded.
 
         Returns:
-            The train_state it was saved with, without what checkpoint.exclude_from_loading names; None for a fresh start.
+            The train_state it was saved with, without what checkpoint.exclude_from_loading names; None for a fresh
+            start.
         Raises:
             UserError: the step does not exist, all checkpoints are damaged, or the checkpoint does not fit the job.
         """
@@ -287,7 +290,8 @@ class Checkpointer:
         return state
 
     def _compare(self, folder: Path, excluded: list[str], model_only: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The checkpoint's train_state and the job's tensors that are to be filled from it, both without what is excluded.
+        """The checkpoint's train_state and the job's tensors that are to be filled from it, both without what is
+        excluded.
 
         Raises:
             UserError: the checkpoint belongs to another model or tokenizer, or has other tensors.
@@ -333,7 +337,8 @@ class Checkpointer:
         return state, wanted
 
     def _set_aside(self, steps: list[int], why: str) -> None:
-        """Rename checkpoints that do not belong to this run's history, so that none is mistaken for it; none is removed."""
+        """Rename checkpoints that do not belong to this run's history, so that none is mistaken for it; none is
+        removed."""
 
         def rename() -> None:
             for step in steps:
@@ -356,7 +361,8 @@ _STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
 
 
 def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set[str]:
-    """The tensor names that entries of checkpoint.exclude_from_loading match; keys that they match are removed from `state`."""
+    """The tensor names that entries of checkpoint.exclude_from_loading match; keys that they match are removed from
+    `state`."""
     found: set[str] = set()
     for entry in entries:
         if entry in _STATE_KEYS:

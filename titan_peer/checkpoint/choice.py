@@ -22,7 +22,8 @@ def find_checkpoint(given: Path | str, key: str) -> Path:
     """The folder `step-N` that `given` means; logged if there was a choice.
 
     Args:
-        given: a checkpoint; a job's folder; or a folder of checkpoints. Of the last two the newest complete one is taken.
+        given: a checkpoint; a job's folder; or a folder of checkpoints. Of the last two the newest complete one is
+            taken.
         key: the flag or config key with which it was given, for messages.
     Raises:
         UserError: there is no checkpoint.

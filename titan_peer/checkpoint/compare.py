@@ -1,7 +1,7 @@
 """Whether a checkpoint fits this job: its settings, its model, its tokenizer.
 
-Weights are valid only for the model and the tokenizer that they were trained with. A difference there stops the job unless
-checkpoint.allow_changed names it; every other difference is logged.
+Weights are valid only for the model and the tokenizer that they were trained with. A difference there stops the job
+unless checkpoint.allow_changed names it; every other difference is logged.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _word(value: Any) -> str:
 
 
 def changed_function(saved: ModelArgs, model: ModelArgs) -> Changes:
-    """The changed keys that make another model of the same tensors and that the tensors' names and shapes do not show."""
+    """The changed keys that make another model of the same tensors and that the tensors' names and shapes do not
+    show."""
     before, now = (_flat(dataclasses.asdict(args), "model") for args in (saved, model))
     names = [n for n in now if n not in _SEEN_IN_THE_TENSORS | _NOT_OF_THE_FUNCTION | _LAYOUT]
     if saved.mla.rope_factor <= 1 and model.mla.rope_factor <= 1:
@@ -106,7 +107,8 @@ def require_known_entries(allowed: Sequence[str]) -> None:
 
 
 def require_same_function(checkpoint: Path, saved: ModelArgs, model: ModelArgs, allowed: Sequence[str]) -> None:
-    """Raise UserError if the checkpoint's weights would compute another function in this model and no entry allows it."""
+    """Raise UserError if the checkpoint's weights would compute another function in this model and no entry allows
+    it."""
     changes = {k: v for k, v in changed_function(saved, model).items() if not _allows(allowed, k)}
     if changes:
         raise UserError(
@@ -122,8 +124,8 @@ def require_same_function(checkpoint: Path, saved: ModelArgs, model: ModelArgs, 
 def tokenizer_function(path: str) -> str:
     """A hash, equal for two tokenizers that turn every text into the same ids and every id into the same text.
 
-    It is not a hash of the file: the layout of a tokenizer.json and its padding, truncation and post-processing have no effect
-    on how it is used here.
+    It is not a hash of the file: the layout of a tokenizer.json and its padding, truncation and post-processing have no
+    effect on how it is used here.
 
     Raises:
         UserError: as `load_tokenizer`.

@@ -1,7 +1,7 @@
 """A checkpoint folder on disk: its files, the manifest that shows that they are whole, and how to read them safely.
 
-`step-N` holds tensors in torch.distributed.checkpoint's format (`.metadata`, `*.distcp`), `train_state.json` (step, tokens,
-data position), `config.toml` (the resolved job), the files of its tokenizer in `tokenizer/` and, written last,
+`step-N` holds tensors in torch.distributed.checkpoint's format (`.metadata`, `*.distcp`), `train_state.json` (step,
+tokens, data position), `config.toml` (the resolved job), the files of its tokenizer in `tokenizer/` and, written last,
 `manifest.json` with the size and CRC-32 of every other file.
 """
 
@@ -35,8 +35,8 @@ from titan_peer.data.special_tokens import SETTINGS_FILES
 
 logger = logging.getLogger("titan_peer")
 
-# A single process is intended, but the library warns about it at every save and load. The filter stays for good: adding and
-# removing one makes Python forget which warnings it has shown, and saves run on a thread.
+# A single process is intended, but the library warns about it at every save and load. The filter stays for good: adding
+# and removing one makes Python forget which warnings it has shown, and saves run on a thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
@@ -197,7 +197,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's folder reader, except that its pickled index is read by an unpickler that allows only the format's types."""
+    """DCP's folder reader, except that its pickled index is read by an unpickler that allows only the format's
+    types."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         index = Path(self.path) / ".metadata"
@@ -258,8 +259,8 @@ def map_tensor(reader: SafeReader, name: str) -> torch.Tensor:
 
     Raises:
         NotMappableError: it is stored in several parts, as several processes save a sharded one, or its offset is not a
-            multiple of its element size (as in versions before the one that writes `__0_model_0.distcp`), which compiled
-            code does not allow.
+            multiple of its element size (as in versions before the one that writes `__0_model_0.distcp`), which
+            compiled code does not allow.
     """
     metadata = reader.read_metadata()
     item = metadata.state_dict_metadata[name]

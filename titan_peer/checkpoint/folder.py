@@ -1,4 +1,5 @@
-"""The names of a checkpoint's files, and the saved steps of a folder. Without torch, so that a wrong path is found at once."""
+"""The names of a checkpoint's files, and the saved steps of a folder. Without torch, so that a wrong path is found at
+once."""
 
 from __future__ import annotations
 

@@ -47,11 +47,12 @@ def load_model_for_inference(
     Args:
         device: where the parameters are put.
         dtype: dtype of the expert tables and of the matrices, the tensors that mixed-precision training rounds; None:
-            float32, in which they are trained. Gains, embeddings, sub-keys and buffers, which training does not round, stay
-            float32.
+            float32, in which they are trained. Gains, embeddings, sub-keys and buffers, which training does not round,
+            stay float32.
         mmap_tables: on a CPU, map the expert tables from the checkpoint's files: they are read when they are used, and
-            processes that map them share the memory. Tables keep their stored dtype. File sizes are compared, checksums are
-            not, since that would read everything. Tables that several processes saved in parts are loaded, not mapped.
+            processes that map them share the memory. Tables keep their stored dtype. File sizes are compared, checksums
+            are not, since that would read everything. Tables that several processes saved in parts are loaded, not
+            mapped.
     Raises:
         UserError: the folder is not a checkpoint, or is damaged; the message names the file.
     """

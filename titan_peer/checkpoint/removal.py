@@ -1,7 +1,7 @@
 """Remove checkpoints that are no longer wanted. A failure to remove one never prevents a save.
 
-What cannot be removed (a mount point, files that somebody keeps open on NFS, a folder without write permission) is reported
-once and tried again at every save.
+What cannot be removed (a mount point, files that somebody keeps open on NFS, a folder without write permission) is
+reported once and tried again at every save.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Retention:
                 self._drop(self.folder / f"step-{old}", old)
 
     def _drop(self, checkpoint: Path, step: int) -> None:
-        """Rename to a hidden name first, so that a kill in between leaves no partial checkpoint under a visible name."""
+        """Rename to a hidden name first, so that a kill in between leaves no partial checkpoint under a visible
+        name."""
         if checkpoint.is_symlink():
             logger.info("%s is a link: the link is removed, and its target %s stays", checkpoint, checkpoint.readlink())
             self._remove(checkpoint)

@@ -126,8 +126,8 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> N
 
 
 class _Writer(FileSystemWriter):
-    """Writes `__RANK_model_0.distcp`, the only files that inference reads, and `__RANK_state_0.distcp`; tensors begin at
-    multiples of 64 bytes, so that they can be memory-mapped."""
+    """Writes `__RANK_model_0.distcp`, the only files that inference reads, and `__RANK_state_0.distcp`; tensors begin
+    at multiples of 64 bytes, so that they can be memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=False)
@@ -145,7 +145,8 @@ class _Writer(FileSystemWriter):
                     written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
                     results += written.wait()
         except Exception as error:
-            # The serializer reports a full disk as its own failed write, and the cause is lost on the way between processes.
+            # The serializer reports a full disk as its own failed write, and the cause is lost on the way between
+            # processes.
             raise OSError(_with_causes(error)) from None
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result(results)
@@ -153,7 +154,8 @@ class _Writer(FileSystemWriter):
 
 
 class _AligningFileSystem(FileSystem):
-    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within the archive of torch.save."""
+    """Files in which every tensor begins at a multiple of 64 bytes, as its numbers do within the archive of
+    torch.save."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -162,8 +164,8 @@ class _AligningFileSystem(FileSystem):
 
 
 class _AligningStream:
-    """A file that is written to. The library calls `tell` before and after each tensor, so a second call without a write in
-    between is the beginning of a tensor, and is given an aligned place."""
+    """A file that is written to. The library calls `tell` before and after each tensor, so a second call without a
+    write in between is the beginning of a tensor, and is given an aligned place."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._is_between = file, True

@@ -1,4 +1,5 @@
-"""`titan-peer data tokenize`: tokenise a source once, into memory-mapped shards that any later job reads as a source."""
+"""`titan-peer data tokenize`: tokenise a source once, into memory-mapped shards that any later job reads as a
+source."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from titan_peer.config.data_source import DataSource
 class TokenizeOptions:
     """Tokenise a source into memory-mapped shards, which a job reads with data.sources.0.path = the output folder.
 
-    After an interruption, the same command continues after the last complete shard. Begin and end tokens are not stored; the
-    job adds them.
+    After an interruption, the same command continues after the last complete shard. Begin and end tokens are not
+    stored; the job adds them.
 
     Example:
       titan-peer data tokenize --source.path assets/sample_text/train.jsonl --output outputs/tokens

@@ -20,7 +20,8 @@ class TrainTokenizerOptions:
     """Train a byte-level BPE tokenizer; write it as tokenizer.json, which a job reads with model.tokenizer_path.
 
     Example:
-      titan-peer data train-tokenizer --source.path assets/sample_text/train.jsonl --vocab_size 4096 --output outputs/bpe
+      titan-peer data train-tokenizer --source.path assets/sample_text/train.jsonl --vocab_size 4096 --output
+      outputs/bpe
     """
 
     output: str

@@ -32,7 +32,8 @@ class ExportArgs:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights; running statistics stay float32."""
     table_dtype: TableDtype = "float"
-    """Dtype of the expert tables: float (as dtype), or one byte per number with a scale per row, quantised by torchao."""
+    """Dtype of the expert tables: float (as dtype), or one byte per number with a scale per row, quantised by
+    torchao."""
     max_shard_size: float = 5.0
     """Largest size of a weights file in GB; a table larger than that has a file of its own."""
     license: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""

@@ -45,7 +45,8 @@ class GenerateArgs:
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Text to continue; may be given several times. Without any, standard input is the prompt."""
     interactive: bool = False
-    """Type text and read how the model continues it; /new begins a new text, /quit or Ctrl-D ends, Ctrl-C interrupts."""
+    """Type text and read how the model continues it; /new begins a new text, /quit or Ctrl-D ends, Ctrl-C
+    interrupts."""
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = field(default_factory=SamplingParams)
     num_samples: int = 1
     """Completions per prompt."""
@@ -56,8 +57,8 @@ class GenerateArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights; auto is bfloat16 on CUDA and float32 on a CPU."""
     tables: Literal["device", "host", "mapped"] = "device"
-    """Where the expert tables are: with the model; in the CPU's memory; or in the checkpoint's file, of which only the rows
-    that are used are read, so that a million experts need hardly any memory."""
+    """Where the expert tables are: with the model; in the CPU's memory; or in the checkpoint's file, of which only the
+    rows that are used are read, so that a million experts need hardly any memory."""
     compile: bool | None = None
     """Compile the decode step; by default on CUDA only."""
     max_batch_size: int = 32

@@ -1,7 +1,7 @@
 """`titan-peer COMMAND ...`: finds the command's module and passes it the rest of the line; parsing only.
 
-Every command's module has `main(args: Sequence[str]) -> int`, which returns the exit status and prints its own `--help`.
-Modules are imported when their command is called, so that no command needs another's optional libraries.
+Every command's module has `main(args: Sequence[str]) -> int`, which returns the exit status and prints its own
+`--help`. Modules are imported when their command is called, so that no command needs another's optional libraries.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def declared_range(hint: Any) -> Range | None:
 
 
 def out_of_range(settings: Any, prefix: str) -> Iterator[str]:
-    """A message for every number outside its range in a dataclass and those nested in it; `prefix` is put before the key."""
+    """A message for every number outside its range in a dataclass and those nested in it; `prefix` is put before the
+    key."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         key, value = f"{prefix}{field.name}", getattr(settings, field.name)

@@ -1,7 +1,8 @@
-"""Text input and output: bytes that are not UTF-8, halves of surrogate pairs, characters that the output's encoding lacks.
+"""Text input and output: bytes that are not UTF-8, halves of surrogate pairs, characters that the output's encoding
+lacks.
 
-Python turns a byte of an argument that it cannot decode into a "lone surrogate", and JSON may contain one (half of a surrogate
-pair): a code point that is not a character, and that neither tokenizers nor files accept.
+Python turns a byte of an argument that it cannot decode into a "lone surrogate", and JSON may contain one (half of a
+surrogate pair): a code point that is not a character, and that neither tokenizers nor files accept.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ def terminal_width() -> int:
 def wrapped(text: str, width: int | None = None) -> str:
     """A help text with lines of at most `width` columns (the terminal's).
 
-    Consecutive lines without indentation are one paragraph. An indented line stays a separate line; if it is too long, an
-    example command is continued after a backslash, as in a shell, and a row of a table is continued below its second column.
+    Consecutive lines without indentation are one paragraph. An indented line stays a separate line; if it is too long,
+    an example command is continued after a backslash, as in a shell, and a row of a table is continued below its second
+    column.
     """
     width = width or terminal_width()
     lines: list[str] = []

@@ -1,11 +1,13 @@
 """How many threads a loop on the CPU has, and how they wait for each other.
 
-By default a thread that has finished its part of a loop spins until the others have finished. If other programs use the cores
-too, it spins in every short loop for as long as one of the other threads has no core, so generation and training take many
-times as long. Threads that sleep while they wait cost nothing measurable in training on idle cores, but must be woken for each
-short loop, so decoding with a small model takes longer with them than in a single thread (benchmarks/busy_cores.py).
+By default a thread that has finished its part of a loop spins until the others have finished. If other programs use the
+cores too, it spins in every short loop for as long as one of the other threads has no core, so generation and training
+take many times as long. Threads that sleep while they wait cost nothing measurable in training on idle cores, but must
+be woken for each short loop, so decoding with a small model takes longer with them than in a single thread
+(benchmarks/busy_cores.py).
 
-`let_waiting_threads_sleep` must be called before torch is imported, which loads OpenMP; so torch is imported in functions here.
+`let_waiting_threads_sleep` must be called before torch is imported, which loads OpenMP; so torch is imported in
+functions here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def let_waiting_threads_sleep() -> None:
-    """Set it for this process and those it starts, unless the user has chosen how threads wait; run_train.sh does the same."""
+    """Set it for this process and those it starts, unless the user has chosen how threads wait; run_train.sh does the
+    same."""
     if not any(os.environ.get(name) for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

@@ -1,4 +1,5 @@
-"""Errors that are printed as a message without a traceback: what the user can correct, and what may pass; and the exit statuses."""
+"""Errors that are printed as a message without a traceback: what the user can correct, and what may pass; and the exit
+statuses."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class TransientError(Exception):
 
 
 class Problems:
-    """What is wrong in several things that are checked one after another, so that the user hears of all of it at once."""
+    """What is wrong in several things that are checked one after another, so that the user hears of all of it at
+    once."""
 
     def __init__(self) -> None:
         self.found: list[str] = []

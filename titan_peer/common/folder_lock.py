@@ -1,13 +1,15 @@
-"""Only one job at a time writes to a folder: the file `.job.lock` in it names the writing process, by host and process id.
+"""Only one job at a time writes to a folder: the file `.job.lock` in it names the writing process, by host and process
+id.
 
-Two mechanisms protect the folder. The first is a POSIX lock on that file: the kernel releases it whenever the process ends, and
-child processes do not inherit it. It makes taking the folder atomic on one machine, and between machines if the file system
-forwards locks (NFS, Lustre mounted with `flock`). The second is the file's text, whose counter the holder raises every few
-seconds. If there are no locks, or only local ones (Lustre with `localflock`), the text decides: a holder on this machine is
-looked up by process id and start time, and a holder on another machine must raise its counter while we watch.
+Two mechanisms protect the folder. The first is a POSIX lock on that file: the kernel releases it whenever the process
+ends, and child processes do not inherit it. It makes taking the folder atomic on one machine, and between machines if
+the file system forwards locks (NFS, Lustre mounted with `flock`). The second is the file's text, whose counter the
+holder raises every few seconds. If there are no locks, or only local ones (Lustre with `localflock`), the text decides:
+a holder on this machine is looked up by process id and start time, and a holder on another machine must raise its
+counter while we watch.
 
-Not covered without locks: if two jobs start within a second of each other on two machines, both may begin, until one of them
-sees the other's name in the file and stops.
+Not covered without locks: if two jobs start within a second of each other on two machines, both may begin, until one of
+them sees the other's name in the file and stops.
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ class FolderLock:
         self._thread.start()
 
     def require_mine(self) -> None:
-        """Raise UserError if another process has taken the folder over, which can happen while this one is suspended."""
+        """Raise UserError if another process has taken the folder over, which can happen while this one is
+        suspended."""
         if self._lost_to:
             raise UserError(f"{self.key} = {self.folder}: {self._lost_to} has taken it over; this job ends")
 

@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     """Make malloc keep up to 1 GiB of freed memory, in pieces of up to 32 MiB, for the next step.
 
     By default glibc may return memory of this size to the kernel at every step, depending on the order of calls; the
-    kernel then clears each page again. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults, which took
-    20 ms of a 120 ms step.
+    kernel then clears each page again. Measured for one PEER layer of 16,384 experts: up to 8,000 page faults, which
+    took 20 ms of a 120 ms step.
 
     Returns:
         Whether the C library has these settings (glibc does).

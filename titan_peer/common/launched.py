@@ -1,4 +1,5 @@
-"""What the launcher tells a process of its job. Without torch, so that the first process alone can answer a mistake in a key."""
+"""What the launcher tells a process of its job. Without torch, so that the first process alone can answer a mistake in
+a key."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Tokenizers that write characters outside their vocabulary as bytes, one token per byte (Llama 2, Mistral, Gemma).
 
-The `tokenizers` library decodes a run of such tokens as a whole: one incomplete or invalid character anywhere in the run
-turns every byte of it into a replacement character. A completion that is still growing, or was cut off at its length limit,
-then loses everything back to the last token that is not a byte. Here only the broken character is replaced, as with
-byte-level tokenizers.
+The `tokenizers` library decodes a run of such tokens as a whole: one incomplete or invalid character anywhere in the
+run turns every byte of it into a replacement character. A completion that is still growing, or was cut off at its
+length limit, then loses everything back to the last token that is not a byte. Here only the broken character is
+replaced, as with byte-level tokenizers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class ByteRuns:
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def mended(self, ids: Sequence[int]) -> list[int]:
-        """Ids of the same text in which every run of byte tokens is valid UTF-8: each broken character becomes U+FFFD."""
+        """Ids of the same text in which every run of byte tokens is valid UTF-8: each broken character becomes
+        U+FFFD."""
         if self._byte_of.keys().isdisjoint(ids):
             return list(ids)
         mended: list[int] = []

@@ -195,7 +195,8 @@ class JsonLines:
 
 
 class CompressedJsonLines:
-    """JSONL in gzip or zstd. It can be read only from its beginning, so chunk i of n is every n-th line from the i-th on."""
+    """JSONL in gzip or zstd. It can be read only from its beginning, so chunk i of n is every n-th line from the i-th
+    on."""
 
     # Web text compresses to about a third of its size; only the number of streams depends on this estimate.
     _RATIO = 3

@@ -42,7 +42,8 @@ def _pause(what: str, error: Exception, failures: int, retries: int) -> None:
 
 
 def _is_network_error(error: BaseException) -> bool:
-    """Whether trying again may help: for connection errors, timeouts and overloaded servers, not for a missing dataset."""
+    """Whether trying again may help: for connection errors, timeouts and overloaded servers, not for a missing
+    dataset."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
@@ -127,7 +128,8 @@ class DownloadedDataset:
 
 
 class StreamedShard:
-    """One shard of a streamed split. Rows can be read only in order, so a resume goes through the shard's earlier rows."""
+    """One shard of a streamed split. Rows can be read only in order, so a resume goes through the shard's earlier
+    rows."""
 
     kind: Literal["text", "records", "tokens"] = "records"
     files: Sequence[Path] = ()

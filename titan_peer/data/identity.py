@@ -1,4 +1,5 @@
-"""A source's content and how it is read: a saved place in it, or tokens made from it, are valid only while both stay equal."""
+"""A source's content and how it is read: a saved place in it, or tokens made from it, are valid only while both stay
+equal."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def identity_of(config: DataSource, parts: Sequence[Divisible], key: str) -> dic
 
 
 def _add_content(digest: hashlib.blake2b, file: Path, size: int, blocks: int) -> None:
-    """Hash the whole file if it is no larger than `blocks` blocks, else that many blocks, including the first and last."""
+    """Hash the whole file if it is no larger than `blocks` blocks, else that many blocks, including the first and
+    last."""
     with file.open("rb") as opened:
         if size <= blocks * _BLOCK_BYTES:
             digest.update(opened.read())

@@ -1,10 +1,11 @@
 """Batches for one process, from one order of sequences that does not depend on the number of processes or workers.
 
 The documents are read by a fixed number of streams (`data.num_streams`), each with its own mix, shuffle and packing.
-Sequence i of the job is the next one of stream i modulo the number of streams. Each of n readers (a process, or one of its
-workers) makes every n-th sequence. If n divides the number of streams, a reader reads only its own streams; otherwise some
-streams are read by several readers, each of which discards the others' sequences. The state is the place of every stream
-after the last whole global batch, whichever reader read it, so any number of processes and workers can continue from it.
+Sequence i of the job is the next one of stream i modulo the number of streams. Each of n readers (a process, or one of
+its workers) makes every n-th sequence. If n divides the number of streams, a reader reads only its own streams;
+otherwise some streams are read by several readers, each of which discards the others' sequences. The state is the place
+of every stream after the last whole global batch, whichever reader read it, so any number of processes and workers can
+continue from it.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def merge_streams(states: Sequence[dict[str, State]]) -> dict[str, State]:
 class TrainingLoader:
     """Endless micro-batches of one process.
 
-    A global batch is the next `global_batch_size` sequences of the job, dealt to the processes in turn. After all sources
-    have ended (data.sources[i].max_epochs), batches contain only padding.
+    A global batch is the next `global_batch_size` sequences of the job, dealt to the processes in turn. After all
+    sources have ended (data.sources[i].max_epochs), batches contain only padding.
 
     Raises (from next):
         UserError: a document or file is bad.
@@ -169,7 +170,7 @@ class TrainingLoader:
                 worker_init_fn=_prepare_worker if workers else None,
                 # the state is read only after whole global batches
                 snapshot_every_n_steps=self.global_batch_size // self.dp_world_size,
-                # a generator of its own: the loader draws from it at every start, which would change the global random state
+                # a generator of its own: each start of the loader draws from it, not from the global random state
                 generator=torch.Generator(),
             )
 
@@ -229,7 +230,7 @@ class TrainingLoader:
         return record
 
     def state_dict(self) -> State:
-        """The place of every stream after the last global batch; the same for all processes, each of which must call it.
+        """The place of every stream after the last global batch, the same for all processes. Called by every process.
 
         It takes a few hundred bytes per stream and source, however much has been read.
         """
@@ -250,10 +251,10 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue after what was seen, on any number of processes and workers, also with other weights or more sources.
+        """Continue after what was seen, also on other numbers of processes and workers, with other weights or more data.
 
         Raises:
-            UserError: the data are not those of the checkpoint, or a setting was changed that the saved places depend on.
+            UserError: the data are not the checkpoint's, or a setting was changed that the saved places depend on.
         """
         self._settle_streams(state)
         for key in ("packing", "mix_by"):
@@ -298,7 +299,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _prepare_worker(_worker_id: int) -> None:
-    """One thread per worker: there are several of them, and the thread pools of torch and the tokenizer do not survive a fork.
+    """One thread per worker: thread pools of torch and the tokenizer do not survive a fork, and there are several workers.
 
     Ctrl-C reaches the workers too, but it is the training process that saves and ends them.
     """
@@ -320,7 +321,7 @@ def _reader_states(loader: StatefulDataLoader | None) -> list[dict[str, State]]:
 
 
 class ValidationSet:
-    """One pass over a held-out source in its own order; every process gets the same number of batches, the last ones padded.
+    """One pass over a held-out source in its order; every process gets equally many batches, the last ones padded.
 
     What has been read is kept in memory, so that later validations neither read nor tokenise again.
     """

@@ -1,7 +1,8 @@
 """Which files a local source consists of: one rule for folders and glob patterns.
 
-Symbolic links are followed, except into a folder that contains the link. Files and folders whose names begin with a dot (`._a.jsonl`,
-`.ipynb_checkpoints`) are not data unless the path names them. A folder called `corpus.jsonl` is read as the parts of one file.
+Symbolic links are followed, except into a folder that contains the link. Files and folders whose names begin with a dot
+(`._a.jsonl`, `.ipynb_checkpoints`) are not data unless the path names them. A folder called `corpus.jsonl` is read as
+the parts of one file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Weighted mixes of sources.
 
-By tokens (the usual meaning of a mix): each source is packed into its own sequences, and sequences are drawn so that each
-source's share of the tokens is its weight. Drawing documents and packing them afterwards would let the shares drift with
-the documents' lengths. By documents: documents are drawn so that each source's share of the documents is its weight, and
-are then packed together.
+By tokens (the usual meaning of a mix): each source is packed into its own sequences, and sequences are drawn so that
+each source's share of the tokens is its weight. Drawing documents and packing them afterwards would let the shares
+drift with the documents' lengths. By documents: documents are drawn so that each source's share of the documents is its
+weight, and are then packed together.
 
 Each draw takes the source that is furthest behind its weight, so shares are off by at most one draw per stream at any
 time; a seeded head start per source and stream keeps the streams from drawing the same source at the same time.
@@ -60,7 +60,8 @@ class WeightedDraw:
         }
 
     def load_state_dict(self, state: State, ended: Collection[str]) -> None:
-        """Continue without those in `ended`. If names, weights or `ended` have changed, counting shares starts again at 0."""
+        """Continue without those in `ended`. If names, weights or `ended` have changed, counting shares starts again at
+        0."""
         self.ended = [name in ended for name in self.names]
         weights = {name: entry["weight"] for name, entry in state.items()}
         if weights == dict(zip(self.names, self.weights)) and {n for n in state if _has_ended(state[n])} == set(ended):
@@ -108,7 +109,8 @@ class Mixture:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue the sources of the same names; a source that is new, or has a larger max_epochs now, takes part again."""
+        """Continue the sources of the same names; a source that is new, or has a larger max_epochs now, takes part
+        again."""
         ended = {name for name, entry in state["draw"].items() if _has_ended(entry)}
         for name, part, source in zip(self.draw.names, self.parts, self.sources):
             if name in state["parts"]:

@@ -1,8 +1,8 @@
 """Where documents come from: a job describes a source in a `DataSource` (config/data_source.py), and `Source` reads it.
 
-A source is cut into chunks that can each be read without reading the others (a stretch of a JSONL file, a row group of a
-Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without reading
-what came before.
+A source is cut into chunks that can each be read without reading the others (a stretch of a JSONL file, a row group of
+a Parquet file, a shard of a Hugging Face dataset), so that streams share a source and resume in its middle without
+reading what came before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which tokens of a tokenizer begin and end documents.
 
-Names are not enough: in one file `<s>` is the begin token, in another it is ordinary text. So the settings files beside a
-tokenizer.json come first, and after them only entries that the file itself marks as special.
+Names are not enough: in one file `<s>` is the begin token, in another it is ordinary text. So the settings files beside
+a tokenizer.json come first, and after them only entries that the file itself marks as special.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One stream's share of a source: the documents in order, epoch after epoch, with a place that can be saved.
 
-The chunks of a source are shuffled again every epoch and dealt to the streams in turn, so all streams together see every
-document once per epoch. Within a stream documents pass through a window: the next `buffer_size` documents (or
-`_WINDOW_BYTES`) are put in a random order that depends only on seed, epoch and place. The window's content is not part of
-the state: a resume reads it again from where it began, which is at most one window, plus, in formats that can be read only
-from their beginning, the part of the chunk before it.
+The chunks of a source are shuffled again every epoch and dealt to the streams in turn, so all streams together see
+every document once per epoch. Within a stream documents pass through a window: the next `buffer_size` documents (or
+`_WINDOW_BYTES`) are put in a random order that depends only on seed, epoch and place. The window's content is not part
+of the state: a resume reads it again from where it began, which is at most one window, plus, in formats that can be
+read only from their beginning, the part of the chunk before it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class DocumentEncoder:
         return self._threads[1].submit(self.encode_texts, texts)
 
     def with_borders(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        # Not np.concatenate: while the tokenizer's thread runs, it makes the whole loader a tenth slower (measured in turns).
+        # Not np.concatenate: while the tokenizer's thread runs, it makes the whole loader a tenth slower (measured in
+        # turns).
         first = len(self._bos)
         whole = np.empty(first + len(ids) + len(self._eos), dtype=np.int32)
         whole[:first] = self._bos

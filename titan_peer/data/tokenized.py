@@ -122,7 +122,8 @@ class TokenizedShard:
         """Treat ids of `vocab_size` or more as damage from now on.
 
         Raises:
-            UserError: the stored dtype is too small for the vocabulary, so that larger ids were cut when it was written.
+            UserError: the stored dtype is too small for the vocabulary, so that larger ids were cut when it was
+                written.
         """
         if vocab_size > np.iinfo(self.tokens.dtype).max + 1:
             raise UserError(

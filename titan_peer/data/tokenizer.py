@@ -19,8 +19,8 @@ class Tokenizer(Protocol):
     """What training, evaluation and decoding need from a tokenizer."""
 
     vocab_size: int
-    """The largest id + 1, special tokens included: every id is below it. Some files skip ids, so it may be more than the
-    number of entries."""
+    """The largest id + 1, special tokens included: every id is below it. Some files skip ids, so it may be more than
+    the number of entries."""
     unused_ids: Sequence[int]
     """Ids below vocab_size without an entry: they have no text and occur in no document."""
     bos_id: int | None
@@ -111,8 +111,8 @@ class FileTokenizer:
 class TiktokenTokenizer:
     """A .tiktoken file (one line per entry: its bytes in base 64, its rank), with a begin and an end token added.
 
-    The file does not say how text is split into words. Names with "r50k", "p50k" or "gpt2" are split as GPT-2 does, names
-    with "o200k" as GPT-4o does, all others as GPT-4 and Llama 3 do.
+    The file does not say how text is split into words. Names with "r50k", "p50k" or "gpt2" are split as GPT-2 does,
+    names with "o200k" as GPT-4o does, all others as GPT-4 and Llama 3 do.
     """
 
     def __init__(self, file: Path) -> None:

@@ -1,8 +1,8 @@
 """Evaluations of a training job's current weights at intervals, which do not influence the training.
 
-Perplexity is measured on the training model itself by all processes together. Completions need a plain model: in a single
-process it shares the training model's parameters; in several processes they are gathered temporarily. Each process then runs
-its share of the evals and tasks alone, so that a slow or failing evaluation holds up no collective.
+Perplexity is measured on the training model itself by all processes together. Completions need a plain model: in a
+single process it shares the training model's parameters; in several processes they are gathered temporarily. Each
+process then runs its share of the evals and tasks alone, so that a slow or failing evaluation holds up no collective.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class PeriodicEvaluation(Callback):
         return self.evaluations[self.world.rank :: self.world.size]
 
     def _run_share(self, model: nn.Module, records: Path, should_stop: Callable[[], bool]) -> list[Result]:
-        """Run this process' share of the evaluations on a plain model; returns the results of all processes, in order."""
+        """Run this process' share of the evaluations on a plain model; returns the results of all processes, in
+        order."""
         mine = self._share()
         try:
             language_model = self._language_model(model, should_stop)
@@ -218,7 +219,8 @@ def whole_model(
 
 
 def _require_room(sharded: Sequence[DTensor]) -> None:
-    """Raise if this process has no memory to gather the tensors, before the others wait for it in the first gathering."""
+    """Raise if this process has no memory to gather the tensors, before the others wait for it in the first
+    gathering."""
     room = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sharded]
     if sharded:  # a gathered tensor is put together from its parts
         largest = max(sharded, key=lambda t: t.numel() * t.element_size())

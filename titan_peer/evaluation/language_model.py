@@ -86,7 +86,8 @@ class LanguageModel:
         return whole
 
     def complete(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[str]:
-        """The text that the model writes after each prompt; prompts that are too long are cut off at their beginning."""
+        """The text that the model writes after each prompt; prompts that are too long are cut off at their
+        beginning."""
         ids = []
         for prompt, sampling in zip(prompts, params, strict=True):
             encoded = self.generator.encode(self.whole(prompt)) if prompt else [self.prefix_id]
@@ -106,7 +107,8 @@ class LanguageModel:
         """log p(continuation | context), in nats, and whether greedy decoding would give the continuation.
 
         Args:
-            pairs: (context, continuation), both text or both ids; pairs that are too long are cut off at their beginning.
+            pairs: (context, continuation), both text or both ids; pairs that are too long are cut off at their
+                beginning.
         """
         fitting = [
             (self.whole(c), self.whole(t)) if isinstance(c, str) and isinstance(t, str) else (c, t[-self.max_seq_len :])

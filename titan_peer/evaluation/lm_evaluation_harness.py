@@ -154,7 +154,8 @@ def _quiet_in_a_log() -> Iterator[None]:
 
 
 def _task_manager(names: Sequence[str], tasks_path: str) -> TaskManager:
-    """A task manager that knows the names; lm_eval's own 15,000 task files, which take many seconds, are read only if needed."""
+    """A task manager that knows the names; lm_eval's own 15,000 task files, which take many seconds, are read only if
+    needed."""
     paths = [str(BUNDLED_TASKS), *([tasks_path] if tasks_path else [])]
     local = TaskManager(include_path=paths, include_defaults=False)
     if all(local.match_tasks([name]) for name in names):

@@ -1,7 +1,8 @@
 """OpenAI evals (the `evals` package) on our models: the model as a completion function, and the package's evals as our
 evaluations.
 
-The package builds an API client when it is imported, which needs a key; the client is never used, so any string will do.
+The package builds an API client when it is imported, which needs a key; the client is never used, so any string will
+do.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ class Completion:
 class ModelCompletionFn:
     """`evals.api.CompletionFn` on a model: evals call it from many threads, it answers in batches.
 
-    A chat prompt is written as the package does it for models without chat ("User: ...", "Assistant:"). Sampling is greedy
-    unless the eval asks for a temperature. White space around prompt and completion is dropped, because the result must not
-    depend on where a tokenizer puts the space between them.
+    A chat prompt is written as the package does it for models without chat ("User: ...", "Assistant:"). Sampling is
+    greedy unless the eval asks for a temperature. White space around prompt and completion is dropped, because the
+    result must not depend on where a tokenizer puts the space between them.
 
     Args:
-        choices: if given, the answer is the most probable of these by log-likelihood; "letters": of the letters that the
-            prompt offers as "A) ...".
+        choices: if given, the answer is the most probable of these by log-likelihood; "letters": of the letters that
+            the prompt offers as "A) ...".
     """
 
     def __init__(self, model: LanguageModel, choices: Sequence[str] | str = ()) -> None:
@@ -186,7 +187,8 @@ def write_registry(folder: Path, checkpoint: Path) -> Path:
 
 @functools.cache
 def _registry(path: str) -> Any:
-    """The package's registry and that of the folder `path`, if any; cached, since the package's 460 files take seconds."""
+    """The package's registry and that of the folder `path`, if any; cached, since the package's 460 files take
+    seconds."""
     from evals.registry import Registry
 
     registry = Registry()
@@ -236,7 +238,8 @@ class OpenAIEval:
         return Result(self.kind, self.name, metrics, samples)
 
     def _report(self, completion_fn: ModelCompletionFn, record_file: Path) -> tuple[Mapping[str, Any], int]:
-        """The eval's final report and number of samples; as `oaieval` does it, but without leaving its recorder registered."""
+        """The eval's final report and number of samples; as `oaieval` does it, but without leaving its recorder
+        registered."""
         from evals.base import RunSpec
         from evals.eval import set_max_samples
 

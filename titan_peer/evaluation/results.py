@@ -37,8 +37,8 @@ class Result:
     """Broken off because the job was told to stop, which is neither a success nor a failure."""
 
     def record(self) -> dict[str, float]:
-        """`evaluation/<kind>/<name>/<metric>`: value, and the number of samples as a metric; a failed evaluation has the metric
-        `failed` = 1 only."""
+        """`evaluation/<kind>/<name>/<metric>`: value, and the number of samples as a metric; a failed evaluation has
+        the metric `failed` = 1 only."""
         if self.stopped:
             return {}
         stem = f"{PREFIX}{self.kind}/{self.name}/"
@@ -147,7 +147,8 @@ def _series(records: Sequence[dict[str, float]]) -> list[_Series]:
 
 
 def history_table(records: Sequence[dict[str, float]], max_steps: int = 8) -> str:
-    """A run's evaluations: one row per metric, one column per step (the newest `max_steps`), values with standard errors.
+    """A run's evaluations: one row per metric, one column per step (the newest `max_steps`), values with standard
+    errors.
 
     Args:
         records: those of metrics.jsonl; records without evaluations are ignored.
@@ -165,7 +166,8 @@ def history_table(records: Sequence[dict[str, float]], max_steps: int = 8) -> st
 
 
 def plot_history(records: Sequence[dict[str, float]], output: Path) -> None:
-    """Every metric against the step, one small panel each, with standard errors, as a PNG; without records nothing is written."""
+    """Every metric against the step, one small panel each, with standard errors, as a PNG; without records nothing is
+    written."""
     series = [one for one in _series(records) if one.metric != FAILED]
     if not series:
         return

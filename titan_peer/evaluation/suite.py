@@ -1,4 +1,5 @@
-"""The evaluations that a job or a command line names: checked before any work; failures go into the results, not raised."""
+"""The evaluations that a job or a command line names: checked before any work; failures go into the results, not
+raised."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A remedy for uneven usage: an auxiliary loss, the KL divergence of a batch's gate-weighted usage from the uniform one.
+"""A remedy for uneven usage: an auxiliary loss, the KL divergence of a batch's gate-weighted usage from the uniform
+one.
 
-It is the unevenness that is reported (arXiv 2407.04153, section 3.3), of the tokens at hand and in differentiable form, so
-its gradient lowers the gates of the experts that have too much and raises those of the others that were retrieved; through
-the scores it moves queries and sub-keys. Experts that nothing retrieves get no gradient: for those, see revival.py.
+It is the unevenness that is reported (arXiv 2407.04153, section 3.3), of the tokens at hand and in differentiable form,
+so its gradient lowers the gates of the experts that have too much and raises those of the others that were retrieved;
+through the scores it moves queries and sub-keys. Experts that nothing retrieves get no gradient: for those, see
+revival.py.
 """
 
 from __future__ import annotations

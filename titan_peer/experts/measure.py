@@ -128,7 +128,8 @@ class _TopTokens:
 def top_tokens(
     model: Transformer, work: Sequence[Batch], tokenizer: Tokenizer, chosen: dict[int, list[int]], keep: int
 ) -> dict[int, dict[int, list[Activation]]]:
-    """For the chosen experts of each layer, the tokens whose gates were largest, descending: layer -> expert -> tokens."""
+    """For the chosen experts of each layer, the tokens whose gates were largest, descending: layer -> expert ->
+    tokens."""
     watchers = {}
     layers = dict(peer_layers(model))
     for layer in layers:

@@ -15,8 +15,9 @@ from titan_peer.metrics.sinks import Record, complete_lines
 def draw(records_file: Path, folder: Path) -> dict[str, Path]:
     """Draw the plots of an expert_usage.jsonl into `folder`; returns their paths by name.
 
-    rank_frequency: load against rank on logarithmic axes, one line per layer; load_percentiles: layers x percentiles of load;
-    over_time (from the second report on): share used, unevenness, Gini coefficient and dead experts against steps.
+    rank_frequency: load against rank on logarithmic axes, one line per layer; load_percentiles: layers x percentiles of
+    load; over_time (from the second report on): share used, unevenness, Gini coefficient and dead experts against
+    steps.
     """
     records = complete_lines(records_file)
     last_step = records[-1]["step"]

@@ -43,7 +43,8 @@ def remedies(config: JobConfig) -> dict[str, str]:
 
 
 class UsageReporter(Callback):
-    """Reports a training run's expert usage: scalars and histograms to every sink, details to expert_usage.jsonl, plots.
+    """Reports a training run's expert usage: scalars and histograms to every sink, details to expert_usage.jsonl,
+    plots.
 
     The last step is always reported.
     """
@@ -91,7 +92,8 @@ class UsageReporter(Callback):
         self.metrics.exclude(time.perf_counter() - start)
 
     def close(self, step: int | None) -> None:
-        """End with `step`, at which the job may have stopped early, and report the last window. Every process must call it.
+        """End with `step`, at which the job may have stopped early, and report the last window. Every process must call
+        it.
 
         None: a process has failed; nothing more is reported, since reporting needs all of them.
         """

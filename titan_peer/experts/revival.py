@@ -1,9 +1,10 @@
-"""A remedy for dead experts: sub-keys that a head never chooses are re-initialised from chosen ones, with their experts.
+"""A remedy for dead experts: sub-keys that a head never chooses are re-initialised from chosen ones, with their
+experts.
 
-An expert is retrieved by its sub-keys, so new weights alone cannot revive it. A dead sub-key therefore becomes a copy, plus
-noise, of a used one that is picked in proportion to its use; the two then share the tokens of the used one. Experts on the
-revived sub-key that no head used get the weights and optimizer state of their counterparts on the copied one, so that they
-start as well as those; experts that another head uses keep their own.
+An expert is retrieved by its sub-keys, so new weights alone cannot revive it. A dead sub-key therefore becomes a copy,
+plus noise, of a used one that is picked in proportion to its use; the two then share the tokens of the used one.
+Experts on the revived sub-key that no head used get the weights and optimizer state of their counterparts on the copied
+one, so that they start as well as those; experts that another head uses keep their own.
 
 Counters run from one revival to the next; a resumed job starts counting from zero.
 """
@@ -30,7 +31,8 @@ _ROWS_AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class DeadKeys:
-    """Sub-keys of one product-key axis of a layer that are to be replaced, and their replacements; tensors int64 [R]."""
+    """Sub-keys of one product-key axis of a layer that are to be replaced, and their replacements; tensors int64
+    [R]."""
 
     axis: int
     key_sets: Tensor

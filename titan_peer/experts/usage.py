@@ -1,9 +1,9 @@
 """Which experts are used: counting on device, and the statistics of what was counted.
 
 A hook on a PEER layer's routing gives its indices and gates to an operator, which adds them to counters on the device:
-tokens x heads x k additions per layer, no synchronisation, nothing of the size of the table. The counters are read, summed
-over processes and cleared only when a report is due. Each process counts its own tokens over all experts, so sharded expert
-tables change nothing.
+tokens x heads x k additions per layer, no synchronisation, nothing of the size of the table. The counters are read,
+summed over processes and cleared only when a report is due. Each process counts its own tokens over all experts, so
+sharded expert tables change nothing.
 
 Shapes: T tokens, H heads, k experts per head, N experts.
 """
@@ -21,7 +21,8 @@ from titan_peer.metrics.sinks import Histogram
 from titan_peer.model import PEER, Transformer, peer_layers
 
 DEAD_AFTER = 10.0
-"""An expert is dead if uniform usage would have used it this often since its last use (probability by chance: e^-10)."""
+"""An expert is dead if uniform usage would have used it this often since its last use (probability by chance:
+e^-10)."""
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 """Percentiles of a layer's experts, by load."""
 LOAD_EDGES = (0.0, *(2.0**power for power in range(-6, 15)))

@@ -1,9 +1,9 @@
 """The forward pass with the latent cache: the model's own blocks, with attention that reads what is cached.
 
-MLA has two forms with equal results (arXiv 2405.04434, section 2.1.2). Expanded: the latents are expanded into keys and values
-of every head; this is the least work when many new tokens share the cost (prefill). Absorbed: the heads' queries are mapped
-into the latent space, and all heads attend to the latents as to one key/value head; this is the least memory traffic for one
-new token.
+MLA has two forms with equal results (arXiv 2405.04434, section 2.1.2). Expanded: the latents are expanded into keys and
+values of every head; this is the least work when many new tokens share the cost (prefill). Absorbed: the heads' queries
+are mapped into the latent space, and all heads attend to the latents as to one key/value head; this is the least memory
+traffic for one new token.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Decoder:
         block_forward, schedule = _block, None
         if form == "absorbed":
             block_forward = self.decode_block
-            # only for one new token per sequence: FlashMLA's causal mask assumes that the new tokens are last, without padding
+            # only for one new token per sequence: FlashMLA's causal mask assumes that the new tokens are last, without
+            # padding
             if tokens.shape[1] == 1 and self.no_flash_mla is None and cache.dtype == torch.bfloat16:
                 schedule = flash_mla_schedule(step.lengths, model.args.mla.n_heads)
         rope = model.rope[step.positions]  # [B, S, 2, qk_rope_head_dim / 2]

@@ -1,7 +1,8 @@
 """Generate text with a trained model.
 
-A request is prefilled in MLA's expanded form, then decoded one token at a time in the absorbed form over the paged latent
-cache. Requests of different lengths run in one batch; when one ends, the next takes over its place and its blocks.
+A request is prefilled in MLA's expanded form, then decoded one token at a time in the absorbed form over the paged
+latent cache. Requests of different lengths run in one batch; when one ends, the next takes over its place and its
+blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ logger = logging.getLogger("titan_peer")
 
 _PREFILL_TOKENS = 8192  # the most tokens per forward pass, all sequences together
 _LOGIT_ELEMENTS = 1 << 26  # the most logits that exist at the same time in log_likelihoods: 256 MiB
-# A decode step on a CPU that reads less has such short loops that waking threads takes longer than they save (docs/generate.md).
+# A decode step on a CPU that reads less has such short loops that waking threads takes longer than they save
+# (docs/generate.md).
 _ONE_THREAD_BYTES = 64 << 20
 _THREADS_OF_TORCH = torch.get_num_threads()  # before the user has set another number
 
@@ -47,7 +49,8 @@ class Completion:
     token_ids: list[int]
     """All drawn tokens, including those of an end token or stop string."""
     logprobs: list[float]
-    """log p of each token under the model itself, over the tokenizer's entries, before penalty, temperature and truncation."""
+    """log p of each token under the model itself, over the tokenizer's entries, before penalty, temperature and
+    truncation."""
     finish_reason: Literal["eos", "stop", "length"]
     """The end token; a stop string; max_new_tokens or the end of the model's context."""
     prompt_tokens: int
@@ -118,9 +121,10 @@ class _Sequence:
 class Generator:
     """Completions and log-likelihoods from a model.
 
-    The model may be on any device, in any floating dtype; it is used in evaluation mode and returned to its earlier mode.
-    A model may have a larger vocabulary than the tokenizer: ids without an entry are never drawn and have probability 0.
-    Under FSDP every process must make the same calls: parameters are gathered for the duration of the call.
+    The model may be on any device, in any floating dtype; it is used in evaluation mode and returned to its earlier
+    mode. A model may have a larger vocabulary than the tokenizer: ids without an entry are never drawn and have
+    probability 0. Under FSDP every process must make the same calls: parameters are gathered for the duration of the
+    call.
 
     Args:
         max_batch_size: the most sequences that are decoded together.
@@ -224,7 +228,8 @@ class Generator:
 
     @torch.no_grad()
     def _prefill(self, sequences: list[_Sequence], cache: LatentCache) -> list[TextPiece]:
-        """Run the prompts, padded to the longest, in chunks of some thousand tokens; choose the first token after each."""
+        """Run the prompts, padded to the longest, in chunks of some thousand tokens; choose the first token after
+        each."""
         for sequence in sequences:
             sequence.blocks = cache.reserve(len(sequence.prompt) + sequence.limit - 1)
             if sequence.params.repetition_penalty != 1:
@@ -289,9 +294,9 @@ class Generator:
         """log p(continuation | context) of each pair, by full forward passes over batches of similar length.
 
         Args:
-            contexts_and_continuations: both text (encoded together, so that tokens are as in the whole text; the context
-                begins a document) or both ids. An empty context is replaced by the begin token. A context too long for the
-                model is cut off at its beginning.
+            contexts_and_continuations: both text (encoded together, so that tokens are as in the whole text; the
+                context begins a document) or both ids. An empty context is replaced by the begin token. A context too
+                long for the model is cut off at its beginning.
         Raises:
             UserError: a continuation is empty or longer than the model's context.
         """

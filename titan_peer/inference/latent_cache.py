@@ -1,8 +1,8 @@
 """The latent KV cache, in pages.
 
-MLA needs `kv_lora_rank + qk_rope_head_dim` numbers per token and layer, independent of the number of heads (arXiv 2405.04434,
-section 2.1). They are stored in blocks of 64 tokens, and a sequence's block table lists its blocks. So sequences of any
-length share one pool, start and end at any time, and leave at most 63 places empty each.
+MLA needs `kv_lora_rank + qk_rope_head_dim` numbers per token and layer, independent of the number of heads (arXiv
+2405.04434, section 2.1). They are stored in blocks of 64 tokens, and a sequence's block table lists its blocks. So
+sequences of any length share one pool, start and end at any time, and leave at most 63 places empty each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class LatentCache:
 
 
 class CacheStep(NamedTuple):
-    """Where the new tokens of one forward pass are stored and what each of them sees. B sequences, at most S new tokens."""
+    """Where the new tokens of one forward pass are stored and what each of them sees. B sequences, at most S new
+    tokens."""
 
     positions: Tensor  # int64 [B, S], positions of the new tokens in their sequences
     slots: Tensor  # int64 [B * S], places in the flattened pool, the scratch block for padding

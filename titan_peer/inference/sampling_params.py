@@ -1,4 +1,5 @@
-"""A user's settings of how completions are drawn, and their bounds. Without torch, so that a mistake is reported at once."""
+"""A user's settings of how completions are drawn, and their bounds. Without torch, so that a mistake is reported at
+once."""
 
 from __future__ import annotations
 
@@ -31,14 +32,15 @@ class SamplingParams:
     min_p: float = 0.0
     """Only tokens with at least this share of the most probable one's probability."""
     repetition_penalty: float = 1.0
-    """Logits of tokens seen in prompt or completion are divided (if positive) or multiplied by this (arXiv 1909.05858)."""
+    """Logits of tokens seen in prompt or completion are divided (if positive) or multiplied by this (arXiv
+    1909.05858)."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; the text ends before the first of them."""
     ignore_eos: bool = False
     """Continue after the tokenizer's end token."""
     seed: int | None = None
-    """Together with the prompt's place in the list it fixes the completion, regardless of the rest of the batch; None: the
-    completion differs every time."""
+    """Together with the prompt's place in the list it fixes the completion, regardless of the rest of the batch; None:
+    the completion differs every time."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

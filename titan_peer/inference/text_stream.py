@@ -14,8 +14,8 @@ _WINDOW = 32  # at most this many tokens are decoded at a time, unless they have
 class TextStream:
     """The text of a completion, in final pieces, up to the first stop string.
 
-    All pieces together equal the text of prompt and completion decoded at once, without the text of the prompt. Only a short
-    window is decoded at a time, so a token of a long completion costs no more than a token of a short one.
+    All pieces together equal the text of prompt and completion decoded at once, without the text of the prompt. Only a
+    short window is decoded at a time, so a token of a long completion costs no more than a token of a short one.
 
     Args:
         prompt: ids before the completion; some decoders drop a space that has nothing before it.
@@ -52,7 +52,8 @@ class TextStream:
         return self._tokenizer.decode(self._window).removesuffix(_INCOMPLETE)
 
     def _take(self, text: str) -> str:
-        """The part of the window's text that has not been taken yet; it may complete a character that the prompt began."""
+        """The part of the window's text that has not been taken yet; it may complete a character that the prompt
+        began."""
         new = beyond(self._taken, text)
         if new:
             self._taken = text
@@ -91,15 +92,16 @@ def _shared(a: str, b: str) -> int:
 def text_in_context(
     tokenizer: Tokenizer, before: Sequence[int], token: int, after: Sequence[int]
 ) -> tuple[str, str, str]:
-    """The text before a token, of the token, and after it, with the spaces of the text; part of a character is U+FFFD."""
+    """The text before a token, of the token, and after it, with the spaces of the text; part of a character is
+    U+FFFD."""
     start, until = tokenizer.decode(before), tokenizer.decode([*before, token])
     whole = tokenizer.decode([*before, token, *after])
     return whole[: _shared(start, whole)], beyond(start, until) or tokenizer.decode([token]), beyond(until, whole)
 
 
 def _anchors(text: str) -> bool:
-    """Whether the text has a character that does not depend on the tokens before: not white space, which may be stripped at
-    the beginning, and not one that may be the rest of a character."""
+    """Whether the text has a character that does not depend on the tokens before: not white space, which may be
+    stripped at the beginning, and not one that may be the rest of a character."""
     return any(not (character.isspace() or character == _INCOMPLETE) for character in text)
 
 

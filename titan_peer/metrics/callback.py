@@ -1,7 +1,7 @@
 """The optional parts of a training run: when each of them is called, and what it may use.
 
-A part is a subclass of `Callback` beside what it does (expert usage in `experts/`, evaluation in `evaluation/`), and one line
-of `Trainer._optional_parts`. The loop calls all parts alike and knows none of them by name.
+A part is a subclass of `Callback` beside what it does (expert usage in `experts/`, evaluation in `evaluation/`), and
+one line of `Trainer._optional_parts`. The loop calls all parts alike and knows none of them by name.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class RunEnd:
 class Callback:
     """An optional part of a training run. A subclass overrides the moments that it needs.
 
-    Every process calls the same moments in the same order, so a callback may communicate (except in `begin`, and in `end`
-    unless `RunEnd.together`). A part that only the first process has must not communicate.
+    Every process calls the same moments in the same order, so a callback may communicate (except in `begin`, and in
+    `end` unless `RunEnd.together`). A part that only the first process has must not communicate.
     """
 
     def start(self) -> None:
@@ -89,8 +89,8 @@ class Callback:
 
 
 class GarbageCollection(Callback):
-    """Collects Python's garbage at fixed steps, the same on all processes, and at no other time: a process that collects
-    keeps the others waiting."""
+    """Collects Python's garbage at fixed steps, the same on all processes, and at no other time: a process that
+    collects keeps the others waiting."""
 
     def __init__(self, freq: int) -> None:
         self.freq = freq

@@ -14,8 +14,8 @@ logger = logging.getLogger("titan_peer")
 class Heartbeat(Callback):
     """Logs a line for every `seconds` that pass without a call of `begin`, from a thread that ends with `close`.
 
-    A step that compiles takes minutes, and a step that waits for a lost process looks the same from outside. The line says
-    what the job is doing, and for how long.
+    A step that compiles takes minutes, and a step that waits for a lost process looks the same from outside. The line
+    says what the job is doing, and for how long.
 
     Args:
         seconds: 0 never logs.

@@ -123,8 +123,8 @@ class MetricsLogger:
         self._waited_seconds += time.perf_counter() - start
 
     def _straggler(self, seconds: float, steps: int) -> Record:
-        """Which process spent the most seconds per step outside of `waiting`, and how many more than the median process.
-        Every process must call it."""
+        """Which process spent the most seconds per step outside of `waiting`, and how many more than the median
+        process. Every process must call it."""
         if not dist.is_initialized():
             return {}
         own = torch.tensor([(seconds - self._waited_seconds) / steps], dtype=torch.float64)
@@ -226,8 +226,8 @@ class MetricsLogger:
         self.print(line)
 
     def _tell(self, report: Callable[[Sink], None]) -> None:
-        """Report to every sink. A failing sink, such as an unreachable service, must not end the training: sinks exist on the
-        first process only, and the other processes would wait for it."""
+        """Report to every sink. A failing sink, such as an unreachable service, must not end the training: sinks exist
+        on the first process only, and the other processes would wait for it."""
         for sink in self.sinks:
             try:
                 report(sink)

@@ -1,8 +1,9 @@
 """Traces of a few steps at a fixed interval, and snapshots of what occupies a GPU's memory, while a job trains.
 
-A trace opens in Perfetto (https://ui.perfetto.dev), a snapshot in https://pytorch.org/memory_viz. Each process writes its own:
-`<save_traces_folder>/iteration_N/rankR_trace.json.gz` with a table of the most expensive operators in the same folder, and
-`<save_memory_snapshot_folder>/iteration_N/rankR_memory_snapshot.pickle`.
+A trace opens in Perfetto (https://ui.perfetto.dev), a snapshot in https://pytorch.org/memory_viz. Each process writes
+its own:
+`<save_traces_folder>/iteration_N/rankR_trace.json.gz` with a table of the most expensive operators in the same folder,
+and `<save_memory_snapshot_folder>/iteration_N/rankR_memory_snapshot.pickle`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Destinations of a run's reports: JSON lines, TensorBoard, Weights & Biases. Every sink takes the same calls.
 
-Only the first process of a job has sinks. JSON lines are always written; the others are optional (`titan_peer[logging]`).
+Only the first process of a job has sinks. JSON lines are always written; the others are optional
+(`titan_peer[logging]`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Sink:
 
 
 class JsonlSink(Sink):
-    """One JSON object per record in `path`; a resumed run first removes the records of an earlier run beyond its step."""
+    """One JSON object per record in `path`; a resumed run first removes the records of an earlier run beyond its
+    step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in complete_lines(path) if resumed_step and line["step"] <= resumed_step]

@@ -1,7 +1,7 @@
 """The numbers that are reported with a training step, on the console's record and in every sink.
 
-A new one is a function of `ReportedStep` in STEP_METRICS. What has its own intervals, plots or state is a callback instead
-(callback.py).
+A new one is a function of `ReportedStep` in STEP_METRICS. What has its own intervals, plots or state is a callback
+instead (callback.py).
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ STEP_METRICS: dict[str, Callable[[ReportedStep], float | None]] = {
     "elapsed_seconds": lambda step: round(step.elapsed_seconds, 2),
     "mfu": _mfu,
 }
-"""Name -> function; None leaves the number out. Every process calls all of them in this order at every report, so they may
-communicate; the first process writes the values."""
+"""Name -> function; None leaves the number out. Every process calls all of them in this order at every report, so they
+may communicate; the first process writes the values."""
 
 
 def step_metrics(step: ReportedStep) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Hand-written computation: product-key retrieval, the expert operator, row-wise table updates.
 
-Each public function has three forms: a plain PyTorch reference (`reference.py`, the specification), a CPU path (`cpu/`, C++)
-and a GPU path (`triton/`). `backends.py` chooses the path for each device, and `backend_report` names it in one line.
+Each public function has three forms: a plain PyTorch reference (`reference.py`, the specification), a CPU path (`cpu/`,
+C++) and a GPU path (`triton/`). `backends.py` chooses the path for each device, and `backend_report` names it in one
+line.
 """
 
 from titan_peer.ops.backends import backend_report

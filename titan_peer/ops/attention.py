@@ -1,7 +1,8 @@
 """Causal attention over packed documents: FlexAttention on CUDA, scaled-dot-product attention elsewhere.
 
-FlexAttention has no backward on CPU. SDPA's CPU flash kernel has one and takes a boolean mask, but needs equal head dims
-for keys and values, so shorter values are padded with zeros there (without the flash kernel, SDPA stores the S x S scores).
+FlexAttention has no backward on CPU. SDPA's CPU flash kernel has one and takes a boolean mask, but needs equal head
+dims for keys and values, so shorter values are padded with zeros there (without the flash kernel, SDPA stores the S x S
+scores).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 _BLOCK = 128  # tokens per block of the mask
-# Bytes from which PyTorch's own choices fit: the A100's, for which they are made. Capability 8.6, 8.9 and 12.0 have 99 KiB.
+# Bytes from which PyTorch's own choices fit: the A100's, for which they are made. Capability 8.6, 8.9 and 12.0 have 99
+# KiB.
 _ENOUGH_SHARED_MEMORY = 160 << 10
 _RESERVE = 10 << 10  # shared memory for everything but the tiles
 
@@ -48,9 +50,9 @@ def flex_kernel_options(
 ) -> dict[str, Any] | None:
     """Tiles and stages of FlexAttention's kernels for GPUs whose shared memory PyTorch's own choice may exceed.
 
-    A forward program holds one tile of queries and, per stage, tiles of keys and values; a backward program holds tiles of
-    keys and values and, per stage, of queries and output gradients. On compute capability 8.6 and 8.9 with head dims 192 and
-    128, the forward tiles chosen here were the fastest of those that fit (pytorch/pytorch#180278).
+    A forward program holds one tile of queries and, per stage, tiles of keys and values; a backward program holds tiles
+    of keys and values and, per stage, of queries and output gradients. On compute capability 8.6 and 8.9 with head dims
+    192 and 128, the forward tiles chosen here were the fastest of those that fit (pytorch/pytorch#180278).
 
     Args:
         shared_memory: bytes that one program can use.
@@ -90,10 +92,11 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def causal_block_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:
-    """The mask of `causal_mask` for FlexAttention, made per block from the runs of documents, so nothing of size S x S exists.
+    """The mask of `causal_mask` for FlexAttention, made per block from the runs of documents, so nothing of size S x S
+    exists.
 
-    Runs are numbered in order. So a block of queries sees some keys of an earlier block of keys if the queries' first run is
-    the keys' last run, and all of them if the queries' last run is the keys' first run.
+    Runs are numbered in order. So a block of queries sees some keys of an earlier block of keys if the queries' first
+    run is the keys' last run, and all of them if the queries' last run is the keys' first run.
     """
     num_blocks = -(-seq_len // _BLOCK)
     if document_ids is None:
@@ -118,7 +121,8 @@ def causal_block_mask(document_ids: Tensor | None, seq_len: int, device: torch.d
 
 
 def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For bool [..., n]: the number of true entries, int32 [...], and all indices, int32 [..., n], true entries first."""
+    """For bool [..., n]: the number of true entries, int32 [...], and all indices, int32 [..., n], true entries
+    first."""
     return mask.sum(-1, dtype=torch.int32), mask.int().argsort(dim=-1, descending=True, stable=True).int()
 
 

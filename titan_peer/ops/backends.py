@@ -1,4 +1,5 @@
-"""Which implementation serves which device. Every backend module has `reference`'s functions, with equal names and shapes."""
+"""Which implementation serves which device. Every backend module has `reference`'s functions, with equal names and
+shapes."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def backend_report(device: torch.device) -> str:
 
 
 def backend_for(*tensors: Tensor) -> ModuleType:
-    """The module whose functions serve these tensors: `shapes` for a dry run's fake tensors, `reference` for float64."""
+    """The module whose functions serve these tensors: `shapes` for a dry run's fake tensors, `reference` for
+    float64."""
     if any(isinstance(t, FakeTensor) for t in tensors):
         return shapes
     if any(t.dtype == torch.float64 for t in tensors):

@@ -1,8 +1,8 @@
 """Output projection and cross-entropy in one, per chunk of tokens, so that no [T, vocab] tensor ever exists.
 
 A chunk's logits exist only while its loss and gradients are made: the gradients are computed in the forward pass
-(softmax minus one-hot needs nothing from later layers) and only scaled in the backward pass. This takes three matmuls per
-chunk, as many as a plain cross-entropy, and memory for [chunk, vocab] and one float32 gradient [vocab, D].
+(softmax minus one-hot needs nothing from later layers) and only scaled in the backward pass. This takes three matmuls
+per chunk, as many as a plain cross-entropy, and memory for [chunk, vocab] and one float32 gradient [vocab, D].
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _compiled_loss_and_logit_gradient = torch.compile(_chunk_loss_and_logit_gradient
 
 
 def _num_chunks(num_tokens: int, chunk_size: int) -> int:
-    """The fewest chunks of at most `chunk_size` tokens, or up to twice as many if they are then equal (one compiled shape)."""
+    """The fewest chunks of at most `chunk_size` tokens, or up to twice as many if they are then equal (one compiled
+    shape)."""
     fewest = max(1, -(-num_tokens // chunk_size))
     return next((n for n in range(fewest, 2 * fewest + 1) if num_tokens % n == 0), fewest)
 

@@ -115,8 +115,8 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (in `sum_dtype`), dgates, d down, d up.
 
-    With a handle the last two are empty and their factors go to its `RowGradients`. No compiler sees this side effect; it is
-    safe because the op is opaque and its other results are always needed.
+    With a handle the last two are empty and their factors go to its `RowGradients`. No compiler sees this side effect;
+    it is safe because the op is opaque and its other results are always needed.
     """
     with torch.autocast(x.device.type, enabled=False):
         backend = backend_for(x, down)

@@ -36,8 +36,8 @@ def product_key_retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) ->
         sub_keys: one tensor [H, n_c, Q_c] per axis, or [1, n_c, Q_c] if the heads share them.
         k: experts per head.
     Returns:
-        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. Scores have the dtype
-        of the values, also for bfloat16 and float16 queries. The backward touches only the chosen sub-keys.
+        values [T, H, k] (float32; float64 for float64 queries), descending; indices int64 [T, H, k]. Scores have the
+        dtype of the values, also for bfloat16 and float16 queries. The backward touches only the chosen sub-keys.
     Raises:
         ValueError: k or a shape is invalid.
     """

@@ -1,7 +1,8 @@
 """The operators in plain PyTorch: the specification that every backend is tested against, and the path that runs where
 no kernel does. Any device, any float dtype; slices of tokens are processed in turn, so that no [T, K, D] tensor exists.
 
-Shapes: T tokens, H heads, k experts per head, K = H*k, N experts, E expert hidden size, D model dim, C product-key axes.
+Shapes: T tokens, H heads, k experts per head, K = H*k, N experts, E expert hidden size, D model dim, C product-key
+axes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def candidate_ranks(sizes: tuple[int, ...], k: int) -> tuple[tuple[int, ...], ...]:
     """Ranks (from 0, one per axis) of the combinations that can be among the k best of a sum over sorted axes.
 
-    A combination at 1-based ranks (r_1, ..., r_C) is beaten or equalled by all prod(r_c) combinations at ranks no larger,
-    so only those with prod(r_c) <= k can be among the first k: 50 instead of 256 for two axes and k = 16.
+    A combination at 1-based ranks (r_1, ..., r_C) is beaten or equalled by all prod(r_c) combinations at ranks no
+    larger, so only those with prod(r_c) <= k can be among the first k: 50 instead of 256 for two axes and k = 16.
     """
 
     def extend(prefix: tuple[int, ...], product: int) -> Iterator[tuple[int, ...]]:
@@ -254,7 +255,8 @@ def _gradient_rows(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Iter
 def table_gradient(
     pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
 ) -> None:
-    """Write gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the other.
+    """Write gradient rows into `out`: dense [N, E, D] of zeros, or compact [R, E, D], the touched rows one after the
+    other.
 
     With `add`, add them to the contents of a dense float32 `out`.
     """

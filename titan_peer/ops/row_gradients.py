@@ -1,12 +1,13 @@
 """Row-wise gradients of expert tables, kept as factors, and the row-wise AdamW step made from them.
 
-The gradient of a table is a sum of outer products over the step's (token, expert) pairs: d down[n] = sum dz x_t^T and
-d up[n] = sum hidden dy_t^T. Instead of gradient rows (as many numbers as the touched rows have weights) a step keeps the
-factors: dz and hidden [T, K, E], x [T, D], dy [T, D_out]. Norm and update read them, row by row, through the pairs sorted
-by expert. No gradient row is ever stored, and the amount that processes exchange grows with the tokens, not with the experts.
+The gradient of a table is a sum of outer products over the step's (token, expert) pairs: d down[n] = sum dz x_t^T and d
+up[n] = sum hidden dy_t^T. Instead of gradient rows (as many numbers as the touched rows have weights) a step keeps the
+factors: dz and hidden [T, K, E], x [T, D], dy [T, D_out]. Norm and update read them, row by row, through the pairs
+sorted by expert. No gradient row is ever stored, and the amount that processes exchange grows with the tokens, not with
+the experts.
 
-If a step has so many tokens that their factors would take more memory than dense gradients of both tables, the factors are
-added into dense gradients, from then on after each micro-batch.
+If a step has so many tokens that their factors would take more memory than dense gradients of both tables, the factors
+are added into dense gradients, from then on after each micro-batch.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class RowGradients:
     It is given to `peer_experts`, and every backward pass through that call records its factors here. Several `record`s
     before a `clear` (micro-batches, layers that share the tables) add up.
 
-    The operator gets the collector's number as a tensor, `handle`. Compilers take a tensor as an input, so equal blocks, each
-    with its own collector, share one compilation; a Python integer would become a constant of the compiled code. The
-    collector knows the tables' shapes only, neither their memory nor their dtype: they may be moved.
+    The operator gets the collector's number as a tensor, `handle`. Compilers take a tensor as an input, so equal
+    blocks, each with its own collector, share one compilation; a Python integer would become a constant of the compiled
+    code. The collector knows the tables' shapes only, neither their memory nor their dtype: they may be moved.
 
     A copy (deepcopy, pickle) is another, empty collector.
 
@@ -50,12 +51,13 @@ class RowGradients:
 
     def __init__(self, expert_down: Tensor, expert_up: Tensor) -> None:
         self.shapes = expert_down.shape, expert_up.shape
-        # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since the first
-        # touch of new memory costs more than the copy into it
+        # indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out]: kept from step to step, since the
+        # first touch of new memory costs more than the copy into it
         self._buffers: tuple[Tensor, ...] | None = None
         self._replacement: tuple[Tensor, ...] | None = None
         self._sorted: SortedPairs | None = None
-        # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last is for absent places)
+        # float32 [N, E, D] and [N, E, D_out], and uint8 [N + 1], 1 for rows with a gradient (the last is for absent
+        # places)
         self._dense: tuple[Tensor, Tensor, Tensor] | None = None
         self.num_tokens = 0
         number = next(_numbers)
@@ -142,8 +144,8 @@ class RowGradients:
         is_used.scatter_(0, torch.where(indices < 0, num_experts, indices).flatten(), 1)
 
     def take_dense(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Dense gradients of both tables and uint8 [N + 1], 1 for rows with a gradient, to be changed in place (for instance
-        summed over processes); None if the gradient is kept as factors."""
+        """Dense gradients of both tables and uint8 [N + 1], 1 for rows with a gradient, to be changed in place (for
+        instance summed over processes); None if the gradient is kept as factors."""
         self._sorted = None
         return self._dense
 
@@ -154,8 +156,8 @@ class RowGradients:
     def factors(self) -> tuple[Tensor, ...]:
         """indices [T, K], dz [T, K, E], hidden [T, K, E], x [T, D], dy [T, D_out] of all recorded tokens.
 
-        Dense gradients are returned as factors too, without a copy: a row [E, D] becomes E tokens, each with one expert (-1,
-        none, if the row has no gradient) and weight 1 in one hidden neuron.
+        Dense gradients are returned as factors too, without a copy: a row [E, D] becomes E tokens, each with one expert
+        (-1, none, if the row has no gradient) and weight 1 in one hidden neuron.
         """
         if self._replacement is not None:
             return self._replacement
@@ -198,7 +200,8 @@ class RowGradients:
         backend_for(weights, vectors).table_gradient(pairs, weights, vectors, out)
 
     def materialize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """row_ids [R], gradient rows of expert_down [R, E, D] and expert_up [R, E, D_out]: for inspection, not for training."""
+        """row_ids [R], gradient rows of expert_down [R, E, D] and expert_up [R, E, D_out]: for inspection, not for
+        training."""
         rows: list[Tensor] = []
         for which, shape in zip(TABLES, self.shapes):
             pairs, weights, vectors = self.table_factors(which)
@@ -236,7 +239,8 @@ def rowwise_adamw_(
         param: [N, E, D], float32 or bfloat16.
         exp_avg: like param, float32 or bfloat16.
         exp_avg_sq: like exp_avg; or float32 [N], the running mean square of a row's whole gradient.
-        pairs, weights [T, K, E], vectors [T, D]: row n's gradient is grad_scale * sum over its pairs of weights x vectors.
+        pairs, weights [T, K, E], vectors [T, D]: row n's gradient is grad_scale * sum over its pairs of weights x
+            vectors.
         bias_correction1, bias_correction2: 1 - beta ** step.
         seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element), so a step can be repeated.
     Raises:

@@ -13,9 +13,9 @@ def set_table_gradient(way: TableGradient) -> None:
     """How GPU kernels sum dense gradients of expert tables and sub-keys.
 
     Args:
-        way: "sorted": pairs are sorted by row and each row is summed once, in a fixed order, so results repeat bit for bit.
-            "atomic": pairs are added in whatever order they arrive. "fastest": the one that a tuning run measured as
-            faster for the shape, or "sorted" without a tuning run.
+        way: "sorted": pairs are sorted by row and each row is summed once, in a fixed order, so results repeat bit for
+            bit. "atomic": pairs are added in whatever order they arrive. "fastest": the one that a tuning run measured
+            as faster for the shape, or "sorted" without a tuning run.
     """
     global _table_gradient
     _table_gradient = way

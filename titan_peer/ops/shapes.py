@@ -1,5 +1,5 @@
-"""The backend for fake tensors, on which a dry run trains: it makes results of the right shapes and allocates the memory
-that computing them takes. It holds only what runs outside of custom ops; these have their own shape rules."""
+"""The backend for fake tensors, on which a dry run trains: it makes results of the right shapes and allocates the
+memory that computing them takes. It holds only what runs outside of custom ops; these have their own shape rules."""
 
 from __future__ import annotations
 

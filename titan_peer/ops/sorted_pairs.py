@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class SortedPairs(NamedTuple):
-    """The P pairs of an index tensor [T, K] (T*K minus those with a negative index), stably sorted by expert; a run is the
-    pairs of one expert.
+    """The P pairs of an index tensor [T, K] (T*K minus those with a negative index), stably sorted by expert; a run is
+    the pairs of one expert.
 
     On a GPU only the device knows P and R, so tensors have the largest possible lengths; there, read num_rows and
     run_starts[num_rows].

@@ -1,8 +1,8 @@
 """Write a checkpoint as a folder that transformers loads, and that can be shared.
 
 The folder holds safetensors files (with an index if there are several), config.json, the tokenizer, the model's code
-(transformers_model/), the job that trained it and a model card. `manifest.json`, as in a checkpoint, has the size and CRC-32
-of each file, so that `titan-peer import` detects a damaged copy.
+(transformers_model/), the job that trained it and a model card. `manifest.json`, as in a checkpoint, has the size and
+CRC-32 of each file, so that `titan-peer import` detects a damaged copy.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def export_checkpoint(
     """Write `checkpoint` (see `find_checkpoint`) to the new folder `output`, whole or not at all.
 
     Raises:
-        UserError: the checkpoint is damaged or not ours, the output exists or cannot be written to, or a library is missing.
+        UserError: the checkpoint is damaged or not ours, the output exists or cannot be written to, or a library is
+            missing.
     """
     try:
         from safetensors import SafetensorError

@@ -1,4 +1,5 @@
-"""Names of what an exported folder holds, and where folders may be made. Without torch, so that a wrong path is found at once."""
+"""Names of what an exported folder holds, and where folders may be made. Without torch, so that a wrong path is found
+at once."""
 
 from __future__ import annotations
 

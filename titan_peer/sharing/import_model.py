@@ -82,8 +82,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     """The job that trained an exported model, and its state: step, tokens, data.
 
-    A folder that transformers has saved again contains neither; its job then has the model's architecture and defaults for
-    everything else.
+    A folder that transformers has saved again contains neither; its job then has the model's architecture and defaults
+    for everything else.
 
     Raises:
         UserError: the folder is not an export of ours, or its config.toml and config.json describe different models.

@@ -1,7 +1,7 @@
 """The Triton backend: the functions of `reference`, computed by GPU kernels.
 
-Nothing here makes the host wait for the device: the number of touched rows stays on the device, and tensors whose length
-depends on it have the largest possible length. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
+Nothing here makes the host wait for the device: the number of touched rows stays on the device, and tensors whose
+length depends on it have the largest possible length. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Kernels of the row-wise AdamW step: each touched row is read once, updated with its gradient from factors, and written."""
+"""Kernels of the row-wise AdamW step: each touched row is read once, updated with its gradient from factors, and
+written."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def adamw_element(
     """AdamW with one second moment per element, on the touched rows of [N, E, D].
 
     Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of the touched rows.
-    Reads: the block of weights and both moments, its pairs' places, weights and vectors. Writes: the block of all three.
+    Reads: the block of weights and both moments, its pairs' places, weights and vectors. Writes: the block of all
+    three.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks)
@@ -130,9 +132,9 @@ def adamw_row(
 ):
     """AdamW with one second moment per row, the mean square of its gradient, on the touched rows of [N, E, D].
 
-    Grid: any number of programs. A program owns every num_programs-th touched row, all E * D numbers of it. The gradient of
-    a row of one block is made once; of a row of several blocks twice, first for the mean square.
-    Reads: weights and first moment of the row, one second moment, the factors. Writes: the same.
+    Grid: any number of programs. A program owns every num_programs-th touched row, all E * D numbers of it. The
+    gradient of a row of one block is made once; of a row of several blocks twice, first for the mean square. Reads:
+    weights and first moment of the row, one second moment, the factors. Writes: the same.
     """
     blocks: tl.constexpr = E * ((D + BLOCK_D - 1) // BLOCK_D)
     num_rows = tl.load(num_rows_ptr).to(tl.int64)

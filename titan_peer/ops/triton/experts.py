@@ -59,12 +59,11 @@ def gather_dot_sum(
 ):
     """out[t] = sum_q w_q * summed[n_q], with w_q made from the dot product of vector[t] and dotted[n_q].
 
-    Grid: (tokens, splits). A program owns CHUNK of a token's K * E places (all of them unless there are few tokens), BLOCK
-    at a time, and writes one row of out, [splits, T, O].
-    Reads: vector[t] (D numbers) and the indices once; for each present place one row of each table. Both loads are issued
-    before the dot product waits for its rows, so that 2 * BLOCK rows are in flight.
-    Writes: forward z [T, K, E] float32; backward dz, hidden and u * act(z) (dgate), each [T, K, E] float32.
-    A place with a negative index causes no table traffic, and its z, dz and dgate are 0.
+    Grid: (tokens, splits). A program owns CHUNK of a token's K * E places (all of them unless there are few tokens),
+    BLOCK at a time, and writes one row of out, [splits, T, O]. Reads: vector[t] (D numbers) and the indices once; for
+    each present place one row of each table. Both loads are issued before the dot product waits for its rows, so that 2
+    * BLOCK rows are in flight. Writes: forward z [T, K, E] float32; backward dz, hidden and u * act(z) (dgate), each
+    [T, K, E] float32. A place with a negative index causes no table traffic, and its z, dz and dgate are 0.
     """
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

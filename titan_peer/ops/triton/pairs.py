@@ -19,10 +19,10 @@ def mark_runs(
 ):
     """Row ids, run starts and their number from sorted experts.
 
-    Grid: ceil((P + 1) / BLOCK). A program owns BLOCK places of the sorted order and writes the runs that start at them; the
-    place after the last present pair ends the last run.
-    Reads: expert int32 [P] ascending (num_experts stands for an absent pair), run int32 [P], the number of runs started so
-    far. Writes: row_id int32 [R], run_start int32 [R + 1], num_rows int32 [1].
+    Grid: ceil((P + 1) / BLOCK). A program owns BLOCK places of the sorted order and writes the runs that start at them;
+    the place after the last present pair ends the last run. Reads: expert int32 [P] ascending (num_experts stands for
+    an absent pair), run int32 [P], the number of runs started so far. Writes: row_id int32 [R], run_start int32 [R +
+    1], num_rows int32 [1].
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_pair = i < num_pairs

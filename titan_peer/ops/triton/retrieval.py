@@ -32,13 +32,12 @@ def best_sub_keys(
 ):
     """The BEST highest-scoring sub-keys of one axis for each query, descending.
 
-    Grid: (ceil(T / BLOCK_T), H). A program owns BLOCK_T queries of a head and goes through all N_KEYS sub-keys, BLOCK_N at a
-    time. Per query, an unsorted list of LIST >= BEST entries holds the best so far; while any score of a tile beats its
-    query's worst entry, the tile's best replaces that entry. The first tile fills the list; of the j-th tile, about BEST / j
-    scores enter it.
-    Reads: its queries once, the head's sub-keys once (shared by all programs of a head, so from the L2 cache).
-    Writes: value float32 and index int32 [T, H, BEST]. A NaN score counts as infinite, so that it is not lost.
-    WIDEN is for the interpreter, whose dot does not support bfloat16.
+    Grid: (ceil(T / BLOCK_T), H). A program owns BLOCK_T queries of a head and goes through all N_KEYS sub-keys, BLOCK_N
+    at a time. Per query, an unsorted list of LIST >= BEST entries holds the best so far; while any score of a tile
+    beats its query's worst entry, the tile's best replaces that entry. The first tile fills the list; of the j-th tile,
+    about BEST / j scores enter it. Reads: its queries once, the head's sub-keys once (shared by all programs of a head,
+    so from the L2 cache). Writes: value float32 and index int32 [T, H, BEST]. A NaN score counts as infinite, so that
+    it is not lost. WIDEN is for the interpreter, whose dot does not support bfloat16.
     """
     h = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -97,11 +96,10 @@ def best_combinations(
 ):
     """The K best sums of one score per axis, descending, among M candidate combinations of ranks.
 
-    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries and takes the best of their M sums K times.
-    Reads: ranks int32 [C, M]; offsets int64 [C, 3]; for each axis c the sorted best values (float32) and indices (int32).
-    These are offsets[c, 1] entries per query, after the offsets[c, 0] entries per query of the earlier axes; offsets[c, 2]
-    is the axis' number of sub-keys.
-    Writes: value float32 and index int64 [T * H, K].
+    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries and takes the best of their M sums K times. Reads: ranks
+    int32 [C, M]; offsets int64 [C, 3]; for each axis c the sorted best values (float32) and indices (int32). These are
+    offsets[c, 1] entries per query, after the offsets[c, 0] entries per query of the earlier axes; offsets[c, 2] is the
+    axis' number of sub-keys. Writes: value float32 and index int64 [T * H, K].
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
@@ -144,12 +142,13 @@ def sum_sub_keys(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One axis' gradient of queries: out[r] = sum_j weight[r, j] * key[row of index[r, j]]; also stores those rows' numbers.
+    """One axis' gradient of queries: out[r] = sum_j weight[r, j] * key[row of index[r, j]]; also stores those rows'
+    numbers.
 
-    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries. The sub-key of an expert is index // below % N_KEYS. If each
-    head has its own sub-keys, its row is that number + head * N_KEYS (head_rows = N_KEYS); if the heads share them, the row
-    is that number (head_rows = 0).
-    Reads: weights, indices, K sub-keys of Q numbers per query. Writes: out, Q numbers per query, and key_row int32 [T * H, K].
+    Grid: ceil(T * H / BLOCK_R). A program owns BLOCK_R queries. The sub-key of an expert is index // below % N_KEYS. If
+    each head has its own sub-keys, its row is that number + head * N_KEYS (head_rows = N_KEYS); if the heads share
+    them, the row is that number (head_rows = 0). Reads: weights, indices, K sub-keys of Q numbers per query. Writes:
+    out, Q numbers per query, and key_row int32 [T * H, K].
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     q = tl.arange(0, BLOCK_Q)

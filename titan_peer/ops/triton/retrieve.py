@@ -18,9 +18,9 @@ _power_of_2 = triton.next_power_of_2
 
 
 def _by_matmul(variant: str, keys: Tensor, best: int) -> bool:
-    """Whether an axis' scores are stored and searched by torch.topk. They must be if the list of the best would not fit into
-    registers or a tile of keys into shared memory. By rule they are for short axes, where there is little to save. Scores
-    are float32 either way."""
+    """Whether an axis' scores are stored and searched by torch.topk. They must be if the list of the best would not fit
+    into registers or a tile of keys into shared memory. By rule they are for short axes, where there is little to save.
+    Scores are float32 either way."""
     n, axis_dim = keys.shape[1:]
     if best > 64 or axis_dim * keys.element_size() > 512 or keys.numel() >= 2**31:  # the kernel's offsets are int32
         return True
@@ -70,8 +70,8 @@ def retrieve_forward(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tup
 
 @functools.lru_cache(maxsize=64)
 def _combination_tables(sizes: tuple[int, ...], k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Candidate ranks int32 [C, M], and int64 [C, 3]: per axis, a query's entries of the axes before it, its entries of this
-    axis, and the number of sub-keys. Kept on the device, so that a step copies nothing to it."""
+    """Candidate ranks int32 [C, M], and int64 [C, 3]: per axis, a query's entries of the axes before it, its entries of
+    this axis, and the number of sub-keys. Kept on the device, so that a step copies nothing to it."""
     best = [min(k, n) for n in sizes]
     ranks = torch.tensor(reference.candidate_ranks(tuple(best), k), dtype=torch.int32).t().contiguous()
     offsets = [[sum(best[:c]), best[c], n] for c, n in enumerate(sizes)]
@@ -79,7 +79,8 @@ def _combination_tables(sizes: tuple[int, ...], k: int, device: torch.device) ->
 
 
 def _axis_topk(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> None:
-    """The best of queries [T, H, Q_c] against keys [H or 1, n, Q_c] into values float32 and indices int32 [T, H, best]."""
+    """The best of queries [T, H, Q_c] against keys [H or 1, n, Q_c] into values float32 and indices int32 [T, H,
+    best]."""
     (T, H, axis_dim), n, best = queries.shape, keys.shape[1], values.shape[2]
     problem = tuning.problem("best_sub_keys", keys, best, 1, axis_dim)
     launch = tuning.launch_for(problem, queries.device)

@@ -1,8 +1,9 @@
-"""Kernels that make a table's gradient rows from their factors, and store them, add them atomically, or sum their squares.
+"""Kernels that make a table's gradient rows from their factors, and store them, add them atomically, or sum their
+squares.
 
-The gradient of table row n is the sum, over its run of sorted pairs, of weight x vector. A table [N, E, D] is treated as
-N * E rows of D numbers, and a row as blocks of BLOCK_D. Programs are persistent: the number of rows is read on the device,
-so that the host never waits for it, and a fixed grid steps through the rows.
+The gradient of table row n is the sum, over its run of sorted pairs, of weight x vector. A table [N, E, D] is treated
+as N * E rows of D numbers, and a row as blocks of BLOCK_D. Programs are persistent: the number of rows is read on the
+device, so that the host never waits for it, and a fixed grid steps through the rows.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def gradient_block(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """float32 [BLOCK_D]: sum over the pairs first..last-1 of weight[pair, e] * vector[pair // K, d], BLOCK_P pairs at a time,
-    always in the same order."""
+    """float32 [BLOCK_D]: sum over the pairs first..last-1 of weight[pair, e] * vector[pair // K, d], BLOCK_P pairs at a
+    time, always in the same order."""
     total = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     for begin in range(first, last, BLOCK_P):
         i = begin + tl.arange(0, BLOCK_P)
@@ -61,12 +62,12 @@ def write_gradient(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient rows into out, [N, E, D] or (COMPACT) [R, E, D]; with SPLITS > 1 into [SPLITS, N, E, D], to be summed; with
-    ADD added to its contents.
+    """Gradient rows into out, [N, E, D] or (COMPACT) [R, E, D]; with SPLITS > 1 into [SPLITS, N, E, D], to be summed;
+    with ADD added to its contents.
 
-    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of the gradient rows. With
-    SPLITS > 1, that many programs share a run, for tables of few rows with long runs.
-    Reads: each pair's place, weight and BLOCK_D numbers of its vector. Writes: BLOCK_D numbers.
+    Grid: any number of programs. A program owns every num_programs-th block of BLOCK_D numbers of the gradient rows.
+    With SPLITS > 1, that many programs share a run, for tables of few rows with long runs. Reads: each pair's place,
+    weight and BLOCK_D numbers of its vector. Writes: BLOCK_D numbers.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     units = tl.load(num_rows_ptr).to(tl.int64) * (E * blocks * SPLITS)
@@ -104,10 +105,11 @@ def add_gradient(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds weight x vector of unsorted pairs to float32 out [N, E, D], atomically: the order of sums differs between runs.
+    """Adds weight x vector of unsorted pairs to float32 out [N, E, D], atomically: the order of sums differs between
+    runs.
 
-    Grid: (ceil(P / BLOCK_P), E * ceil(D / BLOCK_D)). A program owns BLOCK_P pairs and BLOCK_D numbers of each pair's row.
-    Reads: index [P], weight [P, E], the pairs' vectors. Writes: BLOCK_P x BLOCK_D atomic additions.
+    Grid: (ceil(P / BLOCK_P), E * ceil(D / BLOCK_D)). A program owns BLOCK_P pairs and BLOCK_D numbers of each pair's
+    row. Reads: index [P], weight [P, E], the pairs' vectors. Writes: BLOCK_P x BLOCK_D atomic additions.
     """
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     e = tl.program_id(1) % E

@@ -1,4 +1,5 @@
-"""Gradients of expert tables from their factors, their norm, and the row-wise AdamW: launches of the kernels in rows.py and adamw.py."""
+"""Gradients of expert tables from their factors, their norm, and the row-wise AdamW: launches of the kernels in rows.py
+and adamw.py."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _power_of_2 = triton.next_power_of_2
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
-    """As the reference's, but order, row_ids and run_starts have the largest possible lengths, [P], [P] and [P + 1] with
-    P = T * K; the contents after the present pairs, and after the runs, are undefined."""
+    """As the reference's, but order, row_ids and run_starts have the largest possible lengths, [P], [P] and [P + 1]
+    with P = T * K; the contents after the present pairs, and after the runs, are undefined."""
     P, device = indices.numel(), indices.device
     require_pairs_fit(P, num_experts)
     wanted = indices.reshape(-1)

@@ -1,7 +1,7 @@
 """How kernels are launched: block sizes and warps per problem, from a tuning file or else by rule.
 
-A problem is (kernel, D, K, E, dtype, whether the table fits the device's cache). `titan-peer tune` measures candidates and
-writes the fastest into a JSON file in the cache folder (TITAN_PEER_CACHE_DIR), per device; the file is optional.
+A problem is (kernel, D, K, E, dtype, whether the table fits the device's cache). `titan-peer tune` measures candidates
+and writes the fastest into a JSON file in the cache folder (TITAN_PEER_CACHE_DIR), per device; the file is optional.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def by_rule(p: Problem) -> Launch:
     """A launch that needs no tuning run."""
     width = triton.next_power_of_2(p.D)
     if p.kernel.startswith("experts_"):
-        # 8 KiB of each table in flight per program: with about ten programs per multiprocessor far more than latency needs
+        # 8 KiB of each table in flight per program: with about ten programs per multiprocessor far more than latency
+        # needs
         block = max(1, min(8, 8192 // (width * p.dtype.itemsize), triton.next_power_of_2(p.K * p.E)))
         return Launch(block, _warps_for(p.D, p.dtype.itemsize))
     if p.kernel == "best_sub_keys":

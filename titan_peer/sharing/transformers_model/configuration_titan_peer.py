@@ -11,11 +11,12 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
     """The architecture's numbers, with the names of titan_peer's job files in `[model]`.
 
     Args:
-        mla: of the attention: n_heads, q_lora_rank (0: direct queries), kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
-            v_head_dim, rope_theta and YaRN's rope_factor, original_seq_len, beta_fast, beta_slow, mscale, mscale_all_dim.
-        peer: of the expert layers: num_experts, product_key_dim (one entry per axis), num_heads, num_experts_per_tok (per
-            head), expert_hidden_size, query_dim, query_norm, norm_query, norm_keys, gates, activation, keys_per_head,
-            share_experts.
+        mla: of the attention: n_heads, q_lora_rank (0: direct queries), kv_lora_rank, qk_nope_head_dim,
+            qk_rope_head_dim, v_head_dim, rope_theta and YaRN's rope_factor, original_seq_len, beta_fast, beta_slow,
+            mscale, mscale_all_dim.
+        peer: of the expert layers: num_experts, product_key_dim (one entry per axis), num_heads, num_experts_per_tok
+            (per head), expert_hidden_size, query_dim, query_norm, norm_query, norm_keys, gates, activation,
+            keys_per_head, share_experts.
         peer_layers: the blocks (from 0) with experts; the others have a dense SwiGLU.
         table_dtype: how the expert tables are stored: "float" (as the other weights), "int8" or "float8_e4m3", with a
             float32 scale per row.

@@ -1,7 +1,7 @@
 """The layers of a titan_peer model, in plain PyTorch: norms, rotary positions, attention, experts.
 
-Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert hidden
-size.
+Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert
+hidden size.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class MLA(nn.Module):
 
 
 class QueryBatchNorm(nn.Module):
-    """Batch norm over tokens without padding; it uses running statistics outside training and if its weights are frozen.
+    """Batch norm over tokens without padding; it uses running statistics outside training and if its weights are
+    frozen.
 
     If frozen, as under an adapter, the statistics must not change, because they would not be saved with the adapter.
     """

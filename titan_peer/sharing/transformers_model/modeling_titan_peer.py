@@ -1,10 +1,11 @@
-"""A titan_peer model in plain PyTorch: multi-head latent attention (MLA, arXiv 2405.04434) and product-key retrieval of tiny
-experts (PEER, arXiv 2407.04153).
+"""A titan_peer model in plain PyTorch: multi-head latent attention (MLA, arXiv 2405.04434) and product-key retrieval of
+tiny experts (PEER, arXiv 2407.04153).
 
-This is the reference form, without kernels, which transformers can load anywhere. Parameter names are those of titan_peer's
-own checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers per token and layer.
+This is the reference form, without kernels, which transformers can load anywhere. Parameter names are those of
+titan_peer's own checkpoints. The cache holds latents: `kv_lora_rank + qk_rope_head_dim` numbers per token and layer.
 
-Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert hidden size.
+Shapes: B batch, S new tokens, L cached and new tokens, D model dim, H heads, T = B*S, K experts per token, E expert
+hidden size.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         """The places of the new tokens x [B, S, D].
 
         Returns:
-            positions [B or 1, S], mask [B or 1, 1, S, L], is_token bool [B, S] (None: all are tokens), cache_position [S].
+            positions [B or 1, S], mask [B or 1, 1, S, L], is_token bool [B, S] (None: all are tokens), cache_position
+            [S].
         """
         cached, seq_len = (0 if cache is None else cache.get_seq_length()), x.shape[1]  # a tensor in static caches
         if cache_position is None:
@@ -221,12 +223,12 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
         Args:
             input_ids: [B, S], or instead inputs_embeds [B, S, D].
-            attention_mask: [B, L], 0 for padding, which may be on either side; or [B, 1, S, L], bool or added to the scores.
+            attention_mask: [B, L], 0 for padding on either side; or [B, 1, S, L], bool or added to the scores.
             position_ids: [B or 1, S]. Without mask and cache, positions that restart begin a new document.
             past_key_values: the cache, which newer versions of transformers call `cache`.
             labels: [B, S], the tokens themselves, -100 for tokens that are not learnt; they are shifted here.
             num_items_in_batch: the divisor of the summed loss, instead of the number of labels here.
-            others: `cache_position` [S], which transformers 5.0 passes; newer versions warn about a model that names it.
+            others: `cache_position` [S], which transformers 5.0 passes; newer ones warn about a model that names it.
         Raises:
             TypeError: an unknown keyword.
             ValueError: the tokens exceed the model's context, or a requested output or combination is not supported.
