@@ -32,7 +32,11 @@ def main(args: Sequence[str] | None = None) -> int:
     _die_with_launcher()
     write_every_character()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    try:
+        logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    except UserError as error:  # in the launcher's variables, so no process knows whether it is the first
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
     arguments = sys.argv[1:] if args is None else args
     if not arguments:
         print(USAGE, file=sys.stderr)

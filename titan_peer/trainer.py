@@ -399,17 +399,23 @@ class Trainer:
             logger.error("the checkpoint that was being written is lost: %s", error)
 
     def _close(self, end: RunEnd) -> None:
-        """End the callbacks, the save that is running and the reports."""
+        """End the callbacks, the save that is running and the reports: all of them, even if one callback fails to end.
+
+        Raises:
+            Exception: the first callback's failure to end, unless the run itself has failed.
+        """
+        not_ended: Exception | None = None
         for callback in reversed(self.callbacks):
             try:
                 callback.end(end)
             except Exception as error:
-                if end.failure is None:
-                    raise
-                logger.error("%s could not end after the failure: %s", type(callback).__name__, error)
+                logger.error("%s could not end: %s", type(callback).__name__, error)
+                not_ended = not_ended or error
         if end.failure is not None:
             self._let_running_save_end(end.failure)
         self.metrics.close()
+        if not_ended is not None and end.failure is None:
+            raise not_ended
 
     def _finish(self) -> None:
         if not self.world.is_first:

@@ -208,3 +208,10 @@ def test_all_mistakes_in_a_commands_flags_are_reported_at_once(
     said = capsys.readouterr().err.splitlines()
     for line, expected in zip(said, MISTAKES[command], strict=True):
         assert line.startswith(f"error: {expected}"), said
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", ""), ("RANK", "x"), ("WORLD_SIZE", "two")])
+def test_launcher_variables_that_are_no_numbers_are_named(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--job.config_file", "train_configs/debug_model.toml", "--job.print_config"]) == 2
+    assert f"error: {name} = {value}: must be a whole number" in capsys.readouterr().err

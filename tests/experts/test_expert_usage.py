@@ -13,6 +13,7 @@ import warm_processes
 from processes import run_in_processes
 from wandb_files import wandb_history
 
+from titan_peer import train
 from titan_peer.common.units import count_text
 from titan_peer.config.job import ActivationCheckpoint
 from titan_peer.config.parse import load_config
@@ -221,3 +222,9 @@ def test_loads_are_written_without_powers_of_ten(load: float, text: str) -> None
 )
 def test_counts_are_written_without_powers_of_ten(count: float, text: str) -> None:
     assert count_text(count) == text
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_training(tmp_path, capsys):
+    (tmp_path / "expert_usage").touch()
+    assert train.main([*TINY, "--job.dump_folder", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'expert_usage'}: cannot be made" in capsys.readouterr().err

@@ -81,6 +81,24 @@ def test_a_part_is_told_of_a_failure_and_that_nobody_can_be_waited_for(
     assert diary.notes == ["start", "step 1"]
 
 
+class Stubborn(Callback):
+    def end(self, end: RunEnd) -> None:
+        raise ValueError("does not end")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_that_cannot_end_leaves_nothing_else_open(tmp_path: Path, caplog, fails: bool) -> None:
+    job, diary = with_diary(tmp_path, "--checkpoint.interval", 1, "--checkpoint.async_mode", "async")
+    job.callbacks.append(Stubborn())  # ends before the diary
+    if fails:
+        diary.after_step = lambda step: (_ for _ in ()).throw(RuntimeError("the run fails"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError if fails else ValueError, match="the run fails" if fails else "does not end"):
+        job.train()
+    assert len(diary.ends) == 1 and "Stubborn could not end" in caplog.text
+    saved = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert saved == (["step-1"] if fails else ["step-1", "step-2"])
+
+
 def test_a_number_that_is_added_to_the_table_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def norm_of_gains(step: ReportedStep) -> float:
         return step.model.norm.weight.norm().item()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from titan_peer.common.errors import os_failure
 from titan_peer.config.job import JobConfig
 from titan_peer.dump_folder import EXPERT_USAGE
 from titan_peer.experts.usage import ExpertUsage, LayerUsage, layer_usage
@@ -56,7 +57,10 @@ class UsageReporter(Callback):
         self.remedies = remedies(run.config)
         self._file: JsonlSink | None = None
         if run.world.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise os_failure(f"{self.folder}: cannot be made", error) from None
             self._file = JsonlSink(self.folder / "expert_usage.jsonl", run.resumed_step)
         self._reported = run.resumed_step
         self._warned: dict[tuple[int, str], float] = {}

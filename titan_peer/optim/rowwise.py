@@ -54,6 +54,7 @@ class RowwiseAdamW(torch.optim.Optimizer):
         for module in experts if compute_dtype != torch.float32 else []:
             down, up = local(module.expert_down), local(module.expert_up)
             module.plan.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
+            module.register_load_state_dict_post_hook(_refresh_copies)
         self.collectors = collect_row_gradients(experts)
         for table in tables:
             self.state[table] = {
@@ -134,15 +135,21 @@ class RowwiseAdamW(torch.optim.Optimizer):
                 copies.update(zip((module.expert_down, module.expert_up), module.plan.compute_copies))
         return copies
 
-    @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Recreate the copies after something other than `step` has written the tables."""
-        for table, copy in self._copies().items():
-            copy.copy_(local(table))
+        """Recreate the copies after something other than `step` or `load_state_dict` has written the tables."""
+        for module in self.experts:
+            _refresh_copies(module)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for collector in self.collectors:
             collector.clear()
+
+
+@torch.no_grad()
+def _refresh_copies(module: Experts, _loaded: Any = None) -> None:
+    """Also a hook of `load_state_dict`. Not a closure, so that the module can be pickled."""
+    for table, copy in zip((module.expert_down, module.expert_up), module.plan.compute_copies or ()):
+        copy.copy_(local(table))
 
 
 def build(experts: list[Experts], config: OptimizerConfig) -> RowwiseAdamW:
