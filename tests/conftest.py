@@ -74,6 +74,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_decided = is_decided or hasattr(config, "workerinput")  # one of the two processes, which must not start two more
     if has_two_cores and not names_files and not is_decided and not options.collectonly:
         options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
+        options.maxworkerrestart = "0"  # a process that dies ends the run; with a new one it would wait for ever
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -491,7 +491,7 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(layer, args) for layer in range(args.n_layers))
-        shares_experts = args.peer.share_experts and args.layers_of("peer")
+        shares_experts = args.peer.share_experts and args.has("peer")
         self.shared_experts = Experts(args.dim, args.peer) if shares_experts else None
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)

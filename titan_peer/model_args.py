@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from titan_peer.common.bounds import Range, out_of_range
 
+MOST_LAYERS = 100_000
 FeedForwardKind = Literal["feed_forward", "peer"]
 """What a block can have after its attention: a dense SwiGLU or PEER. The kind is also the name of that part in the
 block and in checkpoints; `titan_peer.model.FEED_FORWARD_KINDS` builds it."""
@@ -92,7 +93,7 @@ class ModelArgs:
     """Entries of the vocabulary; 0 takes the tokenizer's."""
     dim: Annotated[int, Range(1)] = 256
     """Model dim, D."""
-    n_layers: Annotated[int, Range(1)] = 4
+    n_layers: Annotated[int, Range(1, MOST_LAYERS)] = 4
     """Number of blocks."""
     n_dense_layers: Annotated[int, Range(0)] = 1
     """The first blocks, which have a dense feed-forward instead of PEER."""
@@ -123,6 +124,10 @@ class ModelArgs:
         has_peer = self.peer_every_n_layers > 0 and after_dense >= 0 and after_dense % self.peer_every_n_layers == 0
         return "peer" if has_peer else "feed_forward"
 
+    def has(self, kind: FeedForwardKind) -> bool:
+        """Whether any block has this kind of feed-forward. Quick also for a number of layers that is out of range."""
+        return any(self.feed_forward_kind(layer) == kind for layer in range(min(self.n_layers, MOST_LAYERS)))
+
     def layers_of(self, kind: FeedForwardKind) -> list[int]:
         """The blocks (from 0) with this kind of feed-forward."""
         return [layer for layer in range(self.n_layers) if self.feed_forward_kind(layer) == kind]
@@ -145,7 +150,7 @@ class ModelArgs:
             mla.beta_slow,
             f"must be at most model.mla.beta_fast = {mla.beta_fast}",
         )
-        if self.layers_of("peer"):
+        if self.has("peer"):
             axes = peer.product_key_dim
             require(bool(axes), "peer.product_key_dim", axes, "at least one axis is needed")
             require(

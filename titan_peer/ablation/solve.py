@@ -163,7 +163,7 @@ def solve(
 
 
 def _has_dense_blocks(config: JobConfig) -> bool:
-    return bool(config.model.layers_of("feed_forward"))
+    return config.model.has("feed_forward")
 
 
 def _nearest(config: JobConfig, number: FreeNumber, equal: Equal, wanted: int, processes: int) -> JobConfig:

@@ -400,7 +400,7 @@ class JobConfig:
         if parts >= 1 and -(-experts // parts) * (parts - 1) >= experts:
             allowed = f"leaves a process without any of model.peer.num_experts = {experts:,}"
             found += self.parallelism.problem("expert_parallel_degree", allowed)
-        if not model.layers_of("peer"):
+        if not model.has("peer"):
             of_experts: list[tuple[Section, str]] = [
                 (self.metrics, "log_expert_usage"),
                 (training, "expert_balance_coeff"),
