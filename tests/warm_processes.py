@@ -9,6 +9,7 @@ they are imported) start `sys.executable`.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -39,7 +40,11 @@ def _become(program: str, arguments: list[str], environment: dict[str, str], fol
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [program, *arguments]
-    sys.exit(importlib.import_module(program).main(arguments))
+    try:
+        status = importlib.import_module(program).main(arguments)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does that ends; multiprocessing's own end of a child leaves them out
+    sys.exit(status)
 
 
 @dataclass

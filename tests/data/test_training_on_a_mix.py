@@ -203,7 +203,7 @@ def test_a_signal_ends_a_job_with_workers_and_it_goes_on_without_them_as_if_noth
     while time.monotonic() < deadline and not ((stopped / "metrics.jsonl").exists() and records_of(stopped)):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(600) == 0
+    assert process.wait(600) == 0, process.stderr
     assert 1 <= max(records_of(stopped)) < 16
     assert start_job(job, *settings, "--job.dump_folder", str(stopped)).wait(600) == 0
     found, expected = records_of(stopped), records_of(straight)

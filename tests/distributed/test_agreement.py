@@ -99,7 +99,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int, 
         ("a held-out file", 2, "only_of_rank_0.jsonl"),
         ("a document", 2, "bad.jsonl"),
         ("a disk that fails", 1, "error: failing.jsonl: cannot be read: Stale file handle\n"),
-        ("the folder of a report", 1, "rank 0: "),
+        ("the folder of a report", 2, "blocked/expert_usage: cannot be made"),
     ],
 )
 def test_what_fails_on_one_process_ends_all_at_once(ends, what: str, status: int, message: str) -> None:
