@@ -55,14 +55,14 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     os.chdir(ROOT)
     trainer = Trainer(config, init_world(config.parallelism))
     waits: list[float] = []
-    wait_until_copied = trainer._update.before_update
+    wait_until_copied = trainer.checkpointer.wait_until_copied
 
     def timed_wait() -> None:
         start = time.perf_counter()
         wait_until_copied()
         waits.append(time.perf_counter() - start)
 
-    trainer._update.before_update = timed_wait
+    trainer.checkpointer.wait_until_copied = timed_wait  # type: ignore[method-assign]
     batches = iter(trainer.loader)
     trainer.model.train()
     seconds: list[float] = []

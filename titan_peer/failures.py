@@ -29,21 +29,21 @@ def exit_status(failure: BaseException) -> int:
     """
     match failure:
         case UserError():
-            _tell(failure, str(failure).splitlines())
+            _tell(failure)
             return USER_ERROR_STATUS
         case NonFiniteLossError():
-            _tell(failure, [str(failure)])
+            _tell(failure)
             return NOT_FINITE_STATUS
         case TransientError():
-            _tell(failure, str(failure).splitlines())
+            _tell(failure)
             return 1
     _tell_of_a_fault(failure)
     return 1
 
 
-def _tell(failure: Exception, lines: list[str]) -> None:
+def _tell(failure: Exception) -> None:
     if is_first_process():
-        for line in lines:
+        for line in str(failure).splitlines():
             print(f"error: {line}", file=sys.stderr)
     else:
         from titan_peer.distributed.faults import leave_word
@@ -62,10 +62,9 @@ def _tell_of_a_fault(failure: BaseException) -> None:
             if is_first_process():
                 print(f"error: the job ends without its last checkpoint: {failure}", file=sys.stderr)
         case ProcessesFailedError():
-            if not isinstance(
-                failure.__cause__, type(None) | UserError | TransientError
-            ):  # it went wrong on this process
-                traceback.print_exception(failure.__cause__)
+            cause = failure.__cause__  # None: it went wrong on another process
+            if cause is not None and not isinstance(cause, UserError | TransientError):
+                traceback.print_exception(cause)
             leave_word(failure)
             if is_first_process():
                 print(f"error: {failure}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from titan_peer.common.bounds import Range, out_of_range
 
-MOST_LAYERS = 100_000
+MOST_LAYERS = 100_000  # checks go through them one by one
 FeedForwardKind = Literal["feed_forward", "peer"]
 """What a block can have after its attention: a dense SwiGLU or PEER. The kind is also the name of that part in the
 block and in checkpoints; `titan_peer.model.FEED_FORWARD_KINDS` builds it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local
@@ -77,10 +77,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
         self._require_own_tables()
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
-        tables = iter(group["params"])
-        for collector in self.collectors:
-            for which in TABLES:
-                table = next(tables)
+        for module, collector in zip(self.experts, self.collectors):
+            for which, (table, copy) in zip(TABLES, _tables_and_copies(module)):
                 state = self.state[table]
                 state["step"] += 1
                 step = int(state["step"])
@@ -104,7 +102,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     bias_correction2=1 - beta2**step,
                     seed=step,
                 )
-                self._update_copy(table, pairs)
+                if copy is not None:
+                    _copy_rows(local(table), copy, pairs)
             collector.clear()
 
     def _require_own_tables(self) -> None:
@@ -119,22 +118,6 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     "optimizer for the same model. Make the optimizer after these, or load without assign=True"
                 )
 
-    def _update_copy(self, table: Tensor, pairs: SortedPairs) -> None:
-        """Write the updated rows of a table into its copy."""
-        copy = self._copies().get(table)
-        if copy is None:
-            return
-        rows = pairs.row_ids[: int(pairs.num_rows)].long()
-        for part in rows.split(1 << 14):
-            copy.index_copy_(0, part, local(table).index_select(0, part).to(copy.dtype))
-
-    def _copies(self) -> dict[Tensor, Tensor]:
-        copies: dict[Tensor, Tensor] = {}
-        for module in self.experts:
-            if module.plan.compute_copies is not None:
-                copies.update(zip((module.expert_down, module.expert_up), module.plan.compute_copies))
-        return copies
-
     def refresh_copies(self) -> None:
         """Recreate the copies after something other than `step` or `load_state_dict` has written the tables."""
         for module in self.experts:
@@ -145,11 +128,24 @@ class RowwiseAdamW(torch.optim.Optimizer):
             collector.clear()
 
 
+def _tables_and_copies(module: Experts) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Both tables, in the order of TABLES, each with the copy that is computed with instead."""
+    return list(zip((module.expert_down, module.expert_up), module.plan.compute_copies or (None, None)))
+
+
+def _copy_rows(table: Tensor, copy: Tensor, pairs: SortedPairs) -> None:
+    """Write the updated rows of a table into its copy."""
+    rows = pairs.row_ids[: int(pairs.num_rows)].long()
+    for part in rows.split(1 << 14):
+        copy.index_copy_(0, part, table.index_select(0, part).to(copy.dtype))
+
+
 @torch.no_grad()
 def _refresh_copies(module: Experts, _loaded: Any = None) -> None:
     """Also a hook of `load_state_dict`. Not a closure, so that the module can be pickled."""
-    for table, copy in zip((module.expert_down, module.expert_up), module.plan.compute_copies or ()):
-        copy.copy_(local(table))
+    for table, copy in _tables_and_copies(module):
+        if copy is not None:
+            copy.copy_(local(table))
 
 
 def build(experts: list[Experts], config: OptimizerConfig) -> RowwiseAdamW:
