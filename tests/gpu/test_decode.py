@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from titan_peer.checkpoint.generator import move_all_but_tables
+from titan_peer.checkpoint.inference import move_all_but_tables
 from titan_peer.data.tokenizer import ByteTokenizer
 from titan_peer.inference.generator import Completion, Generator, SamplingParams
 from titan_peer.model import MLAArgs, ModelArgs, PEERArgs, Transformer

@@ -104,7 +104,7 @@ def _prompts(args: GenerateArgs) -> list[str]:
 
 
 def _load(args: GenerateArgs, checkpoint: Path) -> Generator:
-    from titan_peer.checkpoint.generator import load_generator
+    from titan_peer.checkpoint.inference import load_generator
 
     return load_generator(
         checkpoint,

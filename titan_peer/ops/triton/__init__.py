@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from titan_peer.ops.triton import experts, tuning
-from titan_peer.ops.triton.retrieve import retrieve_backward, retrieve_forward
+from titan_peer.ops.triton.retrieval import retrieve_backward, retrieve_forward
 from titan_peer.ops.triton.table_gradients import (
     dense_gradients,
     row_norm_squared,
