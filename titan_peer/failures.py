@@ -6,6 +6,8 @@ imported.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 
@@ -43,12 +45,20 @@ def exit_status(failure: BaseException) -> int:
 
 def _tell(failure: Exception) -> None:
     if is_first_process():
+        _end_with_own_status()
         for line in str(failure).splitlines():
             print(f"error: {line}", file=sys.stderr)
     else:
         from titan_peer.distributed.faults import leave_word
 
         leave_word(failure)
+
+
+def _end_with_own_status() -> None:
+    """Have the launcher's SIGTERM, sent because another process has ended, not end this one between its words and its
+    exit: the launcher tells from the exit status that they have been said."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _tell_of_a_fault(failure: BaseException) -> None:

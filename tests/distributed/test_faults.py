@@ -214,6 +214,21 @@ def test_bad_input_is_not_tried_again(start, tmp_path):
     assert job.said.count("data.sources[0].path = no/such/file.jsonl") == 1
 
 
+def test_the_first_process_says_why_and_exits_though_the_launcher_is_ending_it():
+    """Else the launcher, which sees a process ended by its own SIGTERM, says the same words a second time."""
+    program = (
+        "import os, signal, sys\n"
+        "from titan_peer.common.errors import UserError\n"
+        "from titan_peer.failures import exit_status\n"
+        "status = exit_status(UserError('no such file'))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(status)\n"
+    )
+    launched = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "one"}
+    done = subprocess.run([sys.executable, "-c", program], env=launched, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: no such file\n")
+
+
 def test_a_loss_that_is_not_finite_is_not_tried_again(start, tmp_path):
     job = start(tmp_path, "--optimizer.lr", "1e30", "--training.max_norm", 0, MAX_RESTARTS="3")
     assert job.ends() == 3, job.said
