@@ -92,9 +92,12 @@ class TrainStep:
         self.dtype = compute_dtype(training.mixed_precision_param, world.device)
         self.precision = autocast(world.device, self.dtype)
 
-    def __call__(self, batch: GlobalBatch, lr: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: GlobalBatch, lr: float, done: float = 0.0) -> tuple[Tensor, Tensor]:
         """Compute the gradient and update the model; waits for no device.
 
+        Args:
+            lr: of the schedule, at this step.
+            done: the share of the job's steps that are done after this one, for groups whose factor on `lr` changes.
         Returns:
             This process's sum of losses over its tokens, 0-d float32 on the device, and the norm of the whole gradient
             before clipping, 0-d float32.
@@ -103,7 +106,7 @@ class TrainStep:
         for i, micro_batch in enumerate(batch.micro_batches):
             is_last = i == len(batch.micro_batches) - 1
             loss_sum += self._add_gradient(micro_batch, batch.learnt_tokens, is_last=is_last)
-        self.optimizers.set_learning_rate(lr)
+        self.optimizers.set_learning_rate(lr, done)
         with self.stage("exchange"):
             self.optimizers.exchange_expert_gradients()
         self.before_update()

@@ -286,7 +286,7 @@ class Trainer:
             batches, self.accumulation_steps, step=self.step, sum_over_processes=self._wait_and_sum
         )
         lr = self.config.optimizer.lr * learning_rate_factor(self.step, training.steps, self.config.lr_scheduler)
-        loss_sum, grad_norm = self._update(batch, lr)
+        loss_sum, grad_norm = self._update(batch, lr, self.step / training.steps)
         told_to_stop = torch.tensor(float(self.stop_signal != 0), dtype=torch.float64)
         sums = self._wait_and_sum(torch.stack([loss_sum.double().cpu(), told_to_stop]))
         tokens = training.global_batch_size * training.seq_len

@@ -8,9 +8,8 @@ import pytest
 import torch
 from small_models import built, small_model
 
-from titan_peer.config.optimizer import OPTIMIZERS, LRScheduler, Optimizer
-from titan_peer.model import QueryBatchNorm
-from titan_peer.optim.groups import parameter_groups
+from titan_peer.config.optimizer import OPTIMIZERS, LRScheduler, Muon, Optimizer, ParameterGroup
+from titan_peer.optim.groups import group_of_each
 from titan_peer.optim.optimizers import Optimizers
 from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts, schedule_phases
 
@@ -60,27 +59,69 @@ def test_a_schedule_that_does_not_fit_is_cut_and_said(steps, warmup_steps, decay
 def test_weight_decay_spares_norms_gains_and_expert_tables() -> None:
     model = built(small_model())
     optimizers = Optimizers(model, Optimizer(expert_update="dense", weight_decay=0.3, expert_lr_factor=2.0))
-    decay = {id(p): g["weight_decay"] for g in optimizers.dense.param_groups for p in g["params"]}
+    (adamw,) = optimizers.dense
+    decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         spared = "norm" in name or "expert_" in name
         assert decay[id(parameter)] == (0.0 if spared else 0.3), name
     optimizers.set_learning_rate(0.5)
     (tables,) = [
         g
-        for g in optimizers.dense.param_groups
+        for g in adamw.param_groups
         if any(p is model.layers[1].peer.experts.expert_up for p in g["params"])
     ]
     assert tables["lr"] == 1.0
 
 
-def test_what_is_a_norm_follows_from_its_type_not_from_its_name() -> None:
+def test_every_parameter_is_in_the_group_that_its_module_says() -> None:
     class NormalisedProjection(torch.nn.Linear):
         pass
 
-    model = torch.nn.Sequential(NormalisedProjection(4, 4), QueryBatchNorm(2, 3), torch.nn.LayerNorm((2, 3)))
-    decayed, plain = parameter_groups(model, Optimizer(weight_decay=0.3), set(), with_tables=False)
-    assert [p is model[0].weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 0.3
-    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+    model = built(small_model())
+    model.layers[0].attention.add_module("norm_like", NormalisedProjection(4, 4, bias=False))
+    model.layers[0].add_module("affine", torch.nn.LayerNorm((2, 3)))
+    names: dict[str, set[str]] = {}
+    of_each = group_of_each(model)
+    for name, parameter in model.named_parameters():
+        names.setdefault(of_each[parameter], set()).add(name.removeprefix("layers."))
+    assert names["embeddings"] == {"tok_embeddings.weight"} and names["head"] == {"output.weight"}
+    assert all("sub_keys" in name for name in names["sub_keys"]) and names["sub_keys"]
+    assert all("experts.expert_" in name for name in names["expert_tables"]) and names["expert_tables"]
+    assert all("norm." in name or "affine" in name for name in names["gains"])
+    assert {"0.affine.weight", "0.affine.bias", "1.peer.query_norm.weight", "1.peer.query_norm.bias"} <= names["gains"]
+    assert {"0.attention.norm_like.weight", "0.feed_forward.w2.weight", "1.peer.wq.weight"} <= names["matrices"]
+
+
+def test_groups_have_their_own_rates_betas_and_decay() -> None:
+    settings = Optimizer(
+        beta1=0.8,
+        weight_decay=0.2,
+        head=ParameterGroup(lr_factor=0.5, end_lr_factor=0.1, beta1=0.7, beta2=0.6, weight_decay=0.0),
+        expert_tables=ParameterGroup(lr_factor=4.0, end_lr_factor=1.0, beta2=0.5, weight_decay=0.0),
+    )
+    optimizers = Optimizers(built(small_model()), settings)
+    optimizers.set_learning_rate(0.1, done=0.5)
+    groups = {group["name"]: group for optimizer in optimizers.all for group in optimizer.param_groups}
+    head, tables, matrices = groups["head"], groups["expert_tables"], groups["matrices"]
+    assert head["lr"] == pytest.approx(0.03) and head["betas"] == (0.7, 0.6) and head["weight_decay"] == 0.0
+    assert tables["lr"] == pytest.approx(0.25) and tables["betas"] == (0.8, 0.5) and tables["weight_decay"] == 0.0
+    assert matrices["lr"] == 0.1 and matrices["betas"] == (0.8, 0.95) and matrices["weight_decay"] == 0.2
+
+
+def test_an_earlier_name_is_the_tables_rate_unless_both_are_given() -> None:
+    assert Optimizer(expert_lr_factor=2.0, expert_weight_decay=0.3).group("expert_tables") == ParameterGroup(
+        lr_factor=2.0, beta1=0.9, beta2=0.95, weight_decay=0.3
+    )
+    both = Optimizer(expert_lr_factor=2.0, expert_tables=ParameterGroup(lr_factor=3.0, weight_decay=0.0))
+    (problem,) = both.problems()
+    assert "optimizer.expert_lr_factor = 2.0" in problem and "optimizer.expert_tables.lr_factor = 3.0" in problem
+
+
+def test_settings_of_muon_that_have_no_effect_are_refused() -> None:
+    (problem,) = Optimizer(muon=Muon(momentum=0.9)).problems()
+    assert problem == 'optimizer.muon: needs optimizer.name = "muon"'
+    (problem,) = Optimizer(name="muon", matrices=ParameterGroup(beta1=0.9)).problems()
+    assert "optimizer.matrices.beta1 = 0.9" in problem and "optimizer.muon.momentum" in problem
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

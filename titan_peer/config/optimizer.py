@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from titan_peer.common.bounds import Range, Section
 
 OPTIMIZERS = {
     "adamw": "titan_peer.optim.adamw",
+    "muon": "titan_peer.optim.muon",
 }
 """What optimizer.name may be, and the module whose `build` creates it (titan_peer/optim/builders.py says how). The
 modules are named here, not imported, so that a job can be checked without PyTorch."""
+
+GroupName = Literal["matrices", "embeddings", "head", "gains", "sub_keys", "expert_tables"]
+
+
+@dataclass
+class ParameterGroup:
+    """What a group of parameters has of its own; -1 takes the value of [optimizer]."""
+
+    lr_factor: Annotated[float, Range(0)] = 1.0
+    """Learning rate of the group, as a factor of optimizer.lr."""
+    end_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1
+    """The factor at the end of the job, to which it moves in a straight line over the steps; -1: lr_factor throughout."""
+    beta1: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1
+    """Decay of the first moment."""
+    beta2: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1
+    """Decay of the second moment."""
+    weight_decay: Annotated[float, Range(0, also=(-1,))] = -1
+    """Decoupled weight decay."""
+
+    def lr_factor_at(self, done: float) -> float:
+        """The factor when `done`, from 0 to 1, of the job's steps are done."""
+        end = self.lr_factor if self.end_lr_factor == -1 else self.end_lr_factor
+        return self.lr_factor + (end - self.lr_factor) * done
+
+
+@dataclass
+class Muon:
+    """How matrices are updated with optimizer.name = "muon"."""
+
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.95
+    """Decay of the momentum (Nesterov's)."""
+    iterations: Annotated[int, Range(1, 8)] = 5
+    """Iterations of the polynomials that make a matrix orthogonal (Polar Express, arXiv 2505.16932)."""
+    split: bool = True
+    """Orthogonalise the parts of a fused projection on their own: each head of queries, keys, values and output, and
+    latents apart from the rope key; false takes each weight as one matrix."""
+    normalize_rows: bool = False
+    """Divide each row of the orthogonal matrix by the root of its running mean square (NorMuon, arXiv 2510.05491);
+    optimizer.beta2 is its decay."""
+    cautious_weight_decay: bool = False
+    """Decay only weights that the update makes smaller too (arXiv 2510.12402)."""
 
 
 @dataclass
@@ -19,10 +61,10 @@ class Optimizer(Section, name="optimizer"):
     """One optimizer for parameters with dense gradients, and a row-wise AdamW for expert tables."""
 
     name: str = "adamw"
-    """Optimizer of all parameters except expert tables with the rowwise update; titan_peer/config/optimizer.py has the
-    names."""
+    """adamw: of all parameters, except expert tables with the rowwise update; muon: of the matrices of the blocks, with
+    adamw for the other parameters. titan_peer/config/optimizer.py has the names."""
     lr: Annotated[float, Range(0)] = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate. The update of each optimizer has the size that AdamW's has, so that one rate serves all."""
     beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
@@ -30,11 +72,25 @@ class Optimizer(Section, name="optimizer"):
     eps: Annotated[float, Range(0, above=True)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Range(0)] = 0.1
-    """Decoupled weight decay of matrices; norms, gains and biases have none."""
-    expert_lr_factor: Annotated[float, Range(0)] = 1.0
-    """Learning rate of expert tables, as a factor of lr."""
-    expert_weight_decay: Annotated[float, Range(0)] = 0.0
-    """Decoupled weight decay of expert tables."""
+    """Decoupled weight decay; gains and expert tables have none unless their group says otherwise."""
+    muon: Muon = field(default_factory=Muon)
+    """Muon."""
+    matrices: ParameterGroup = field(default_factory=ParameterGroup)
+    """Weights of the linear layers of the blocks."""
+    embeddings: ParameterGroup = field(default_factory=ParameterGroup)
+    """Token embeddings, and the head if it is tied to them."""
+    head: ParameterGroup = field(default_factory=ParameterGroup)
+    """The output head, if it is not tied."""
+    gains: ParameterGroup = field(default_factory=lambda: ParameterGroup(weight_decay=0.0))
+    """Gains and biases of norms, and whatever else is not a matrix."""
+    sub_keys: ParameterGroup = field(default_factory=ParameterGroup)
+    """Sub-keys of PEER."""
+    expert_tables: ParameterGroup = field(default_factory=lambda: ParameterGroup(weight_decay=0.0))
+    """Expert tables of PEER."""
+    expert_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1
+    """The earlier name of optimizer.expert_tables.lr_factor; -1: what that says."""
+    expert_weight_decay: Annotated[float, Range(0, also=(-1,))] = -1
+    """The earlier name of optimizer.expert_tables.weight_decay; -1: what that says."""
     expert_update: Literal["rowwise", "dense"] = "rowwise"
     """rowwise: AdamW on only the rows of the experts that a step used (the moments of others do not decay meanwhile);
     dense: the optimizer optimizer.name on whole tables."""
@@ -50,16 +106,49 @@ class Optimizer(Section, name="optimizer"):
     repeatable; atomic: in the order in which pairs finish; fastest: the faster one as measured by `titan-peer tune`,
     else sorted."""
 
+    def group(self, name: GroupName) -> ParameterGroup:
+        """The settings of a group, each with its own value."""
+        own: ParameterGroup = getattr(self, name)
+        lr_factor, weight_decay = own.lr_factor, own.weight_decay
+        if name == "expert_tables" and self.expert_lr_factor != -1:
+            lr_factor = self.expert_lr_factor
+        if name == "expert_tables" and self.expert_weight_decay != -1:
+            weight_decay = self.expert_weight_decay
+        return ParameterGroup(
+            lr_factor,
+            own.end_lr_factor,
+            self.beta1 if own.beta1 == -1 else own.beta1,
+            self.beta2 if own.beta2 == -1 else own.beta2,
+            self.weight_decay if weight_decay == -1 else weight_decay,
+        )
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.name not in OPTIMIZERS:
             found += self.problem("name", f"must be one of {', '.join(OPTIMIZERS)}")
+        found += self._problems_of_earlier_names()
+        if self.name == "muon" and self.matrices.beta1 != -1:
+            found.append(
+                f'optimizer.matrices.beta1 = {self.matrices.beta1}: with optimizer.name = "muon" the decay of the '
+                "momentum is optimizer.muon.momentum"
+            )
+        if self.name != "muon" and self.muon != Muon():
+            found.append('optimizer.muon: needs optimizer.name = "muon"')
         if self.expert_update == "dense":
             for key in ("expert_moment_dtype", "expert_compute_dtype", "expert_second_moment"):
                 default = getattr(type(self), key)
                 if getattr(self, key) != default:
                     allowed = f'needs optimizer.expert_update = "rowwise"; dense allows only "{default}"'
                     found += self.problem(key, allowed)
+        return found
+
+    def _problems_of_earlier_names(self) -> list[str]:
+        found = []
+        untouched = type(self)().expert_tables
+        for earlier, key in (("expert_lr_factor", "lr_factor"), ("expert_weight_decay", "weight_decay")):
+            new = getattr(self.expert_tables, key)
+            if getattr(self, earlier) != -1 and new != getattr(untouched, key):
+                found += self.problem(earlier, f"is the earlier name of optimizer.expert_tables.{key} = {new}: give one")
         return found
 
 

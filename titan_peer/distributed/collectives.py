@@ -1,7 +1,7 @@
 """Everything that processes exchange goes through the functions here, each of which does one thing.
 
 `all_gather` and `reduce_scatter` work inside a compiled graph and have gradients (PyTorch 2.13 renamed what they call,
-and warns about the old names). `all_gather_into`, `sum_over_processes` and `max_over_processes` work on tensors outside
+and warns about the old names). `all_gather_into`, `exchange_bytes`, `sum_over_processes` and `max_over_processes` work on tensors outside
 of graphs, `on_all_processes` on Python objects: it also runs what may fail on one process only, so that the others do
 not wait for that process in the next collective. Process groups are created inside `one_gloo_thread`.
 """
@@ -55,6 +55,24 @@ def all_gather_into(part: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
     _all_gather_into(whole, part.contiguous(), group=group)
     return whole
+
+
+def exchange_bytes(to_each: Sequence[Tensor], from_each: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send one 1-D tensor to each process of a group and get one from each, all of one dtype, which gloo need not know.
+
+    Args:
+        from_each: how many numbers come from each process.
+    """
+    size, dtype = to_each[0].element_size(), to_each[0].dtype
+    received = to_each[0].new_empty(sum(from_each))
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        torch.cat(list(to_each)).view(torch.uint8),
+        [number * size for number in from_each],
+        [tensor.numel() * size for tensor in to_each],
+        group=group,
+    )
+    return list(received.view(dtype).split(list(from_each)))
 
 
 def sum_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,13 @@ def master_weight(weight: Tensor) -> Tensor:
     )
 
 
-def precompute_scales_after_step(model: Transformer, optimizer: torch.optim.Optimizer, config: Float8) -> None:
-    """After each step, compute the scales of all weights that FSDP2 gathers in float8 at once: one all-reduce for the
+def precompute_scales_after_step(
+    model: Transformer, optimizers: Sequence[torch.optim.Optimizer], config: Float8
+) -> None:
+    """After each step of the last of the optimizers, compute the scales of all weights that FSDP2 gathers in float8 at once: one all-reduce for the
     model instead of one per layer."""
     if not (config.enable and config.precompute_float8_dynamic_scale_for_fsdp):
         return
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-    optimizer.register_step_post_hook(lambda *_: precompute_float8_dynamic_scale_for_fsdp(model))
+    optimizers[-1].register_step_post_hook(lambda *_: precompute_float8_dynamic_scale_for_fsdp(model))

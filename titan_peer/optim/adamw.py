@@ -9,7 +9,7 @@ import torch
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 
 
-def build(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     for group in adamw.param_groups:
         for parameter in group["params"]:
@@ -18,4 +18,4 @@ def build(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    return adamw
+    return [adamw]

@@ -1,4 +1,4 @@
-"""The optimizer that `optimizer.name` chooses.
+"""The optimizers that `optimizer.name` chooses.
 
 A new one is a module with a function `build` (a `Builder`), and a line in the table `OPTIMIZERS` in
 titan_peer/config/optimizer.py.
@@ -15,15 +15,15 @@ import torch
 from titan_peer.config.optimizer import OPTIMIZERS
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 
-Builder = Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
-"""From the parameter groups (groups.py) and the job's settings to the optimizer.
+Builder = Callable[[list[dict[str, Any]], OptimizerConfig], list[torch.optim.Optimizer]]
+"""From the parameter groups (groups.py) and the job's settings to optimizers, each of other groups.
 
-It creates its state at once rather than at the first step, so that a checkpoint can be loaded into it. State with one
+They create their state at once rather than at the first step, so that a checkpoint can be loaded into it. State with one
 value per element or per row of an expert table follows an expert that is re-initialised.
 """
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of parameters with dense gradients."""
+def build_optimizers(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of the parameters with dense gradients."""
     build: Builder = import_module(OPTIMIZERS[config.name]).build
     return build(groups, config)

@@ -1,44 +1,81 @@
-"""Which parameters get weight decay, and which learning rate: the parameter groups of the dense optimizer."""
+"""Which parameters are optimized alike: the groups of [optimizer], each with a learning rate and decay of its own."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 
+from titan_peer.config.optimizer import GroupName
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
-from titan_peer.model import QueryBatchNorm
+from titan_peer.model import MLA, PEER, QueryBatchNorm, Transformer, table_parameters
+
+M = TypeVar("M", bound=nn.Module)
+
 
 NORMS = (nn.RMSNorm, nn.LayerNorm, QueryBatchNorm)
-"""Their gains and biases get no weight decay, whatever their shape."""
+"""Their gains and biases are no matrices, whatever their shape."""
 
 
-def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, tables: set[nn.Parameter], *, with_tables: bool
-) -> list[dict[str, Any]]:
-    """Matrices, which decay; other parameters, which do not; and expert tables, which have their own settings.
+def group_of_each(model: Transformer) -> dict[nn.Parameter, GroupName]:
+    """The group of every parameter, in the model's order."""
+    groups: dict[nn.Parameter, GroupName] = {}
+    for parameter in model.parameters():
+        groups[parameter] = "matrices" if parameter.ndim >= 2 else "gains"
+    groups |= {parameter: "gains" for norm in _all(model, NORMS) for parameter in norm.parameters()}
+    groups |= {keys: "sub_keys" for peer in _all(model, PEER) for keys in peer.sub_keys}
+    groups |= dict.fromkeys(table_parameters(model), "expert_tables")
+    groups[model.output.weight] = "head"
+    groups |= {embedding.weight: "embeddings" for embedding in _all(model, nn.Embedding)}
+    return groups
+
+
+def parameter_groups(model: Transformer, config: OptimizerConfig, *, with_tables: bool) -> list[dict[str, Any]]:
+    """The groups that have parameters, for an optimizer of PyTorch's kind.
 
     Args:
-        tables: the parameters that are expert tables.
-        with_tables: tables have dense gradients and get a group; otherwise they are left out.
+        with_tables: expert tables have dense gradients and get a group; otherwise they are left out.
     Returns:
-        The groups that have parameters. Each has its `weight_decay`, and the `lr_factor` by which its learning rate
-        differs from the scheduled one.
+        Each with its `name`, `params`, `betas` and `weight_decay`; and for matrices, `parts`: in the order of `params`,
+        what `matrix_parts` says.
     """
-    gains = {p for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
-    decayed, plain, dense_tables = [], [], []
-    for parameter in model.parameters():
-        if parameter in tables:
-            dense_tables.append(parameter)
-        elif parameter.ndim >= 2 and parameter not in gains:
-            decayed.append(parameter)
-        else:
-            plain.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay, "lr_factor": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_factor": 1.0},
-    ]
-    if with_tables:
-        expert_group = {"weight_decay": config.expert_weight_decay, "lr_factor": config.expert_lr_factor}
-        groups.append({"params": dense_tables, **expert_group})
-    return [group for group in groups if group["params"]]
+    parameters: dict[GroupName, list[nn.Parameter]] = {}
+    for parameter, name in group_of_each(model).items():
+        if with_tables or name != "expert_tables":
+            parameters.setdefault(name, []).append(parameter)
+    groups = []
+    for name, params in parameters.items():
+        own = config.group(name)
+        betas = (own.beta1, own.beta2)
+        groups.append({"name": name, "params": params, "betas": betas, "weight_decay": own.weight_decay})
+        if name == "matrices":
+            parts = matrix_parts(model)
+            groups[-1]["parts"] = [parts.get(parameter) for parameter in params]
+    return groups
+
+
+Parts = tuple[int, tuple[int, ...]]
+"""(dim, sizes): the matrices that a fused projection's weight consists of, side by side in one dim."""
+
+
+def matrix_parts(model: nn.Module) -> dict[nn.Parameter, Parts]:
+    """The weights that are several matrices in one: the projections of MLA, and the query projection of PEER.
+
+    A weight of `nn.Linear` is [out, in]: parts that write to different places are side by side in dim 0, parts that read
+    from different places in dim 1.
+    """
+    parts: dict[nn.Parameter, Parts] = {}
+    for mla in _all(model, MLA):
+        queries = mla.wq if mla.q_lora_rank == 0 else mla.wq_b
+        parts[queries.weight] = 0, (mla.qk_nope_head_dim + mla.qk_rope_head_dim,) * mla.n_heads
+        parts[mla.wkv_a.weight] = 0, (mla.kv_lora_rank, mla.qk_rope_head_dim)
+        parts[mla.wkv_b.weight] = 0, (mla.qk_nope_head_dim, mla.v_head_dim) * mla.n_heads
+        parts[mla.wo.weight] = 1, (mla.v_head_dim,) * mla.n_heads
+    for peer in _all(model, PEER):
+        parts[peer.wq.weight] = 0, (peer.query_dim,) * peer.num_heads
+    return parts
+
+
+def _all(model: nn.Module, kind: type[M] | tuple[type[M], ...]) -> Iterator[M]:
+    return (module for module in model.modules() if isinstance(module, kind))

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local, sum_over_processes
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
-from titan_peer.model import PEER, experts_of, table_parameters
+from titan_peer.model import PEER, Transformer, experts_of
 from titan_peer.ops import TABLES, RowGradients
 from titan_peer.optim import rowwise
-from titan_peer.optim.builders import build_optimizer
+from titan_peer.optim.builders import build_optimizers
 from titan_peer.optim.clipping import clip_, total_norm
 from titan_peer.optim.groups import parameter_groups
 
@@ -44,17 +44,17 @@ class Optimizers:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         config: OptimizerConfig,
         expert_mesh: DeviceMesh | None = None,
         tokens_per_step: int = 0,
     ) -> None:
         self.config, self.model, self.expert_mesh = config, model, expert_mesh
-        self.experts, tables = experts_of(model), table_parameters(model)
+        self.experts = experts_of(model)
         self.table_update = self._choose_table_update(tokens_per_step)
-        groups = parameter_groups(model, config, tables, with_tables=self.table_update != "rowwise")
-        self.dense = build_optimizer(groups, config)
-        """Of all parameters with dense gradients."""
+        groups = parameter_groups(model, config, with_tables=self.table_update != "rowwise")
+        self.dense = build_optimizers(groups, config)
+        """Of all parameters with dense gradients, each group in one of them."""
         self.rowwise: rowwise.RowwiseAdamW | None = None
         self.collectors: list[RowGradients] = []
         """Where the factored gradients of the current step are, unless the table update is "dense"."""
@@ -89,13 +89,18 @@ class Optimizers:
         factors = factor_bytes(tokens, peers[0].num_heads * peers[0].num_experts_per_tok, expert_hidden_size, dim)
         return factors_move_fewer_bytes(factors, 2 * 4 * rows * expert_hidden_size * dim, self._replicas)
 
+    @property
+    def all(self) -> list[torch.optim.Optimizer]:
+        """Those of dense gradients, and the row-wise one if there is one."""
+        return [*self.dense, *([self.rowwise] if self.rowwise is not None else [])]
+
     # ---- a step
 
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self.dense.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        if self.rowwise is not None:
-            self.rowwise.param_groups[0]["lr"] = lr * self.config.expert_lr_factor
+    def set_learning_rate(self, lr: float, done: float = 0.0) -> None:
+        """The rate of every group, from that of the schedule and the share of the job's steps that are done."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * self.config.group(group["name"]).lr_factor_at(done)
 
     def exchange_expert_gradients(self) -> None:
         """Sum the tables' gradients over processes with the same experts. Call once per step, before clipping."""
@@ -125,10 +130,12 @@ class Optimizers:
         scale: Tensor | float = 1.0
         if max_norm > 0:
             scale = clip_(dense, [table.grad for table in tables if table.grad is not None], max_norm, norm)
-        self.dense.step()
+        for optimizer in self.dense:
+            optimizer.step()
         if self.rowwise is not None:
             self.rowwise.step(grad_scale=scale)
-        self.dense.zero_grad(set_to_none=True)
+        for optimizer in self.dense:
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _gradients_from_factors(self) -> None:
@@ -163,8 +170,8 @@ class Optimizers:
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """What an optimizer keeps for a parameter, by name."""
-        for optimizer in (self.dense, self.rowwise):
-            if optimizer is not None and parameter in optimizer.state:
+        for optimizer in self.all:
+            if parameter in optimizer.state:
                 return optimizer.state[parameter]  # type: ignore[no-any-return]
         return {}
 
@@ -173,9 +180,7 @@ class Optimizers:
         names: dict[Tensor, str] = {
             p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()
         }
-        for optimizer in (self.dense, self.rowwise):
-            if optimizer is None:
-                continue
+        for optimizer in self.all:
             for parameter, state in optimizer.state.items():
                 for key, tensor in state.items():
                     yield f"{names[parameter]}.{key}", tensor

@@ -49,7 +49,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         tables = [table for module in experts for table in (module.expert_down, module.expert_up)]
-        super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        group = {"name": "expert_tables", "params": tables}
+        super().__init__([group], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.experts = experts
         for module in experts if compute_dtype != torch.float32 else []:
             down, up = local(module.expert_down), local(module.expert_up)
@@ -150,12 +151,13 @@ def _refresh_copies(module: Experts, _loaded: Any = None) -> None:
 
 def build(experts: list[Experts], config: OptimizerConfig) -> RowwiseAdamW:
     """The row-wise optimizer of a job's expert tables."""
+    own = config.group("expert_tables")
     return RowwiseAdamW(
         experts,
-        lr=config.lr * config.expert_lr_factor,
-        betas=(config.beta1, config.beta2),
+        lr=config.lr * own.lr_factor,
+        betas=(own.beta1, own.beta2),
         eps=config.eps,
-        weight_decay=config.expert_weight_decay,
+        weight_decay=own.weight_decay,
         moment_dtype=getattr(torch, config.expert_moment_dtype),
         second_moment=config.expert_second_moment,
         compute_dtype=getattr(torch, config.expert_compute_dtype),
