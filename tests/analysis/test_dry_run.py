@@ -130,6 +130,21 @@ def test_communication_of_a_step_is_what_the_plans_say() -> None:
     assert sum(t.calls for (dim, _), t in trace.traffic.items() if dim == "expert_replica") > 0
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_muon_sends_each_matrix_to_its_owner_and_back_in_bfloat16(replicas: int) -> None:
+    plan = ["--parallelism.data_parallel_replicate_degree", str(replicas), "--parallelism.expert_parallel_degree", "2"]
+    config = job("debug_model", *SMALL, *plan, "--optimizer.name", "muon")
+    moved, without = traffic(traced(config, 8)), traffic(traced(job("debug_model", *SMALL, *plan), 8))
+    of_blocks = on_meta(config).layers.named_parameters()
+    matrices = [p.numel() for name, p in of_blocks if p.ndim == 2 and not re.search("norm", name)]
+    # an owner has its share, up to one matrix; it gets that much and returns it
+    assert 4 * sum(matrices) / 8 <= moved["dp_shard", "all-to-all"] <= 4 * (sum(matrices) / 8 + max(matrices))
+    assert ("dp_shard", "all-to-all") not in without
+    if replicas == 2:  # each replica gives the other its half of each shard
+        shared = moved["dp_replicate", "all-gather"] - without.get(("dp_replicate", "all-gather"), 0)
+        assert 2 * sum(matrices) / 4 <= shared <= 2 * (sum(matrices) / 4 + 2 * max(matrices))
+
+
 def test_more_processes_hold_less_each() -> None:
     config = ["--parallelism.expert_parallel_degree", "8"]
     alone, together = traced(job("debug_model", *SMALL)), traced(job("debug_model", *SMALL, *config), 8)

@@ -75,3 +75,10 @@ def test_two_processes_follow_one_in_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_plan_and_update_follows_one_process(compiled: bool, tmp_path: Path) -> None:
     require_same_curves(curves(tmp_path, list(PLANS), ["rowwise", "dense"], compiled))
+
+
+@pytest.mark.slow
+def test_every_plan_of_dense_parameters_follows_one_process_with_muon(tmp_path: Path) -> None:
+    plans = ["1 process", "FSDP x 2", "FSDP x 4", "HSDP 2 x 2"]
+    settings = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true"]
+    require_same_curves(curves(tmp_path, plans, ["rowwise"], compiled=False, more=settings))

@@ -31,18 +31,21 @@ def continued_from(source: Path, step: int, folder: Path) -> Path:
     return folder
 
 
-def reshard(tmp_path: Path, update: str, targets: list[tuple[int, int]]) -> None:
+MUON = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true"]
+
+
+def reshard(tmp_path: Path, update: str, targets: list[tuple[int, int]], *more: object) -> None:
     """One process until step 30; from its step 10 each of (processes, parts); from their step 20 one process again."""
     one = tmp_path / "one"
-    train_jobs(1, [job(one, 1, 1, update)])
+    train_jobs(1, [job(one, 1, 1, update, *more)])
     reference = losses(one)
     assert len(reference) == 30 and reference[-1] < reference[0] - 0.3
     there = {target: continued_from(one, 10, tmp_path / "{}-{}".format(*target)) for target in targets}
     for world_size in sorted({world_size for world_size, _ in targets}):
         chosen = [target for target in targets if target[0] == world_size]
-        train_jobs(world_size, [job(there[target], *target, update) for target in chosen])
+        train_jobs(world_size, [job(there[target], *target, update, *more) for target in chosen])
     back = {t: continued_from(there[t], 20, tmp_path / "{}-{}-back".format(*t)) for t in targets}
-    train_jobs(1, [job(folder, 1, 1, update) for folder in back.values()])
+    train_jobs(1, [job(folder, 1, 1, update, *more) for folder in back.values()])
     for target in targets:
         assert losses(there[target])[:10] == pytest.approx(reference[10:20], rel=1e-4), f"to {target}"
         assert losses(back[target]) == pytest.approx(reference[20:], rel=1e-4), f"back from {target}"
@@ -58,9 +61,14 @@ def test_checkpoint_goes_on_with_any_number_of_processes_and_parts(update: str, 
     reshard(tmp_path, update, [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 
 
+@pytest.mark.slow
+def test_checkpoint_of_muon_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    reshard(tmp_path, "rowwise", [(2, 1), (4, 2)], *MUON)
+
+
 def test_same_processes_go_on_with_the_same_bits(tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    shorter = ["--training.steps", 14, "--checkpoint.interval", 7]
+    shorter = ["--training.steps", 14, "--checkpoint.interval", 7, *MUON]
     train_jobs(2, [job(straight, 2, 2, "rowwise", *shorter)])
     continued_from(straight, 7, resumed)
     train_jobs(2, [job(resumed, 2, 2, "rowwise", *shorter)])

@@ -65,11 +65,7 @@ def test_weight_decay_spares_norms_gains_and_expert_tables() -> None:
         spared = "norm" in name or "expert_" in name
         assert decay[id(parameter)] == (0.0 if spared else 0.3), name
     optimizers.set_learning_rate(0.5)
-    (tables,) = [
-        g
-        for g in adamw.param_groups
-        if any(p is model.layers[1].peer.experts.expert_up for p in g["params"])
-    ]
+    (tables,) = [g for g in adamw.param_groups if any(p is model.layers[1].peer.experts.expert_up for p in g["params"])]
     assert tables["lr"] == 1.0
 
 

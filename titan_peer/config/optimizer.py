@@ -148,7 +148,9 @@ class Optimizer(Section, name="optimizer"):
         for earlier, key in (("expert_lr_factor", "lr_factor"), ("expert_weight_decay", "weight_decay")):
             new = getattr(self.expert_tables, key)
             if getattr(self, earlier) != -1 and new != getattr(untouched, key):
-                found += self.problem(earlier, f"is the earlier name of optimizer.expert_tables.{key} = {new}: give one")
+                found += self.problem(
+                    earlier, f"is the earlier name of optimizer.expert_tables.{key} = {new}: give one"
+                )
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from titan_peer.config.optimizer import GroupName
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
@@ -18,9 +18,9 @@ NORMS = (nn.RMSNorm, nn.LayerNorm, QueryBatchNorm)
 """Their gains and biases are no matrices, whatever their shape."""
 
 
-def group_of_each(model: Transformer) -> dict[nn.Parameter, GroupName]:
+def group_of_each(model: Transformer) -> dict[Tensor, GroupName]:
     """The group of every parameter, in the model's order."""
-    groups: dict[nn.Parameter, GroupName] = {}
+    groups: dict[Tensor, GroupName] = {}
     for parameter in model.parameters():
         groups[parameter] = "matrices" if parameter.ndim >= 2 else "gains"
     groups |= {parameter: "gains" for norm in _all(model, NORMS) for parameter in norm.parameters()}
@@ -40,11 +40,11 @@ def parameter_groups(model: Transformer, config: OptimizerConfig, *, with_tables
         Each with its `name`, `params`, `betas` and `weight_decay`; and for matrices, `parts`: in the order of `params`,
         what `matrix_parts` says.
     """
-    parameters: dict[GroupName, list[nn.Parameter]] = {}
+    parameters: dict[GroupName, list[Tensor]] = {}
     for parameter, name in group_of_each(model).items():
         if with_tables or name != "expert_tables":
             parameters.setdefault(name, []).append(parameter)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, params in parameters.items():
         own = config.group(name)
         betas = (own.beta1, own.beta2)
@@ -59,13 +59,13 @@ Parts = tuple[int, tuple[int, ...]]
 """(dim, sizes): the matrices that a fused projection's weight consists of, side by side in one dim."""
 
 
-def matrix_parts(model: nn.Module) -> dict[nn.Parameter, Parts]:
+def matrix_parts(model: nn.Module) -> dict[Tensor, Parts]:
     """The weights that are several matrices in one: the projections of MLA, and the query projection of PEER.
 
     A weight of `nn.Linear` is [out, in]: parts that write to different places are side by side in dim 0, parts that read
     from different places in dim 1.
     """
-    parts: dict[nn.Parameter, Parts] = {}
+    parts: dict[Tensor, Parts] = {}
     for mla in _all(model, MLA):
         queries = mla.wq if mla.q_lora_rank == 0 else mla.wq_b
         parts[queries.weight] = 0, (mla.qk_nope_head_dim + mla.qk_rope_head_dim,) * mla.n_heads

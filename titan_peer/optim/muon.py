@@ -7,11 +7,13 @@ polynomials in matrix products alone (Polar Express, arXiv 2505.16932).
 
 Weights that are several matrices in one, such as the heads of MLA's projections, are taken apart first (groups.py).
 Matrices of equal shape are stacked and orthogonalised in one batched product. Under FSDP each matrix is gathered to one
-process, which makes it orthogonal for all (matrix_owners.py).
+process, which makes it orthogonal for all (distributed/matrix_owners.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local
+from titan_peer.distributed.matrix_owners import on_owners, sum_over_shards
 from titan_peer.optim import adamw
 from titan_peer.optim.groups import Parts
-from titan_peer.optim.matrix_owners import on_owners, sum_over_shards
 
 UPDATE_RMS = 0.2
 """Root mean square of the elements of an update at learning rate 1, that of AdamW in practice (arXiv 2502.16982)."""
@@ -106,7 +108,7 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             directions = self._momentum(params, group["momentum"])
-            updates = on_owners(params, directions, lambda i, whole: self._orthogonal(whole, [parts[j] for j in i]))
+            updates = on_owners(params, directions, partial(self._orthogonal, parts))
             if self.normalize_rows:
                 self._normalize_rows(params, updates, group["betas"][1])
             self._apply(params, updates, group["lr"], group["weight_decay"])
@@ -118,11 +120,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - decay)
         return [gradient.lerp(momentum, decay).to(self.dtype) for gradient, momentum in zip(gradients, momenta)]
 
-    def _orthogonal(self, directions: list[Tensor], parts: list[Parts | None]) -> list[Tensor]:
-        """The update of each whole matrix at learning rate 1, in the memory of its direction."""
+    def _orthogonal(
+        self, parts: Sequence[Parts | None], indices: Sequence[int], directions: list[Tensor]
+    ) -> list[Tensor]:
+        """The update of each whole matrix at learning rate 1, in the memory of its direction; `indices`: of its
+        parts."""
         stacks: dict[tuple[int, int], list[Tensor]] = {}
-        for direction, of_one in zip(directions, parts):
-            dim, sizes = of_one or (0, (direction.shape[0],))
+        for i, direction in zip(indices, directions):
+            dim, sizes = parts[i] or (0, (direction.shape[0],))
             for piece in direction.split(sizes, dim=dim):
                 stacks.setdefault((piece.shape[0], piece.shape[1]), []).append(piece)
         for (m, n), pieces in stacks.items():

@@ -45,7 +45,7 @@ def model_card(checkpoint: Path, model: Transformer, job: JobConfig, table_dtype
         "Step": f"{state['step']:,} of {training.steps:,}",
         "Tokens": f"{state['tokens_seen']:,}",
         "Batch": f"{training.global_batch_size} x {training.seq_len} tokens",
-        "Optimizer": f"AdamW, peak learning rate {optimizer.lr:g}, expert tables x {optimizer.expert_lr_factor:g} "
+        "Optimizer": f"{optimizer.name}, peak learning rate {optimizer.lr:g}, expert tables x {optimizer.group('expert_tables').lr_factor:g} "
         f"({optimizer.expert_update})",
         "Data": ", ".join(f"{source.name or source.path}" for source in job.data.sources),
     }

@@ -38,9 +38,8 @@ def on_owners(params: Sequence[Tensor], parts: list[Tensor], work: Work) -> list
     owners = _owners(tuple(parameter.numel() for parameter in params), replicas * shards)
     replica = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
     group = mesh.get_group(mesh.ndim - 1)
-    rank = dist.get_rank(group)
-    of_replica = [i for i, owner in enumerate(owners) if owner // shards == replica]
-    of_rank = [[i for i in of_replica if owners[i] % shards == j] for j in range(shards)]
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    of_rank = [[i for i, owner in enumerate(owners) if owner == replica * shards + j] for j in range(shards)]
 
     # to the owners: for each of them, this process's rows of its matrices
     rows = [_rows_of_each(parameter.shape[0], shards) for parameter in params]
@@ -66,21 +65,26 @@ def on_owners(params: Sequence[Tensor], parts: list[Tensor], work: Work) -> list
     results: list[Tensor] = list(parts)
     _take(torch.cat(returned), [i for of_one in of_rank for i in of_one], parts, results)
     if replicas > 1:
-        _share_with_replicas(results, parts, [owner // shards for owner in owners], mesh.get_group(0))
+        members = [[i for i, owner in enumerate(owners) if owner // shards == j] for j in range(replicas)]
+        _share_with_replicas(results, parts, members, members[replica], mesh.get_group(0))
     return results
 
 
 def _share_with_replicas(
-    results: list[Tensor], parts: list[Tensor], replica_of: list[int], group: dist.ProcessGroup
+    results: list[Tensor], parts: list[Tensor], members: list[list[int]], own: list[int], group: dist.ProcessGroup
 ) -> None:
-    """Put the results of the other replicas' matrices in the places of this one's parts."""
-    members = [[i for i, owner in enumerate(replica_of) if owner == j] for j in range(dist.get_world_size(group))]
+    """Put the results of the other replicas' matrices in the places of this one's parts.
+
+    Args:
+        members: the matrices of each replica.
+        own: of this one.
+    """
     sizes = [sum(parts[i].numel() for i in of_one) for of_one in members]
-    own = _flat([results[i] for i in members[dist.get_rank(group)]], like=parts[0])
-    padded = torch.nn.functional.pad(own, (0, max(sizes) - own.numel()))
-    everyone = all_gather_into(padded.view(torch.uint8), group).view(own.dtype).view(len(members), -1)
-    for of_one, size, flat in zip(members, sizes, everyone):
-        _take(flat[:size], of_one, parts, results)
+    flat = _flat([results[i] for i in own], like=parts[0])
+    padded = torch.nn.functional.pad(flat, (0, max(sizes) - flat.numel()))
+    everyone = all_gather_into(padded.view(torch.uint8), group).view(flat.dtype).view(len(members), -1)
+    for of_one, size, theirs in zip(members, sizes, everyone):
+        _take(theirs[:size], of_one, parts, results)
 
 
 def _take(flat: Tensor, indices: list[int], parts: list[Tensor], results: list[Tensor]) -> None:
