@@ -39,6 +39,7 @@ from titan_peer.experts.report import UsageReporter
 from titan_peer.experts.revival import ExpertRevival
 from titan_peer.failures import NonFiniteLossError, exit_status, is_first_process
 from titan_peer.metrics.callback import Callback, GarbageCollection, Run, RunEnd, Step
+from titan_peer.metrics.details import Details
 from titan_peer.metrics.heartbeat import Heartbeat
 from titan_peer.metrics.held_out_loss import TrainingModelLoss
 from titan_peer.metrics.logger import MetricsLogger, plot_loss
@@ -102,8 +103,7 @@ class Trainer:
             self.optimizers,
             world,
             training,
-            # an asynchronous save may still be copying the parameters
-            before_update=lambda: self.checkpointer.wait_until_copied(),
+            before_update=self._before_update,
         )
         if config.checkpoint.enable:
             self._resume()
@@ -189,6 +189,7 @@ class Trainer:
             self.optimizers,
             self.metrics,
             TrainingModelLoss(self.model, self.device, self._update.summed_loss, sum_over_processes),
+            precision=self._update.precision,
             resumed_step=self.step,
             begin=self._begin,
             should_stop=lambda: self.stop_signal != 0,
@@ -201,6 +202,7 @@ class Trainer:
             UsageReporter.of(self.run),
             ExpertRevival.of(self.run),
             evaluation.join(self.run) if evaluation is not None else None,
+            Details.of(self.run),
             GarbageCollection.of(self.run),
             Profiler.of(self.run),
         )
@@ -322,6 +324,11 @@ class Trainer:
             self.metrics.log_checkpoint(step, folder)
 
     # ---- details
+
+    def _before_update(self) -> None:
+        self.checkpointer.wait_until_copied()  # an asynchronous save may still be copying the parameters
+        for callback in self.callbacks:
+            callback.before_update(self.step)
 
     def _begin(self, doing: str) -> None:
         for callback in self.callbacks:

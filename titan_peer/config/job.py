@@ -298,6 +298,9 @@ class Metrics(Section, name="metrics"):
 
     log_freq: Annotated[int, Range(1)] = 10
     """Steps between log lines and records in metrics.jsonl; the first and the last step are always logged."""
+    detail_freq: Annotated[int, Range(0)] = 0
+    """Steps between reports of gradient and weight norms and update-to-weight ratios of each parameter group, and of
+    the largest attention logit of each block; 0: none."""
     heartbeat_seconds: Annotated[int, Range(0, YEAR)] = 60
     """Log a sign of life whenever nothing has been completed for this long; 0: never."""
     enable_tensorboard: bool = False

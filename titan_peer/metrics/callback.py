@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Run:
     metrics: MetricsLogger
     """Reports numbers, lines, histograms and images."""
     held_out_loss: TrainingModelLoss
+    precision: Callable[[], AbstractContextManager[object]]
+    """The context in which the model computes as in training."""
     resumed_step: int
     """Steps that the job had done before."""
     begin: Callable[[str], None]
@@ -76,6 +79,9 @@ class Callback:
 
     def begin(self, doing: str) -> None:
         """The run begins something that may take long, such as "step 7"."""
+
+    def before_update(self, step: int) -> None:
+        """The gradient of step `step` is complete, and the weights are those that it is of."""
 
     def after_update(self, step: Step) -> None:
         """The weights have been updated and the step's numbers reported. May still change the weights: validation and
