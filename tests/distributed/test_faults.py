@@ -225,7 +225,9 @@ def test_the_first_process_says_why_and_exits_though_the_launcher_is_ending_it()
         "sys.exit(status)\n"
     )
     launched = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "one"}
-    done = subprocess.run([sys.executable, "-c", program], env=launched, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=launched, capture_output=True, encoding="utf-8", check=False
+    )
     assert (done.returncode, done.stderr) == (2, "error: no such file\n")
 
 
