@@ -16,21 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from plans import ROOT, plan
 
 from titan_peer.ablation.axes import load_mixes
-from titan_peer.ablation.plan import Plan, build_plan
-from titan_peer.ablation.results import (
-    Result,
-    by_point,
-    collect,
-    design_styles,
-    loss_curves,
-    loss_scaling,
-    panels,
-    results_csv,
-    results_markdown,
-)
+from titan_peer.ablation.plan import build_plan
 from titan_peer.ablation.run import folder_of, prepare, record_end, run_on_cluster, status_of
 from titan_peer.ablation.solve import nearest_shape
 from titan_peer.analysis.model_size import model_size
@@ -41,17 +30,10 @@ from titan_peer.config.parse import load_config
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.model import Transformer
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml")]
-
 
 @pytest.fixture(autouse=True)
 def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-
-
-def plan(tmp_path: Path, *axes: str, base: list[str] | None = None, **options: object) -> Plan:
-    return build_plan([*BASE, *(base or [])], axes, output_dir=tmp_path, **options)  # type: ignore[arg-type]
 
 
 def test_one_axis_at_a_time_has_the_base_job_once_and_every_other_value(tmp_path: Path) -> None:
@@ -361,86 +343,6 @@ def test_a_resumed_ablation_removes_the_checkpoint_that_a_killed_one_left_of_a_d
     assert left.exists()
     assert prepare(found.runs, resume=True, retry_failed=False) == found.runs[1:]
     assert not left.exists()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def finished(found: Plan, losses: dict[str, float], **status: object) -> list[Result]:
-    """The results of a plan whose runs ended with these validation losses."""
-    prepare(found.runs, resume=False, retry_failed=False)
-    for run in found.runs:
-        steps = run.config.training.steps
-        loss = losses[run.name]
-        records = [
-            {"step": step, "loss": loss + 1 / step, "tokens_per_second": 10.0 if step == 1 else 1000.0 + step}
-            for step in range(1, steps + 1)
-        ]
-        records.append({"step": steps, "validation_loss": loss})
-        (folder_of(run) / "metrics.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
-        )
-        (folder_of(run) / "status.json").write_text(json.dumps({"state": "done", **status}), encoding="utf-8")
-    return collect(found)
-
-
-def test_a_best_design_of_one_seed_is_said_to_be_maybe_chance(tmp_path: Path) -> None:
-    found = plan(tmp_path, "selection_heads=2", tokens=8192)
-    results = finished(found, {"base,seed=0": 5.0, "selection_heads=2,seed=0": 4.9})
-    text = results_markdown(found, results, "title")
-    best = "**selection_heads = 2**, loss 4.9000. That is 0.1000 lower than the next, base, from one seed"
-    assert f"Best: {best}" in text
-    assert text.count("from one seed, so it may be chance") == 2  # over all, and for the axis
-
-
-@pytest.mark.parametrize(("better", "words"), [(4.99, "no more than"), (4.0, "more than")])
-def test_a_best_design_of_several_seeds_is_held_against_their_deviation(
-    better: float, words: str, tmp_path: Path
-) -> None:
-    found = plan(tmp_path, "selection_heads=2", tokens=8192, seeds=[0, 1])
-    losses = {"base,seed=0": 5.0, "base,seed=1": 5.1}
-    losses |= {"selection_heads=2,seed=0": better, "selection_heads=2,seed=1": better + 0.1}
-    text = results_markdown(found, finished(found, losses), "title")
-    gap = 5.0 - better
-    assert f"That is {gap:.4f} lower than the next, base, " in text
-    assert f"{words} the standard deviation over seeds (0.0707)" in text
-
-
-def test_speeds_of_runs_that_shared_the_cores_are_marked(tmp_path: Path) -> None:
-    losses = {"base,seed=0": 5.0, "selection_heads=2,seed=0": 4.9}
-    alone = plan(tmp_path / "alone", "selection_heads=2", tokens=8192)
-    text = results_markdown(alone, finished(alone, losses, beside=0), "title")
-    assert "| 1,003 |" in text and "same cores" not in text  # the median of steps 2 to 4; step 1 compiles
-    shared = plan(tmp_path / "shared", "selection_heads=2", tokens=8192)
-    results = finished(shared, losses, beside=3)
-    text = results_markdown(shared, results, "title")
-    assert "| 1,003* |" in text
-    assert "trained with up to 3 other runs on the same cores; such speeds cannot be compared" in text
-    assert [row["other_runs_on_the_cores"] for row in csv.DictReader(results_csv(shared, results).splitlines())] == [
-        "3",
-        "3",
-    ]
-
-
-def test_a_design_has_one_colour_in_all_panels_of_both_plots(tmp_path: Path) -> None:
-    found = plan(tmp_path, "selection_heads=2", "optimizer.lr=1e-3,3e-3", tokens=8192)
-    losses = {run.name: 5.0 - i / 10 for i, run in enumerate(found.runs)}
-    points = by_point(finished(found, losses))
-    styles = design_styles([point.point for point in points])
-    drawn: dict[str, set[object]] = {}
-    for axes in loss_curves(panels(found, points), styles).axes:
-        for line in axes.lines:
-            if line.get_linestyle() != "None":
-                value = line.get_label().removesuffix(" (base)")
-                axis = axes.get_title()
-                drawn.setdefault(found.axes[axis][value], set()).add(to_hex(line.get_color()))
-    for axes in loss_scaling(points, styles).axes:
-        for container in axes.containers:
-            drawn.setdefault(container.get_label(), set()).add(to_hex(container.lines[0].get_color()))
-    assert drawn.keys() == {"base", "selection_heads = 2", "optimizer.lr = 1e-3"}
-    assert all(len(colours) == 1 for colours in drawn.values())
-    assert len(set.union(*drawn.values())) == 3
 
 
 TINY = ["compile.enable=false", "training.seq_len=32", "training.local_batch_size=2", "model.n_layers=1"]

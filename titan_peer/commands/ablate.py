@@ -143,7 +143,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def _train(options: argparse.Namespace, plan: Plan) -> int:
-    from titan_peer.ablation.results import collect, write_report
+    from titan_peer.ablation.plots import write_report
+    from titan_peer.ablation.results import collect
     from titan_peer.ablation.run import StoppedError, only_here, prepare
 
     folder = Path(options.output_dir).absolute()
