@@ -32,6 +32,7 @@ from titan_peer.model_args import FeedForwardKind, MLAArgs, ModelArgs, PEERArgs
 from titan_peer.ops import RowGradients, peer_experts, product_key_retrieve
 from titan_peer.ops.attention import AttentionMask, causal_attention, causal_mask, document_positions
 from titan_peer.ops.cross_entropy import linear_cross_entropy
+from titan_peer.peer_pytorch import read_peer_pytorch
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rotary positions
@@ -178,13 +179,15 @@ class QueryBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self, num_heads: int, query_dim: int, eps: float = 1e-5, momentum: float = 0.1, **factory: Any
+    ) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.empty(num_heads, query_dim))
-        self.bias = nn.Parameter(torch.empty(num_heads, query_dim))
-        self.register_buffer("running_mean", torch.empty(num_heads, query_dim))
-        self.register_buffer("running_var", torch.empty(num_heads, query_dim))
+        self.weight = nn.Parameter(torch.empty(num_heads, query_dim, **factory))
+        self.bias = nn.Parameter(torch.empty(num_heads, query_dim, **factory))
+        self.register_buffer("running_mean", torch.empty(num_heads, query_dim, **factory))
+        self.register_buffer("running_var", torch.empty(num_heads, query_dim, **factory))
 
     def forward(self, queries: Tensor, is_token: Tensor | None = None) -> Tensor:
         """queries [T, H, query_dim] -> the same shape and dtype.
@@ -195,9 +198,9 @@ class QueryBatchNorm(nn.Module):
         if self.training:
             mean, var, count = self.statistics(queries, is_token)
             with torch.no_grad():
-                momentum = self.momentum * (count > 0).to(mean.dtype)  # nothing is learnt from padding alone
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var, momentum)
+                momentum = self.momentum * (count > 0)  # nothing is learnt from padding alone
+                for running, own in ((self.running_mean, mean), (self.running_var, var)):
+                    running.lerp_(own.to(running.dtype), momentum.to(running.dtype))
         else:
             mean, var = self.running_mean, self.running_var
         return ((queries - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).type_as(queries)
@@ -256,13 +259,13 @@ class Experts(nn.Module):
     `plan` is set from outside.
     """
 
-    def __init__(self, dim: int, args: PEERArgs) -> None:
+    def __init__(self, dim: int, args: PEERArgs, **factory: Any) -> None:
         super().__init__()
         self.activation = args.activation
         self.plan = ExpertPlan()
         shape = (args.num_experts, args.expert_hidden_size, dim)
-        self.expert_down = nn.Parameter(torch.empty(shape))  # [N, E, D]
-        self.expert_up = nn.Parameter(torch.empty(shape))  # [N, E, D]
+        self.expert_down = nn.Parameter(torch.empty(shape, **factory))  # [N, E, D]
+        self.expert_up = nn.Parameter(torch.empty(shape, **factory))  # [N, E, D]
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """x [T, D], indices and gates [T, K] -> sum of the chosen experts' outputs, weighted by gates, [T, D].
@@ -293,28 +296,63 @@ class PEER(nn.Module):
 
     What looks at the routing from outside is attached as a hook, and can be detached. Hooks that record run first, then
     those that count, then those that add a loss, in whatever order they were attached.
+
+    Args:
+        dim: D, of input and output.
+        args: every other number of the layer; or each by its name, as in `PEER(512, num_experts=2**20, num_heads=8)`,
+            where `product_key_dim` is, unless given, two axes as equal as the number of experts allows.
+        device, dtype: of the parameters. Weights get their initial values, except on the meta device.
+    Raises:
+        ValueError: the layer is impossible; with a line for each reason.
     """
 
-    def __init__(self, dim: int, args: PEERArgs) -> None:
+    def __init__(
+        self,
+        dim: int,
+        args: PEERArgs | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__()
+        args = args or PEERArgs.of(**settings)
+        if problems := args.problems():
+            raise ValueError("PEER: " + "\n".join(problems))
         self.num_heads, self.num_experts_per_tok = args.num_heads, args.num_experts_per_tok
         self.query_dim, self.norm_query, self.norm_keys = args.query_dim, args.norm_query, args.norm_keys
         self.gates, self.dropout = args.gates, args.dropout
         num_axes = len(args.product_key_dim)
         self.axis_dim = args.query_dim // num_axes
 
-        self.wq = nn.Linear(dim, args.num_heads * args.query_dim, bias=False)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.wq = nn.Linear(dim, args.num_heads * args.query_dim, bias=False, **factory)
         self.query_norm: QueryBatchNorm | RMSNorm | None = None
         if args.query_norm == "batch":
-            self.query_norm = QueryBatchNorm(args.num_heads, args.query_dim)
+            self.query_norm = QueryBatchNorm(args.num_heads, args.query_dim, **factory)
         elif args.query_norm == "rms":
-            self.query_norm = RMSNorm(args.query_dim)
+            self.query_norm = RMSNorm(args.query_dim, **factory)
         key_sets = args.num_heads if args.keys_per_head else 1
         self.sub_keys = nn.ParameterList(
-            nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim)) for n_keys in args.product_key_dim
+            nn.Parameter(torch.empty(key_sets, n_keys, self.axis_dim, **factory)) for n_keys in args.product_key_dim
         )  # C x [H or 1, n_c, query_dim / C]
-        self.experts = None if args.share_experts else Experts(dim, args)
+        self.experts = None if args.share_experts else Experts(dim, args, **factory)
         self.route_hooks: list[tuple[RouteStage, RouteHook]] = []
+        if not self.wq.weight.is_meta:
+            self.init_weights(std=dim**-0.5, residual_scale=1.0)
+
+    @classmethod
+    def from_peer_pytorch(cls, layer: nn.Module) -> PEER:
+        """A layer of the package PEER-pytorch (0.2) as one with the same output, up to float32 rounding.
+
+        Raises:
+            ValueError: the layer has a part that there is not here.
+        """
+        args, weights = read_peer_pytorch(layer)
+        tables = weights["experts.expert_down"]
+        ours = cls(tables.shape[-1], args, device="meta", dtype=tables.dtype).to_empty(device=tables.device)
+        ours.load_state_dict(weights)
+        return ours.train(layer.training)
 
     def attach(self, stage: RouteStage, hook: RouteHook) -> None:
         """Call `hook` with the routing of every batch until it is detached. Hooks of one stage run in the order
@@ -379,10 +417,10 @@ class PEER(nn.Module):
         return indices, gates
 
     def forward(self, x: Tensor, shared_experts: Experts | None = None, is_token: Tensor | None = None) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; is_token bool [B, S], false for padding, which gets zeros."""
+        """x [..., D] -> [..., D]; is_token bool [...], false for padding, which gets zeros."""
         experts = self.experts if self.experts is not None else shared_experts
         assert experts is not None, "PEER with share_experts needs the shared tables"
-        tokens = x.flatten(0, 1)  # [T, D]
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         indices, gates = self.route(tokens, None if is_token is None else is_token.flatten())
         compute_dtype = self.wq.weight.dtype
         if torch.is_autocast_enabled(x.device.type):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from titan_peer.common.bounds import Range, out_of_range
 
@@ -84,6 +84,58 @@ class PEERArgs:
     share_experts: bool = False
     """All PEER layers use one pair of expert tables (each keeps its own queries and sub-keys)."""
 
+    @classmethod
+    def of(cls, **settings: Any) -> PEERArgs:
+        """These settings; without `product_key_dim`, two axes as equal as the number of experts allows."""
+        args = cls(**settings)
+        if "product_key_dim" not in settings:
+            args.product_key_dim = squarest(args.num_experts) if args.num_experts >= 1 else []
+        return args
+
+    def problems(self, prefix: str = "") -> list[str]:
+        """What makes this layer impossible: one line per problem, naming key, value and what is allowed.
+
+        Args:
+            prefix: is put before the keys.
+        """
+        if found := list(out_of_range(self, prefix)):
+            return found
+        axes = self.product_key_dim
+
+        def require(ok: bool, key: str, allowed: str) -> None:
+            if not ok:
+                found.append(f"{prefix}{key} = {getattr(self, key)}: {allowed}")
+
+        require(bool(axes), "product_key_dim", "at least one axis is needed")
+        require(
+            math.prod(axes) == self.num_experts,
+            "product_key_dim",
+            f"its product {math.prod(axes):,} must equal {prefix}num_experts = {self.num_experts:,}",
+        )
+        require(
+            self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok",
+            f"must be at most {prefix}num_experts = {self.num_experts:,}",
+        )
+        require(
+            bool(axes) and self.query_dim % len(axes) == 0,
+            "query_dim",
+            f"must be a multiple of the number of axes of {prefix}product_key_dim, {len(axes)}",
+        )
+        return found
+
+
+def squarest(number: int, axes: int = 2) -> list[int]:
+    """Sizes of product-key axes, as equal as the divisors of `number` allow, the larger ones first."""
+    sizes: list[int] = []
+    left = number
+    for axis in range(axes, 1, -1):
+        ideal = left ** (1 / axis)
+        small = [d for d in range(1, math.isqrt(left) + 1) if left % d == 0]
+        sizes.append(min([*small, *(left // d for d in small)], key=lambda d: abs(math.log(d / ideal))))
+        left //= sizes[-1]
+    return sorted([*sizes, left], reverse=True)
+
 
 @dataclass
 class ModelArgs:
@@ -151,24 +203,5 @@ class ModelArgs:
             f"must be at most model.mla.beta_fast = {mla.beta_fast}",
         )
         if self.has("peer"):
-            axes = peer.product_key_dim
-            require(bool(axes), "peer.product_key_dim", axes, "at least one axis is needed")
-            require(
-                math.prod(axes) == peer.num_experts,
-                "peer.product_key_dim",
-                axes,
-                f"its product {math.prod(axes):,} must equal model.peer.num_experts = {peer.num_experts:,}",
-            )
-            require(
-                peer.num_experts_per_tok <= peer.num_experts,
-                "peer.num_experts_per_tok",
-                peer.num_experts_per_tok,
-                f"must be at most model.peer.num_experts = {peer.num_experts:,}",
-            )
-            require(
-                bool(axes) and peer.query_dim % len(axes) == 0,
-                "peer.query_dim",
-                peer.query_dim,
-                f"must be a multiple of the number of axes of model.peer.product_key_dim, {len(axes)}",
-            )
+            found += [problem for problem in peer.problems("model.peer.") if problem not in found]
         return found

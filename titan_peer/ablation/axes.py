@@ -18,6 +18,7 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import JobConfig
 from titan_peer.config.parse import data_sources, leaf_keys, load_config
+from titan_peer.model_args import squarest
 
 MOST_UNEQUAL = 4
 """The largest ratio between the numbers of sub-keys of two axes, if the sizes are derived from a number of experts."""
@@ -66,14 +67,7 @@ def _whole_numbers(name: str, values: Sequence[str]) -> list[int]:
 def exact_shape(num_experts: int, axes: int) -> list[int] | None:
     """Numbers of sub-keys per axis, as equal as possible, with the product num_experts; None if they are too
     unequal."""
-    shape: list[int] = []
-    left = num_experts
-    for axis in range(axes, 1, -1):
-        ideal = left ** (1 / axis)
-        small = [d for d in range(1, math.isqrt(left) + 1) if left % d == 0]
-        shape.append(min([*small, *(left // d for d in small)], key=lambda d: abs(math.log(d / ideal))))
-        left //= shape[-1]
-    shape = sorted([*shape, left], reverse=True)
+    shape = squarest(num_experts, axes)
     return shape if shape[0] <= MOST_UNEQUAL * shape[-1] else None
 
 

@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 _LARGEST = {int: 2**63 - 1, float: 3.4028234663852886e38}  # in C++ and in float32
 _SMALLEST = 1.1754943508222875e-38  # the smallest positive normal float32
@@ -68,14 +68,16 @@ def declared_range(hint: Any) -> Range | None:
 
 
 def out_of_range(settings: Any, prefix: str) -> Iterator[str]:
-    """A message for every number outside its range in a dataclass and those nested in it; `prefix` is put before the
-    key."""
+    """A message for every number outside its range, and every word that is none of those allowed, in a dataclass and
+    those nested in it; `prefix` is put before the key."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         key, value = f"{prefix}{field.name}", getattr(settings, field.name)
         allowed = declared_range(hints[field.name])
         if dataclasses.is_dataclass(value):
             yield from out_of_range(value, f"{key}.")
+        elif typing.get_origin(hints[field.name]) is Literal and value not in typing.get_args(hints[field.name]):
+            yield f"{key} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(hints[field.name])))}"
         elif allowed is not None:
             numbers = [(f"{key}[{i}]", n) for i, n in enumerate(value)] if isinstance(value, list) else [(key, value)]
             yield from (f"{name} = {n}: {allowed.problem(n)}" for name, n in numbers if n not in allowed)
