@@ -24,7 +24,7 @@ VARIANTS = {
         --model.peer.expert_hidden_size 2 --model.peer.query_norm rms --model.peer.share_experts true
         --model.peer.norm_query true --model.peer.norm_keys true --model.peer.keys_per_head false
         --model.peer.gates sigmoid --model.peer.activation silu --model.tie_embeddings true --model.mla.q_lora_rank 24
-        --model.mla.v_head_dim 80 --model.tokenizer_path byte""",
+        --model.mla.v_head_dim 80 --model.embedding_norm false --model.zero_init_outputs false --model.tokenizer_path byte""",
 }
 TEXTS = ["In the beginning", "def f(x):\n    return", "¿Qué? 東京 🙂 <|end_of_text|>"]
 

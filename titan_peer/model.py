@@ -559,7 +559,7 @@ class Transformer(nn.Module):
         # [B or 1, S, 2, qk_rope_head_dim / 2]
         rope = self.rope[None, :seq_len] if document_ids is None else self.rope[document_positions(document_ids)]
         is_token = None if document_ids is None else document_ids >= 0
-        x = self.tok_embeddings(tokens)  # [B, S, D]
+        x = self.embed(tokens)
         for block in self.layers:
             x = block(x, rope, mask, self.shared_experts, is_token)
         x = self.norm(x)
@@ -573,6 +573,13 @@ class Transformer(nn.Module):
             compiled=self.compile_loss,
         )
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, D], what the first block reads."""
+        x = self.tok_embeddings(tokens)
+        if self.args.embedding_norm:
+            x = F.rms_norm(x.float(), x.shape[-1:], eps=self.args.norm_eps).type_as(x)
+        return x
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill all parameters and buffers (after `to_empty`); std = init_std, L = n_layers.
@@ -585,9 +592,11 @@ class Transformer(nn.Module):
         | expert_up (writes into the residual stream)         | normal(0, 1 / sqrt(2 L D))       |
         | sub_keys                                            | normal(0, 1 / sqrt(query_dim/C)) |
         | norm gains; batch-norm bias, running mean; variance | 1; 0; 1                          |
+
+        What writes into the residual stream is 0 instead with `zero_init_outputs`.
         """
         args = self.args
-        residual_scale = (2 * args.n_layers) ** -0.5
+        residual_scale = 0.0 if args.zero_init_outputs else (2 * args.n_layers) ** -0.5
         self.rope.copy_(rope_table(args.mla, args.max_seq_len, self.rope.device))
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of the one

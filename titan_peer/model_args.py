@@ -163,6 +163,11 @@ class ModelArgs:
     """Use the token embedding as output head."""
     init_std: Annotated[float, Range(0, above=True)] = 0.02
     """Standard deviation of the initial weights of projections and embeddings."""
+    zero_init_outputs: bool = False
+    """Weights that write into the residual stream (wo, w2, expert_up) are zero at first: every block begins as the
+    identity, and the model as one of token pairs."""
+    embedding_norm: bool = False
+    """Divide each token's embedding by its root mean square, so that the residual stream begins with unit entries."""
     mla: MLAArgs = field(default_factory=MLAArgs)
     """Attention."""
     peer: PEERArgs = field(default_factory=PEERArgs)

@@ -31,7 +31,7 @@ from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.distributed.world import init_world
 from titan_peer.inference.generator import Generator, SamplingParams
 from titan_peer.model import ModelArgs
-from titan_peer.sharing.export import export_checkpoint, transformers_config
+from titan_peer.sharing.export import export_checkpoint, quantize_rows, transformers_config
 from titan_peer.sharing.import_model import import_model
 from titan_peer.trainer import Trainer
 
@@ -144,6 +144,17 @@ def test_quantised_tables_take_a_byte_a_number_and_are_rounded_only(
     with torch.no_grad():
         torch.testing.assert_close(small(tokens).logits, back(tokens), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(back(tokens), exact(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("table_dtype", ["int8", "float8_e4m3"])
+def test_rows_of_zeros_and_of_tiny_numbers_are_quantised_as_well_as_others(table_dtype: str) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(6, 2, 32) * torch.tensor([0, 1e-30, 1e-12, 1e-6, 1, 1e6])[:, None, None]
+    codes, scale = quantize_rows(table, table_dtype)  # type: ignore[arg-type]
+    numbers = codes.view(torch.float8_e4m3fn) if table_dtype == "float8_e4m3" else codes
+    back = numbers.float() * scale[..., None]
+    error = (back - table).abs().amax(-1) / table.abs().amax(-1).clamp_min(1e-38)
+    assert (error <= (1 / 127 if table_dtype == "int8" else 1 / 16)).all() and torch.equal(back[0], table[0])
 
 
 def test_the_model_card_says_how_it_was_made_and_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:

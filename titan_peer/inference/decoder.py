@@ -80,7 +80,7 @@ class Decoder:
         """Run whole sequences without a cache: int64 [B, S] -> [B, S, D], normed; padding belongs on the right."""
         rope = self.model.rope[None, : tokens.shape[1]]
         with self.precision():
-            x = self.model.tok_embeddings(tokens)
+            x = self.model.embed(tokens)
             for block in self.model.layers:
                 x = block(x, rope, None, self.model.shared_experts)
             return self.model.norm(x)
@@ -110,7 +110,7 @@ class Decoder:
                 schedule = flash_mla_schedule(step.lengths, model.args.mla.n_heads)
         rope = model.rope[step.positions]  # [B, S, 2, qk_rope_head_dim / 2]
         with self.precision():
-            x = model.tok_embeddings(tokens)
+            x = model.embed(tokens)
             for block, pool in zip(model.layers, cache.layers):
                 assert isinstance(block, Block)
                 x = block_forward(block, x, rope, pool, step, form, schedule, model.shared_experts)

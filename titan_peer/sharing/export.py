@@ -97,13 +97,17 @@ def quantize_rows(table: Tensor, table_dtype: TableDtype) -> tuple[Tensor, Tenso
             f"--table_dtype {table_dtype}: needs torchao; install it with: pip install 'titan_peer[export]'"
         ) from None
     rows = table.float().flatten(0, 1)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    # torchao makes NaN of a row of zeros in float8, and zeros of a row of numbers below 1e-5 in int8
+    rows = torch.where(largest > 0, rows / largest, 1.0)
     if table_dtype == "int8":
         quantized = Int8Tensor.from_hp(rows, granularity=PerRow())
         codes = quantized.qdata
     else:
         quantized = Float8Tensor.from_hp(rows, float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
         codes = quantized.qdata.view(torch.uint8)
-    return codes.view(table.shape).contiguous(), quantized.scale.float().view(table.shape[:2]).contiguous()
+    scale = quantized.scale.float().view_as(largest) * largest
+    return codes.view(table.shape).contiguous(), scale.view(table.shape[:2]).contiguous()
 
 
 def _plan(model: Transformer, dtype: torch.dtype, table_dtype: TableDtype) -> list[_Planned]:

@@ -117,10 +117,12 @@ def read_job(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     tokenizer = load_tokenizer(job.model.tokenizer_path)
     resolve_vocabulary(job.model, tokenizer.vocab_size)
     wanted = transformers_config(job.model, tokenizer, config.get("dtype", ""), config.get("table_dtype", "float"))  # type: ignore[arg-type]
+    later = ("zero_init_outputs", "embedding_norm")  # an earlier version did not write them
     defaults: dict[str, Any] = {"mla": dataclasses.asdict(MLAArgs()), "peer": dataclasses.asdict(PEERArgs())}
-    numbers = ("vocab_size", "dim", "n_layers", "ffn_hidden_dim", "max_seq_len", "norm_eps", "tie_embeddings")
+    defaults |= {key: getattr(ModelArgs, key) for key in later}
+    numbers = ("vocab_size", "dim", "n_layers", "ffn_hidden_dim", "max_seq_len", "norm_eps", "tie_embeddings", *later)
     for key in (*numbers, "mla", "peer", "peer_layers"):
-        found = config.get(key)
+        found = config.get(key, defaults.get(key))
         if isinstance(found, dict):  # an earlier version had fewer keys
             found = defaults[key] | found
         if found != wanted[key]:

@@ -18,6 +18,8 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
             (per head), expert_hidden_size, query_dim, query_norm, norm_query, norm_keys, gates, activation,
             keys_per_head, share_experts.
         peer_layers: the blocks (from 0) with experts; the others have a dense SwiGLU.
+        zero_init_outputs: initial weights that write into the residual stream are zero, if any are created.
+        embedding_norm: embeddings are divided by their root mean square.
         table_dtype: how the expert tables are stored: "float" (as the other weights), "int8" or "float8_e4m3", with a
             float32 scale per row.
         initializer_range: standard deviation of initial weights, if any are created.
@@ -43,6 +45,8 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
         max_seq_len: int = 4096,
         norm_eps: float = 1e-6,
         tie_embeddings: bool = False,
+        zero_init_outputs: bool = False,
+        embedding_norm: bool = False,
         mla: dict[str, Any] | None = None,
         peer: dict[str, Any] | None = None,
         table_dtype: str = "float",
@@ -53,6 +57,7 @@ class TitanPeerConfig(PretrainedConfig):  # type: ignore[misc]
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.peer_layers, self.ffn_hidden_dim = list(peer_layers or []), ffn_hidden_dim
         self.max_seq_len, self.norm_eps, self.tie_embeddings = max_seq_len, norm_eps, tie_embeddings
+        self.zero_init_outputs, self.embedding_norm = zero_init_outputs, embedding_norm
         self.mla, self.peer, self.table_dtype = dict(mla or {}), dict(peer or {}), table_dtype
         self.initializer_range, self.use_cache = initializer_range, use_cache
         kwargs.pop("tie_word_embeddings", None)  # another name of tie_embeddings

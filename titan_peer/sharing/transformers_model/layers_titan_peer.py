@@ -39,7 +39,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def residual_scale(config: Any) -> float:
     """The factor by which initial weights that write into the residual stream are scaled down."""
-    return float((2 * config.n_layers) ** -0.5)
+    return 0.0 if config.zero_init_outputs else float((2 * config.n_layers) ** -0.5)
 
 
 class RMSNorm(nn.Module):

@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -254,6 +255,8 @@ class TitanPeerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             cache = DynamicCache()
 
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_norm:
+            x = F.rms_norm(x.float(), x.shape[-1:], eps=self.config.norm_eps).type_as(x)
         positions, mask, is_token, cache_position = self._places(x, attention_mask, position_ids, cache, cache_position)
         cos_sin = rope(self.config.mla, positions)
         hidden_states = [x]
