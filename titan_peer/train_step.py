@@ -28,7 +28,7 @@ from titan_peer.config.job import Training
 from titan_peer.distributed.collectives import on_all_processes
 from titan_peer.distributed.parallelize import autocast, compute_dtype
 from titan_peer.distributed.world import World
-from titan_peer.model import Transformer
+from titan_peer.model import QueryBatchNorm, Transformer
 from titan_peer.ops.cross_entropy import IGNORE_INDEX
 from titan_peer.optim.optimizers import Optimizers
 
@@ -56,6 +56,8 @@ class StepResult:
     lr: float
     stop: bool
     """Whether any process has been told to stop."""
+    skipped: str = ""
+    """Why the step has changed nothing; empty if it has."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class TrainStep:
 
     Args:
         before_update: called when the gradient is complete and before a parameter changes.
+        may_update: asked before the update, with this process's sum of losses and the norm of the whole gradient; all
+            processes must answer alike. If not, the step leaves everything as it was. None: every step updates.
         stage: makes the context in which a stage of the step runs; stages "forward" and "backward" once per
             micro-batch.
     """
@@ -85,10 +89,11 @@ class TrainStep:
         training: Training,
         *,
         before_update: Callable[[], None] = lambda: None,
+        may_update: Callable[[Tensor, Tensor], bool] | None = None,
         stage: Callable[[Stage], AbstractContextManager[object]] = lambda _: nullcontext(),
     ) -> None:
         self.model, self.optimizers, self.world, self.training = model, optimizers, world, training
-        self.before_update, self.stage = before_update, stage
+        self.before_update, self.may_update, self.stage = before_update, may_update, stage
         self.dtype = compute_dtype(training.mixed_precision_param, world.device)
         self.precision = autocast(world.device, self.dtype)
 
@@ -102,6 +107,7 @@ class TrainStep:
             This process's sum of losses over its tokens, 0-d float32 on the device, and the norm of the whole gradient
             before clipping, 0-d float32.
         """
+        statistics = self._running_statistics() if self.may_update is not None else {}
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(batch.micro_batches):
             is_last = i == len(batch.micro_batches) - 1
@@ -111,8 +117,19 @@ class TrainStep:
             self.optimizers.exchange_expert_gradients()
         self.before_update()
         with self.stage("update"):
-            grad_norm = self.optimizers.clip_and_step(self.training.max_norm)
+            grad_norm = self.optimizers.gradient_norm()
+            if self.may_update is None or self.may_update(loss_sum, grad_norm):
+                self.optimizers.clip_and_step(self.training.max_norm, grad_norm)
+            else:
+                self.optimizers.discard_gradient()
+                for buffer, before in statistics.items():
+                    buffer.copy_(before)
         return loss_sum, grad_norm
+
+    def _running_statistics(self) -> dict[Tensor, Tensor]:
+        """The buffers that a forward pass changes, and copies of them."""
+        norms = (module for module in self.model.modules() if isinstance(module, QueryBatchNorm))
+        return {buffer: buffer.clone() for norm in norms for buffer in (norm.running_mean, norm.running_var)}
 
     def _add_gradient(self, micro_batch: Batch, learnt_tokens: float, *, is_last: bool) -> Tensor:
         """Add a micro-batch's part to the gradient; returns its sum of losses, detached.

@@ -25,7 +25,7 @@ from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.common.launched import launched_as
 from titan_peer.config.job import JobConfig
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
-from titan_peer.data.loader import build_dataloader, build_validation_dataloader
+from titan_peer.data.of_job import training_loader, validation_loader
 from titan_peer.data.tokenizer import load_tokenizer
 from titan_peer.distributed.collectives import on_all_processes, sum_over_processes
 from titan_peer.distributed.float8 import precompute_scales_after_step
@@ -50,6 +50,7 @@ from titan_peer.model import Transformer
 from titan_peer.ops import set_table_gradient
 from titan_peer.optim.optimizers import Optimizers
 from titan_peer.optim.schedule import learning_rate_factor, schedule_cuts
+from titan_peer.step_guard import StepGuard, not_finite
 from titan_peer.train_step import (
     Batch,
     EndOfDataError,
@@ -97,6 +98,7 @@ class Trainer:
         precompute_scales_after_step(model, self.optimizers.dense, config.float8)
 
         self.step, self.tokens_seen = 0, 0
+        self.guard = StepGuard(training, self._wait_and_sum)
         self.checkpointer = Checkpointer(config, model, self.optimizers)
         self._update = TrainStep(
             model,
@@ -104,6 +106,7 @@ class Trainer:
             world,
             training,
             before_update=self._before_update,
+            may_update=self.guard.allows if training.skip_bad_steps else None,
         )
         if config.checkpoint.enable:
             self._resume()
@@ -134,34 +137,10 @@ class Trainer:
     def _open_data(self) -> None:
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         resolve_vocabulary(self.config.model, self.tokenizer.vocab_size)
-        self.loader = self._training_loader()
-        self.validation_loader = self._validation_loader() if self.config.validation.enable else None
-
-    def _training_loader(self) -> Any:
-        training = self.config.training
-        return build_dataloader(
-            data=self.config.data,
-            tokenizer=self.tokenizer,
-            seq_len=training.seq_len,
-            global_batch_size=training.global_batch_size,
-            local_batch_size=training.local_batch_size,
-            dp_rank=self.world.dp_rank,
-            dp_world_size=self.world.dp_degree,
-            seed=self.config.debug.seed,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def _validation_loader(self) -> Any:
-        validation = self.config.validation
-        return build_validation_dataloader(
-            sources=validation.sources,
-            tokenizer=self.tokenizer,
-            seq_len=self.config.training.seq_len,
-            local_batch_size=validation.local_batch_size,
-            dp_rank=self.world.dp_rank,
-            dp_world_size=self.world.dp_degree,
-            data=self.config.data,
-        )
+        self.loader = training_loader(self.config, self.tokenizer, self.world)
+        self.validation_loader = None
+        if self.config.validation.enable:
+            self.validation_loader = validation_loader(self.config, self.tokenizer, self.world)
 
     def _begin_reports(self) -> None:
         if self.world.is_first and self.step < self.config.training.steps:  # else nothing will be reported
@@ -214,6 +193,8 @@ class Trainer:
         if state is None:
             return
         self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         if "data" in state:
             on_all_processes(lambda: self.loader.load_state_dict(state["data"]))
         logger.info("resumed from step %d (%s tokens seen)", self.step, f"{self.tokens_seen:,}")
@@ -258,8 +239,8 @@ class Trainer:
             except EndOfDataError:
                 self._end_early()
                 break
-            self._require_finite(result)
-            self._unreported = result
+            self._require_good(result)
+            self._unreported = None if result.skipped else result
             step = Step(self.step, is_last=self.step == config.training.steps, stop=result.stop)
             if self.metrics.due(self.step) or step.stop:
                 self._log_step()
@@ -295,7 +276,7 @@ class Trainer:
         self.tokens_seen += tokens
         self.metrics.count(tokens)
         loss = (sums[0] / batch.learnt_tokens).item()
-        return StepResult(loss, grad_norm.item(), lr, stop=bool(sums[1] > 0))
+        return StepResult(loss, grad_norm.item(), lr, stop=bool(sums[1] > 0), skipped=self.guard.why)
 
     def _log_step(self) -> None:
         """Report the last step, unless that has been done. Called by every process."""
@@ -314,6 +295,8 @@ class Trainer:
         self._begin(f"saving the checkpoint of step {self.step}")
         start = time.perf_counter()
         state = {"step": self.step, "tokens_seen": self.tokens_seen, "data": self.loader.state_dict()}
+        if self.config.training.skip_bad_steps:
+            state["guard"] = self.guard.state_dict()
         model_only = last and self.config.checkpoint.last_save_model_only
         self.checkpointer.save(self.step, state, wait=wait, model_only=model_only)
         self._report_saved()
@@ -339,15 +322,29 @@ class Trainer:
         with self.metrics.waiting():
             return sum_over_processes(values)
 
-    def _require_finite(self, result: StepResult) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+    def _require_good(self, result: StepResult) -> None:
+        """Report a step that has been skipped.
+
+        Raises:
+            NonFiniteLossError: the weights may have been spoilt, or too many steps in a row have been skipped.
+        """
+        if result.skipped:
+            if self.world.is_first:
+                logger.warning("step %d is skipped: %s", self.step, self.guard.told())
+            self.metrics.log_record({"step": self.step, "skipped_steps": self.guard.skipped})
+            if not self.guard.must_end:
+                return
+            message = f"step {self.step}: {self.guard.told()}, more than training.skip_bad_steps allows"
+        elif math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return
-        names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p.detach().sum()).item()]
-        message = (
-            f"step {self.step}: loss = {result.loss}, gradient norm = {result.grad_norm}, learning rate = {result.lr:.3e}, "
-            f"tokens seen = {self.tokens_seen:,}; parameters no longer finite: {', '.join(names[:5]) or 'none'}"
-            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The last checkpoint is step "
-            f"{self.checkpointer.saved_step}; try a lower optimizer.lr, more lr_scheduler.warmup_steps, or another debug.seed"
+        else:
+            message = (
+                f"step {self.step}: loss = {result.loss}, gradient norm = {result.grad_norm}, learning rate = "
+                f"{result.lr:.3e}, tokens seen = {self.tokens_seen:,}; parameters no longer finite: {not_finite(self.model)}"
+            )
+        message += (
+            f". The last checkpoint is step {self.checkpointer.saved_step}; try a lower optimizer.lr, more "
+            "lr_scheduler.warmup_steps, or another debug.seed"
         )
         self.metrics.alert(self.step, "loss or gradient is not finite", message)
         raise NonFiniteLossError(message)

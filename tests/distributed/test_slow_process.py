@@ -38,9 +38,10 @@ class SlowLoader:
 
 
 class SlowTrainer(trainer.Trainer):
-    def _training_loader(self) -> Any:
-        loader = super()._training_loader()
-        return SlowLoader(loader) if self.world.rank == 1 else loader
+    def _open_data(self) -> None:
+        super()._open_data()
+        if self.world.rank == 1:
+            self.loader = SlowLoader(self.loader)
 
 
 def _train(slow: list[str], plain: list[str], offloaded: list[str], ports: list[int]) -> None:

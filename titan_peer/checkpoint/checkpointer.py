@@ -357,7 +357,7 @@ class Checkpointer:
 # Names of parts of a checkpoint in checkpoint.exclude_from_loading, besides patterns of tensor names.
 _GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
 _NAMED_IN_ADVICE = 8  # tensors that do not fit; of more, the user finds a pattern
-_STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen")}
+_STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen", "guard")}
 
 
 def _excluded(entries: list[str], names: set[str], state: dict[str, Any]) -> set[str]:

@@ -63,6 +63,13 @@ class Training(Section, name="training"):
     """Sequences per optimizer step; gradients accumulate to reach it. -1: local_batch_size x data-parallel degree."""
     max_norm: Annotated[float, Range(0)] = 1.0
     """Clip the gradient to this norm; 0 only measures the norm."""
+    skip_bad_steps: Annotated[int, Range(0)] = 0
+    """Skip a step whose loss or gradient is not finite, with a line that says so: weights, moments and running statistics
+    stay as they were. After more bad steps in a row than this the job ends, as it does at once with 0. The norm is then
+    read before the update, for which a GPU waits."""
+    bad_step_norm_factor: Annotated[float, Range(1, also=(0,))] = 0
+    """With skip_bad_steps: skip also a step whose gradient norm is more than this many times the median of the last 128
+    steps; 0: none."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype of matrix products; master weights stay float32. auto: bfloat16 if the device supports it in
     hardware."""

@@ -113,20 +113,23 @@ class Optimizers:
         else:
             exchange_row_gradients(self.collectors, group, compact=self._parts > 1)
 
-    def clip_and_step(self, max_norm: float) -> Tensor:
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, 0-d float32. Call once per step, after the exchange; waits for no device."""
+        if self.table_update == "dense_from_factors":
+            self._gradients_from_factors()
+        return self._norm(*self._with_gradient())
+
+    def clip_and_step(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         """Clip the gradient as a whole, dense and row-wise parts together, and update; nothing waits for the device.
 
         Args:
             max_norm: 0 does not clip.
+            norm: what `gradient_norm` has returned; None: it has not been called.
         Returns:
             The gradient's norm before clipping, 0-d float32.
         """
-        if self.table_update == "dense_from_factors":
-            self._gradients_from_factors()
-        tables = self._tables_with_gradient()
-        of_experts = set(tables)
-        dense = [p for p in self.model.parameters() if p.grad is not None and p not in of_experts]
-        norm = self._norm(dense, tables)
+        norm = self.gradient_norm() if norm is None else norm
+        dense, tables = self._with_gradient()
         scale: Tensor | float = 1.0
         if max_norm > 0:
             scale = clip_(dense, [table.grad for table in tables if table.grad is not None], max_norm, norm)
@@ -134,9 +137,12 @@ class Optimizers:
             optimizer.step()
         if self.rowwise is not None:
             self.rowwise.step(grad_scale=scale)
-        for optimizer in self.dense:
-            optimizer.zero_grad(set_to_none=True)
+        self.discard_gradient()
         return norm
+
+    def discard_gradient(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
 
     def _gradients_from_factors(self) -> None:
         """The exchanged factors as dense gradients."""
@@ -146,6 +152,12 @@ class Optimizers:
                 if not collector.is_empty:
                     collector.write_dense(which, local(table.grad))
             collector.clear()
+
+    def _with_gradient(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters with dense gradients: expert tables last, the others first."""
+        tables = self._tables_with_gradient()
+        of_experts = set(tables)
+        return [p for p in self.model.parameters() if p.grad is not None and p not in of_experts], tables
 
     def _tables_with_gradient(self) -> list[nn.Parameter]:
         return [table for module in self.experts for table in module.parameters() if table.grad is not None]
