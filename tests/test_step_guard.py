@@ -46,14 +46,18 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_skipped_step_leaves_everything_as_it_was(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_skipped_step_leaves_everything_as_it_was(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = [*SKIPS, "--optimizer.name", name, "--optimizer.lr", 1e-3]
     skipping, without = trainer(tmp_path / "skipping", *settings), trainer(tmp_path / "without", *settings)
     spoil(skipping, {2, 3})
     leave_out(without, {2, 3})
     assert skipping.train() == without.train() == 0
     found, expected = records(tmp_path / "skipping"), records(tmp_path / "without")
-    assert [(r["step"], r["loss"]) for r in found if "loss" in r] == [(r["step"], r["loss"]) for r in expected if "loss" in r]
+    assert [(r["step"], r["loss"]) for r in found if "loss" in r] == [
+        (r["step"], r["loss"]) for r in expected if "loss" in r
+    ]
     assert [(r["step"], r["skipped_steps"]) for r in found if "skipped_steps" in r] == [(2, 1), (3, 2)]
     assert "step 3 is skipped: " in caplog.text and "(2 in a row, 2 in all)" in caplog.text
     saved = [tensors_of(tmp_path / folder / "checkpoint/step-6") for folder in ("skipping", "without")]
@@ -80,7 +84,9 @@ def test_a_norm_far_above_the_usual_is_skipped_and_counted_over_a_resume(tmp_pat
 def test_more_bad_steps_in_a_row_than_allowed_end_the_job(tmp_path: Path) -> None:
     job = trainer(tmp_path, *SKIPS)
     spoil(job, {2, 4, 5, 6})
-    with pytest.raises(NonFiniteLossError, match=r"step 6: .* \(3 in a row, 4 in all\), more than training.skip_bad_steps"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 6: .* \(3 in a row, 4 in all\), more than training.skip_bad_steps"
+    ):
         job.train()
     assert any("alert" in record for record in records(tmp_path))
     at_once = trainer(tmp_path / "none", "--lr_scheduler.warmup_steps", 0)
@@ -100,7 +106,9 @@ def train_with_a_bad_process(folder: str) -> tuple[list[str], float]:
     require = job._require_good
     job._require_good = lambda result: (told.append(result.skipped), require(result))[1]  # type: ignore[method-assign]
     job.train()
-    return told, float(sum(p.detach().to_local().double().sum() for p in job.model.layers.parameters() if hasattr(p, "to_local")))
+    return told, float(
+        sum(p.detach().to_local().double().sum() for p in job.model.layers.parameters() if hasattr(p, "to_local"))
+    )
 
 
 def test_processes_skip_together_what_is_bad_on_one(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Training(Section, name="training"):
     """Skip a step whose loss or gradient is not finite, with a line that says so: weights, moments and running statistics
     stay as they were. After more bad steps in a row than this the job ends, as it does at once with 0. The norm is then
     read before the update, for which a GPU waits."""
-    bad_step_norm_factor: Annotated[float, Range(1, also=(0,))] = 0
+    bad_step_norm_factor: Annotated[float, Range(1, also=(0,))] = 0.0
     """With skip_bad_steps: skip also a step whose gradient norm is more than this many times the median of the last 128
     steps; 0: none."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -23,13 +23,13 @@ class ParameterGroup:
 
     lr_factor: Annotated[float, Range(0)] = 1.0
     """Learning rate of the group, as a factor of optimizer.lr."""
-    end_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1
+    end_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1.0
     """The factor at the end of the job, to which it moves in a straight line over the steps; -1: lr_factor throughout."""
-    beta1: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1
+    beta1: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1.0
     """Decay of the first moment."""
-    beta2: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1
+    beta2: Annotated[float, Range(0, 1, below=True, also=(-1,))] = -1.0
     """Decay of the second moment."""
-    weight_decay: Annotated[float, Range(0, also=(-1,))] = -1
+    weight_decay: Annotated[float, Range(0, also=(-1,))] = -1.0
     """Decoupled weight decay."""
 
     def lr_factor_at(self, done: float) -> float:
@@ -87,9 +87,9 @@ class Optimizer(Section, name="optimizer"):
     """Sub-keys of PEER."""
     expert_tables: ParameterGroup = field(default_factory=lambda: ParameterGroup(weight_decay=0.0))
     """Expert tables of PEER."""
-    expert_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1
+    expert_lr_factor: Annotated[float, Range(0, also=(-1,))] = -1.0
     """The earlier name of optimizer.expert_tables.lr_factor; -1: what that says."""
-    expert_weight_decay: Annotated[float, Range(0, also=(-1,))] = -1
+    expert_weight_decay: Annotated[float, Range(0, also=(-1,))] = -1.0
     """The earlier name of optimizer.expert_tables.weight_decay; -1: what that says."""
     expert_update: Literal["rowwise", "dense"] = "rowwise"
     """rowwise: AdamW on only the rows of the experts that a step used (the moments of others do not decay meanwhile);
