@@ -14,7 +14,15 @@ JOB = [
     *("--training.seq_len", 64, "--training.global_batch_size", GLOBAL_BATCH, "--model.n_layers", 2),
     *("--training.mixed_precision_param", "float32", "--validation.enable", "false", "--compile.enable", "false"),
     *("--checkpoint.interval", 10, "--checkpoint.keep_latest_k", 0),
-    *("--model.n_dense_layers", 1, "--optimizer.lr", 2.5e-4),  # why: see test_loss_curves.py
+    *(
+        "--model.n_dense_layers",
+        1,
+        "--optimizer.lr",
+        2.5e-4,
+        "--optimizer.name",
+        "adamw",
+    ),  # why: see test_loss_curves.py
+    *("--model.embedding_norm", "false", "--model.zero_init_outputs", "false"),
 ]
 
 
