@@ -39,7 +39,7 @@ def continued_from(source: Path, step: int, folder: Path) -> Path:
     return folder
 
 
-MUON = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true"]
+MUON = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true", "--optimizer.lr", 1e-3]
 
 
 def reshard(tmp_path: Path, update: str, targets: list[tuple[int, int]], *more: object) -> None:
