@@ -155,7 +155,7 @@ def test_a_number_of_experts_that_is_no_square_is_refused_by_the_benchmarks(monk
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     square_number = importlib.import_module("report").square_number
     assert square_number("65536") == 65536
-    with pytest.raises(ArgumentTypeError, match="1000 is no square number; near it: 961 or 1,024"):
+    with pytest.raises(ArgumentTypeError, match="1000 is not a square number; the nearest are 961 and 1,024"):
         square_number("1000")
 
 
