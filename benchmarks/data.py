@@ -244,7 +244,9 @@ def main() -> None:
         for p, g, t in zip(plain, gz, theirs)
     ]
     head = ["documents read", "state, bytes", "state, ms", "resume JSONL, ms", "resume gzip, ms", "datasets JSONL, ms"]
-    text += "\n\nState and resume (including opening, the first window and the first batch).\n\n" + markdown_table(head, rows)
+    text += "\n\nState and resume (including opening, the first window and the first batch).\n\n" + markdown_table(
+        head, rows
+    )
     print(text)
     data = {"tokens_per_second": speeds, "jsonl": plain, "gzip": gz, "datasets_resume_ms": theirs}
     where = {} if args.output is None else {"folder": args.output}

@@ -23,7 +23,9 @@ def square_number(text: str) -> int:
     number = int(text)
     if number < 1 or math.isqrt(number) ** 2 != number:
         side = max(math.isqrt(max(number, 0)), 1)
-        raise argparse.ArgumentTypeError(f"{number} is not a square number; the nearest are {side**2:,} and {(side + 1) ** 2:,}")
+        raise argparse.ArgumentTypeError(
+            f"{number} is not a square number; the nearest are {side**2:,} and {(side + 1) ** 2:,}"
+        )
     return number
 
 
