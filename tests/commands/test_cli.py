@@ -87,7 +87,7 @@ def test_help_is_as_wide_as_the_terminal(
     else:
         cli.main(["--help"])
         shown = capsys.readouterr().out
-    # a word that is longer than what is left of a line has one for itself
+    # a word that is longer than the rest of a line gets its own line
     too_long = [line for line in shown.splitlines() if len(line) > width and len(line.rstrip("\\ ").split()) > 2]
     assert not too_long
 
