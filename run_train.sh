@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Train from a TOML file: ./run_train.sh --job.config_file train_configs/debug_model.toml [--section.key value ...]
 #
-#   NGPU           processes on this machine            (default: the visible GPUs, else 1 process on the CPU)
+#   NGPU           processes on this machine            (default: one per visible GPU, else 1 process on the CPU)
 #   CONFIG_FILE    the same as --job.config_file        (the argument wins)
 #   LOG_RANK       local ranks whose output is shown    (default: 0)
-#   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        for several machines; start this script on each
+#   NNODES, NODE_RANK, RDZV_ENDPOINT (host:port)        for several machines; start this script on each of them
 #   NGPU=64 ... --comm.mode fake_backend                starts one process, which checks a job of NGPU x NNODES processes
-#   MAX_RESTARTS   how many times all processes are restarted from the newest checkpoint after one was lost (default: 0)
+#   MAX_RESTARTS   how many times all processes are restarted from the newest checkpoint after a process was lost (default: 0)
 #   PYTHON         the interpreter                      (default: python)
 #   OMP_WAIT_POLICY, GOMP_SPINCOUNT, KMP_BLOCKTIME       how threads wait on a CPU (default: they sleep, OMP_WAIT_POLICY=PASSIVE)
 set -euo pipefail
@@ -48,15 +48,15 @@ whole_number NODE_RANK "${NODE_RANK}" 0
 whole_number MAX_RESTARTS "${MAX_RESTARTS}" 0
 [[ ${LOG_RANK} =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK = ${LOG_RANK}: must be ranks of this machine, such as 0 or 0,1"
 ((NODE_RANK < NNODES)) || fail "NODE_RANK = ${NODE_RANK}: must be less than NNODES = ${NNODES}"
-# threads that spin while they wait collapse on busy cores; the same as titan_peer/common/cpu_threads.py
+# threads that spin while they wait make a job very slow on busy cores; titan_peer/common/cpu_threads.py does the same
 if [[ -z ${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-} ]]; then export OMP_WAIT_POLICY=PASSIVE; fi
 
 if [[ " $* " =~ \ --comm\.mode[\ =]fake_backend\  ]]; then
-    # A dry run: one process plays rank 0 of all.
+    # A dry run: one process acts as rank 0 of the job.
     RANK=0 WORLD_SIZE=$((NGPU * NNODES)) exec "${PYTHON}" -m titan_peer.train "$@"
 fi
 if ((NGPU == 1 && NNODES == 1 && MAX_RESTARTS == 0)); then
-    # One process needs no rendezvous: signals and exit status are its own.
+    # One process needs no rendezvous; it gets signals directly, and its exit status is that of this script.
     exec "${PYTHON}" -m titan_peer.train "$@"
 fi
 ((NNODES == 1)) || [[ -n ${RDZV_ENDPOINT:-} ]] || fail "NNODES = ${NNODES}: needs RDZV_ENDPOINT, host:port of one of the machines"

@@ -1,9 +1,9 @@
 """Generation and training while other programs use the cores, under several settings of OpenMP's waiting threads.
 
-A thread that has done its part of a loop waits for the others. By default it spins; when the system has taken a core
-from one of them, the others spin for as long as it is away, and every one of the thousands of short loops per second
-may meet that. Each setting runs in a process of its own, in turns: alone, and beside processes that do nothing but use
-a core each.
+A thread that has finished its part of a loop waits for the others. By default it spins. If the system has taken a core
+from one of the threads, the others spin until that thread runs again, and this can happen in each of the thousands of
+short loops per second. The settings take turns, each in a separate process: without other load, and beside processes
+that each keep one core busy.
 
     python benchmarks/busy_cores.py --rounds 3
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from titan_peer.common.command_line import FlagParser
 
-# what is set before torch is loaded; nothing else of OpenMP's is
+# the only variables of OpenMP that are set before torch is loaded
 SETTINGS: dict[str, dict[str, str]] = {
     "as libraries come": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 Found = dict[tuple[str, str, int], list[float]]
-"""(setting, work, processes beside it): milliseconds of each round."""
+"""(setting, work, number of busy processes): milliseconds of each round."""
 TOKENS, STEPS, WARMUP = 60, 5, 1
 
 
@@ -73,7 +73,7 @@ def measure() -> dict[str, float]:
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """As many processes that use a core each."""
+    """Run this many processes that each keep one core busy."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -102,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--rounds", type=int, default=3, help="times that every setting is measured (default %(default)s)"
     )
     parser.add_argument(
-        "--others", type=int, nargs="+", metavar="N", help="busy processes beside it (default: none, and one per core)"
+        "--others", type=int, nargs="+", metavar="N", help="numbers of busy processes (default: 0, and one per core)"
     )
     parser.add_argument("--child", action="store_true", help="measure in this process, print JSON")
     parser.add_argument("--note", default="", help="a sentence about the machine's state, for the table")

@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint: saved on the training thread, or beside it.
+"""How long training stops for a checkpoint: saved synchronously on the training thread, or asynchronously.
 
-A job trains real steps on the bundled text; every few steps it saves. What is measured is the time a step takes beyond
-the median step beside which none is written: the save call itself, the wait before the optimizer may change what is
-being copied, and what the writing takes from the following steps while it runs.
+A job trains real steps on the bundled text and saves every few steps. The benchmark measures the additional time that a
+save causes, compared with the median step during which nothing is written: the save call itself, the wait before the
+optimizer may change what is being copied, and the slowdown of the following steps while the checkpoint is written.
 
 Examples:
     python benchmarks/checkpoint.py                                  # 65,536 experts per layer: a minute on two CPU cores
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of each step of a job that saves in `mode`, what its saves and waits took, and its checkpoint's size."""
+    """Seconds of each step of a job that saves in `mode`, of its saves and of its waits; and its checkpoint's size."""
     side = round(options.experts**0.5)
     steps = options.interval * (options.saves + 1)
     arguments = {
@@ -73,7 +73,7 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         start = time.perf_counter()
         trainer.train_step(batches)
         trained = time.perf_counter()
-        if step % options.interval == 0 and step < steps:  # the last interval shows what the last save costs after it
+        if step % options.interval == 0 and step < steps:  # the last interval shows the slowdown after the last save
             trainer.save_checkpoint(last=False, wait=False)
             calls.append(time.perf_counter() - trained)
         seconds.append(trained - start)
@@ -85,8 +85,8 @@ def measure(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def summary(found: dict[str, Any], interval: int) -> dict[str, float]:
-    """Medians of one save, in seconds; neither the first interval nor the first save counts: they touch memory
-    first."""
+    """Medians per save, in seconds. The first interval and the first save are not counted, because they touch memory for
+    the first time."""
     seconds, beside, waits = found["seconds"], found["beside"], found["waits"]
     measured = range(interval, len(seconds))
     step = statistics.median(seconds[i] for i in measured if not beside[i - 1])
@@ -109,8 +109,8 @@ def main() -> None:
         "--experts", type=square_number, default=65536, help="experts per layer, a square number; three layers"
     )
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--interval", type=int, default=8, help="steps from save to save")
-    parser.add_argument("--saves", type=int, default=4, help="saves of each kind; the first of them is not counted")
+    parser.add_argument("--interval", type=int, default=8, help="steps from one save to the next")
+    parser.add_argument("--saves", type=int, default=4, help="saves of each kind; the first one is not counted")
     parser.add_argument("--compile", default="true", choices=["true", "false"])
     parser.add_argument(
         "--folder", type=Path, default=None, help="where checkpoints are written (default: a temporary folder)"
@@ -129,12 +129,12 @@ def main() -> None:
     rows = []
     for mode, name in (("disabled", "synchronous"), ("async", "asynchronous")):
         s = summary(found[mode], options.interval)
-        stands_still = s["call"] + s["wait"]
-        columns = (s["step"], s["call"], s["wait"], stands_still, s["slowed"], stands_still + s["slowed"])
+        stopped = s["call"] + s["wait"]
+        columns = (s["step"], s["call"], s["wait"], stopped, s["slowed"], stopped + s["slowed"])
         rows.append([name, *(f"{value:.2f}" for value in columns)])
     gib = found["async"]["bytes"] / 2**30
-    header = ["save", "a step, s", "save call, s", "wait for the copy, s", "stands still, s"]
-    header += ["following steps slower by, s", "total, s"]
+    header = ["save", "step, s", "save call, s", "wait for the copy, s", "training stops, s"]
+    header += ["slowdown of the following steps, s", "total, s"]
     text = f"{options.experts:,} experts per layer, dim {options.dim}: a checkpoint of {gib:.2f} GiB. Per save:\n\n"
     text += markdown_table(header, rows)
     print(f"{device_name(device)}; {versions()}\n\n{text}")

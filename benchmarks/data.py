@@ -1,11 +1,12 @@
-"""How fast is the data path, and what do saving and resuming cost? python benchmarks/data.py [--corpora FOLDER]
+"""How fast is the data path, and how long do saving and resuming take? python benchmarks/data.py [--corpora FOLDER]
 
-Three tables. Throughput, one process: the bare tokenizer on texts in memory, this package's loader on the mix of
-train_configs/three_corpora.toml, and `datasets.interleave_datasets` with a plain packing loop on the same files and
-weights. State: size of the loader's state and time to make it. Resume: time from the state to the first batch after so
-many documents, from a file that can be read from any place (JSONL), from one that cannot (gzip), and of a streamed
-dataset of the `datasets` library. Medians of several rounds, which alternate. `python scripts/fetch_corpora.py` fetches
-the corpora.
+The first table is the throughput of one training process: of the tokenizer alone on texts in memory, of this package's
+loader (with and without worker processes) on the mix of train_configs/three_corpora.toml, and of
+`datasets.interleave_datasets` with a plain packing loop on the same files and weights. These are medians of several
+rounds in which the contenders alternate. The second table has, after different numbers of documents, the size of the
+loader's state, the time to make it, and the time from the state to the first batch: with a file that can be read from
+any position (JSONL), with one that cannot (gzip), and with a streamed dataset of the `datasets` library.
+`python scripts/fetch_corpora.py` fetches the corpora.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def mix_of(folder: Path) -> list[DataSource]:
 
 
 def texts_of_mix(sources: list[DataSource], characters: int) -> list[str]:
-    """Texts of the three sources with about their shares of the characters."""
+    """Texts of the three sources, whose shares of the characters are about the weights of the mix."""
     texts = []
     for source in sources:
         left = characters * source.weight
@@ -90,7 +91,7 @@ def our_loader(loader: TrainingLoader, seq_len: int, tokens: int) -> float:
 
 
 def interleaved(sources: list[DataSource], tokenizer: Tokenizer, shuffle_buffer: int = 1000) -> Any:
-    """The mix as `datasets` users write it."""
+    """The mix as a user of `datasets` would write it."""
     streams = [
         datasets.load_dataset("json", data_files=source.path, split="train", streaming=True).select_columns(["text"])
         for source in sources
@@ -110,14 +111,14 @@ def interleaved(sources: list[DataSource], tokenizer: Tokenizer, shuffle_buffer:
 
 
 class PlainPacking:
-    """The usual loop over the mix: no document ids, no masks, no place to resume from."""
+    """The usual packing loop over the mix, without document ids, masks or a state to resume from."""
 
     def __init__(self, examples: Any, tokenizer: Tokenizer, seq_len: int) -> None:
         self.examples, self.tokenizer, self.seq_len = iter(examples), tokenizer, seq_len
         self.buffer: list[int] = []
 
     def run(self, tokens: int) -> float:
-        """Tokens a second over whole map batches, so that all that was tokenised was also packed."""
+        """Tokens per second over whole map batches, so that everything tokenised was also packed."""
         start, fed = time.perf_counter(), 0
         size = BATCH * (self.seq_len + 1)
         while fed < tokens:
@@ -145,7 +146,7 @@ def throughput(
         "titan_peer, 2 workers": lambda: our_loader(with_workers, seq_len, tokens),
         "datasets.interleave_datasets and a packing loop": lambda: plain.run(tokens),
     }
-    for run in runs.values():  # until buffers are full; opening them is timed by the resume table
+    for run in runs.values():  # to fill the buffers; the second table times opening
         run()
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -159,7 +160,8 @@ def throughput(
 
 
 def resume_times(path: Path, tokenizer: Tokenizer, seq_len: int, documents: list[int]) -> list[dict[str, float]]:
-    """Of a loader over one source, after so many documents: the state's size and time, and the time to go on."""
+    """The size of a loader's state over one source, and the times to make it and to resume from it, after each of these
+    numbers of documents."""
     source = DataSource(str(path), name="source")
     loader = loader_for([source], tokenizer, seq_len)
     results = []
@@ -185,8 +187,8 @@ def resume_times(path: Path, tokenizer: Tokenizer, seq_len: int, documents: list
 
 
 def datasets_resume_times(path: Path, documents: list[int]) -> list[float]:
-    """Milliseconds from the state of a streamed dataset (without shuffle, whose buffer it would lose) to the next
-    example."""
+    """Milliseconds from the state of a streamed dataset to the next example. The dataset is not shuffled, because its
+    state does not contain the shuffle buffer."""
     times = []
     for target in documents:
         stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
@@ -205,7 +207,7 @@ def main() -> None:
     parser = FlagParser(__doc__)
     parser.add_argument("--corpora", type=Path, default=ROOT / "outputs/corpora")
     parser.add_argument("--seq_len", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="a round of each")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--documents", type=int, nargs="+", default=[10, 1_000, 100_000])
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: benchmarks/results)")
@@ -218,8 +220,8 @@ def main() -> None:
     medians = {name: statistics.median(of_rounds) for name, of_rounds in speeds.items()}
     bare = medians["bare tokenizer"]
     rows = [(name, f"{v:,.0f}", f"{v / bare:.2f}") for name, v in medians.items()]
-    text = f"Tokens a second, medians of {args.rounds} rounds.\n\n" + markdown_table(
-        ["what", "tokens/s", "of bare"], rows
+    text = f"Tokens per second, medians of {args.rounds} rounds.\n\n" + markdown_table(
+        ["contender", "tokens/s", "share of the bare tokenizer"], rows
     )
 
     path = args.corpora / "gcide.jsonl"
@@ -242,7 +244,9 @@ def main() -> None:
         for p, g, t in zip(plain, gz, theirs)
     ]
     head = ["documents read", "state, bytes", "state, ms", "resume JSONL, ms", "resume gzip, ms", "datasets JSONL, ms"]
-    text += "\n\nState and resume (opening, first window and first batch included).\n\n" + markdown_table(head, rows)
+    text += "\n\nState and resume (including opening, the first window and the first batch).\n\n" + markdown_table(
+        head, rows
+    )
     print(text)
     data = {"tokens_per_second": speeds, "jsonl": plain, "gzip": gz, "datasets_resume_ms": theirs}
     where = {} if args.output is None else {"folder": args.output}

@@ -1,8 +1,10 @@
-"""Decoding: what the latent cache costs and saves, at several context lengths, and what a million experts cost a token.
+"""Decoding: speed and memory of the latent cache at several context lengths, and the time per token with a million
+experts.
 
-Three ways to the same next token, with the same weights: the paged latent cache with absorbed attention; a plain cache
-of every head's keys and values; no cache, the whole prefix again. Then decode steps of models that differ only in the
-number of experts. Random weights: speed does not depend on them.
+The first part compares three ways to compute the same next token with the same weights: the paged latent cache with
+absorbed attention, a plain cache of every head's keys and values, and no cache (the whole prefix runs again). The
+second part compares decode steps of models that differ only in their experts: their number, and how it is divided into
+sub-keys. Weights are random, because the speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def say(what: str) -> None:
 
 
 def build(args: ModelArgs, device: str, dtype: torch.dtype, tables: nn.Module | None = None) -> Transformer:
-    """A model of random weights, with these shared expert tables if given."""
+    """A model with random weights, and with `tables` as its shared expert tables if they are given."""
     with torch.device("meta"):
         model = Transformer(args)
     shared, model.shared_experts = model.shared_experts, None
@@ -51,9 +53,9 @@ def build(args: ModelArgs, device: str, dtype: torch.dtype, tables: nn.Module | 
         model.init_weights()
         if shared is not None and tables is None:
             shared.to_empty(device=device)
-            # random rows, repeated: drawing every number of a million experts takes long
+            # random rows, repeated: drawing every number of a million experts takes too long
             for table in shared.parameters():
-                prefer_huge_pages(table)  # as a loaded checkpoint's tables
+                prefer_huge_pages(table)  # as for the tables of a loaded checkpoint
                 rows = torch.randn(16384, *table.shape[1:], device=device) * table.shape[-1] ** -0.5
                 for part in table.split(16384):
                     part.copy_(rows)
@@ -64,7 +66,7 @@ def build(args: ModelArgs, device: str, dtype: torch.dtype, tables: nn.Module | 
 
 
 class LatentDecoding:
-    """Decode steps at a fixed context: every call is the token after `context` others."""
+    """Decode steps at a fixed context: every call decodes the token after `context` others."""
 
     def __init__(self, model: Transformer, context: int, batch_size: int, *, compile: bool) -> None:
         self.decoder = Decoder(model, compile=compile)
@@ -74,7 +76,7 @@ class LatentDecoding:
         for pool in self.cache.layers:
             pool.normal_()
         self.context, self.batch_size = context, batch_size
-        # other tokens every time, so that the rows they retrieve are not in the processor's cache
+        # different tokens in every call, so that the rows they retrieve are not in the processor's cache
         self.tokens = torch.randint(model.args.vocab_size, (64, batch_size, 1), device=self.decoder.device)
 
     def __call__(self, i: int = 0) -> Tensor:
@@ -84,7 +86,8 @@ class LatentDecoding:
 
 
 class PlainCacheDecoding:
-    """The same with keys and values of every head in contiguous tensors: what multi-head attention would cache."""
+    """The same steps with the keys and values of every head in contiguous tensors, as multi-head attention caches
+    them."""
 
     def __init__(self, model: Transformer, context: int, batch_size: int) -> None:
         self.model, self.context = model, context
@@ -113,7 +116,7 @@ class PlainCacheDecoding:
 def ms_within(
     modules: Sequence[nn.Module], method: str, step: Callable[[int], object], device: str, repeats: int
 ) -> float:
-    """Median milliseconds of a step spent in a method of these modules, all together."""
+    """Median milliseconds per step that are spent in a method of these modules, summed over the modules."""
     spent = 0.0
 
     def timed(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -162,8 +165,8 @@ def by_context(device: str, dtype: torch.dtype, compile: bool, recompute: bool) 
         records.append({"context": context, **times})
         speeds = [f"{1e3 / ms:.4g}" for ms in (latent_ms, plain_ms, whole_ms)]
         rows.append([f"{context:,}", f"{latent_ms:.2f}", f"{rest_ms:.2f}", *speeds, f"{whole_ms / latent_ms:,.0f} x"])
-    header = ["context", "ms per token", "of it PEER and feed-forward", "tokens/s", "tokens/s with a plain cache"]
-    header += ["tokens/s with the whole prefix again", "faster than that"]
+    header = ["context", "ms per token", "PEER and feed-forward, ms", "tokens/s", "tokens/s with a plain cache"]
+    header += ["tokens/s without a cache", "speed-up over no cache"]
     return markdown_table(header, rows), records
 
 
@@ -199,14 +202,14 @@ class ExpertCount(NamedTuple):
 
 BASE = ExpertCount([128, 128])
 COMPARED = [BASE, ExpertCount([1024, 1024]), ExpertCount([1024, 1024], keys_per_head=False)]
-# axes share the query evenly: three cannot share 128 numbers
+# the query is divided evenly between the axes: 128 is not a multiple of three
 COMPARED += [ExpertCount([128, 128, 64], query_dim=144), ExpertCount([32] * 4)]
 
 
 def by_experts(
     device: str, dtype: torch.dtype, compile: bool, batch_sizes: Sequence[int]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Models that differ only in the number of experts, and in how it is made up of sub-keys, take turns."""
+    """Decode steps of models that differ only in the number of experts and in their sub-keys; the models alternate."""
     rows, records = [], []
     tables: dict[int, nn.Module] = {}
     models = []
@@ -239,7 +242,7 @@ def by_experts(
             )
     header = ["batch", "experts, by sub-keys of each axis", "ms per step", f"against {math.prod(BASE.axes):,}"]
     if not compile:
-        header += ["ms a PEER layer", f"against {math.prod(BASE.axes):,}"]
+        header += ["ms per PEER layer", f"against {math.prod(BASE.axes):,}"]
     return markdown_table(header, rows), records
 
 
@@ -248,9 +251,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
-    parser.add_argument("--no_recompute", action="store_true", help="leave out the slow way: the whole prefix again")
+    parser.add_argument("--no_recompute", action="store_true", help="leave out the slow way, without a cache")
     parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[1, 16], help="of the comparison of expert counts"
+        "--batch_sizes", type=int, nargs="+", default=[1, 16], help="batch sizes for the comparison of expert counts"
     )
     parser.add_argument("--only", choices=["contexts", "experts"], help="one of the two parts")
     parser.add_argument("--output", type=Path, help="folder for the results instead of benchmarks/results")

@@ -1,14 +1,14 @@
-"""Is the row-wise AdamW of expert tables as good as the dense one? The same model, text and order of batches, both
-ways.
+"""Is the row-wise AdamW of expert tables as good as the dense one? Both train the same model on the same batches.
 
-Trains the debug job with more experts than a step can touch, once a variant and learning-rate factor of the tables, and
-compares training and validation loss. Factors, because the two mean different things by one rate: under the dense
-update a row that is used goes on moving for some steps by what is left of its first moment (in all several rates for a
-row that is used rarely), under the row-wise one it moves once. No timing: the runs may share the machine.
+The benchmark trains the debug job with more experts than a step can touch, once per variant and learning-rate factor of
+the tables, and compares training and validation loss. It varies the factor because the same learning rate has different
+effects: under the dense update, the remaining first moment of a row continues to change it for some steps after its use
+(for a rarely used row, by several times the learning rate in total); under the row-wise update, each use changes the
+row once. Nothing is timed, so the runs may share the machine.
 
 Examples:
     python benchmarks/expert_update.py
-    python benchmarks/expert_update.py --batch_size 2 --lr_factors 1 3 6   # far fewer uses an expert
+    python benchmarks/expert_update.py --batch_size 2 --lr_factors 1 3 6   # far fewer uses per expert
     python benchmarks/expert_update.py --steps 20 --output /tmp/trial
 """
 
@@ -32,7 +32,7 @@ VARIANTS = {
     "dense": ("dense AdamW", ["--optimizer.expert_update", "dense"]),
     "rowwise": ("row-wise AdamW", ["--optimizer.expert_update", "rowwise"]),
     "rowwise_small_state": (
-        "row-wise AdamW, bf16 first moment, one second moment a row",
+        "row-wise AdamW, bf16 first moment, one second moment per row",
         ["--optimizer.expert_moment_dtype", "bfloat16", "--optimizer.expert_second_moment", "row"],
     ),
 }
@@ -102,10 +102,10 @@ def main() -> None:
     parser = FlagParser(__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
-        "--experts", type=square_number, default=16384, help="a square number; a step should reach only a part"
+        "--experts", type=square_number, default=16384, help="a square number; a step should use only a part of them"
     )
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per step")
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr_factors", type=float, nargs="+", default=[1.0, 3.0], help="rates of the tables, x --lr")
@@ -132,7 +132,7 @@ def main() -> None:
         "expert tables' update",
         f"training loss, mean of last {tail} steps",
         "validation loss",
-        "against the first",
+        "compared with the first",
     ]
     setting = (
         f"debug model with {options.experts:,} experts per layer, {options.steps:,} steps of "

@@ -1,7 +1,7 @@
-"""What does counting experts cost? The same job with and without it, step by step in turns in one process.
+"""How much time does counting experts take? The same job with and without counting, in alternating steps of one process.
 
-Times whole optimizer steps of two trainers that see the same batches, one of them counting; then reports, without and
-with plots. A report's share of a step is its time over metrics.expert_usage_freq steps.
+The benchmark times whole optimizer steps of two trainers with the same batches, of which one counts; then it times a
+report, and its plots. The time of a report, divided by metrics.expert_usage_freq, is its share of a step.
 
 Examples:
     python benchmarks/expert_usage.py
@@ -44,7 +44,7 @@ def _percent(ratio: float) -> str:
 
 @dataclass
 class Report:
-    """What else counting costs, seconds."""
+    """Further costs of counting, in seconds."""
 
     operator: float
     """The counting operator in all micro-batches and layers of a step."""
@@ -53,7 +53,7 @@ class Report:
 
 
 def time_steps(pair: dict[bool, Trainer], warmup: int, steps: int) -> dict[bool, list[float]]:
-    """Seconds of each step without and with counting, in turns."""
+    """Seconds of each step without and with counting; the two alternate."""
     batches = {count: iter(one.loader) for count, one in pair.items()}
     times: dict[bool, list[float]] = {False: [], True: []}
     for step in range(warmup + steps):
@@ -82,7 +82,7 @@ def time_reports(counting: Trainer) -> Report:
 
     training, peer, device = counting.config.training, counting.config.model.peer, counting.device
     places = (training.local_batch_size * training.seq_len, peer.num_heads, peer.num_experts_per_tok)
-    # random experts: the hardest on the caches
+    # random experts: the worst case for the caches
     indices, gates = torch.randint(peer.num_experts, places, device=device), torch.rand(places, device=device)
     counts = torch.zeros(peer.num_heads, peer.num_experts, dtype=torch.int32, device=device)
     sums = torch.zeros(peer.num_heads, peer.num_experts, device=device)
@@ -98,14 +98,14 @@ def table(times: dict[bool, list[float]], found: Report, layers: int, freq: int)
     low, middle, high = statistics.quantiles(ratios, n=4)
     off = quick[0]
     rows = [
-        ["step without counting: median, tenth percentile", *(f"{1e3 * t:.1f} ms" for t in (medians[0], quick[0])), ""],
+        ["step without counting", *(f"{1e3 * t:.1f} ms" for t in (medians[0], quick[0])), ""],
         [
             "step with counting",
             *(f"{1e3 * t:.1f} ms" for t in (medians[1], quick[1])),
             f"{_percent(medians[1] / medians[0])}, {_percent(quick[1] / quick[0])}",
         ],
         [
-            "the same, neighbouring steps compared: median (quartiles)",
+            "step with counting compared with its neighbour: median (quartiles)",
             "",
             "",
             f"{_percent(middle)} ({_percent(low)} to {_percent(high)})",
@@ -122,15 +122,15 @@ def table(times: dict[bool, list[float]], found: Report, layers: int, freq: int)
             "",
             f"{100 * found.report / freq / off:+.3f} %",
         ],
-        ["plots, as often as 0.5 % of the time allows", f"{1e3 * found.plots:.0f} ms", "", "at most +0.5 %"],
+        ["plots, limited to 0.5 % of the time", f"{1e3 * found.plots:.0f} ms", "", "at most +0.5 %"],
     ]
-    return markdown_table(["", "time", "", "of a step"], rows)
+    return markdown_table(["", "time (steps: median)", "tenth percentile", "share of a step"], rows)
 
 
 def main() -> None:
     parser = FlagParser(__doc__)
     parser.add_argument("--config", default="train_configs/debug_model.toml")
-    parser.add_argument("--steps", type=int, default=60, help="of each trainer, after the warmup")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each trainer, after the warmup")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("job", nargs="*", help="more keys of the job, after --")
@@ -147,7 +147,7 @@ def main() -> None:
     setting = (
         f"{options.config} {' '.join(options.job)}: {layers} PEER layers of {peer.num_experts:,} experts, {peer.num_heads} heads "
         f"x {peer.num_experts_per_tok} experts per token, {training.global_batch_size} x {training.seq_len} tokens per step, "
-        f"compile {counting.config.compile.enable}; {options.steps} steps each, in turns"
+        f"compile {counting.config.compile.enable}; {options.steps} steps each, alternating"
     )
     text = f"{setting}.\n\n{table(times, found, layers, counting.config.metrics.expert_usage_freq)}"
     data = {"setting": setting, "seconds_without": times[False], "seconds_with": times[True]}

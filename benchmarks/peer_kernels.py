@@ -1,12 +1,13 @@
-"""Each kernel of the expert operators alone, against its byte floor: what it must read and write, at copy bandwidth.
+"""Each kernel of the expert operators alone, compared with its floor: the time to move the bytes that it must read and
+write, at copy bandwidth.
 
     python benchmarks/peer_kernels.py                                   # CPU: plain PyTorch and the C++ kernels
     python benchmarks/peer_kernels.py --device cuda --tokens 16384 --dim 1024 --dtype bfloat16
     python benchmarks/peer_kernels.py --experts 1048576 --kernels forward backward --backends cpu
 
-On a GPU times are those of triton.testing.do_bench, which clears the cache before each call, and inputs rotate. A table
-row counts once for every use of it (cache hits can beat the floor); what is read by all, such as x or sub-keys, counts
-once.
+On a GPU triton.testing.do_bench measures the times; it clears the cache before each call. Inputs rotate. A row of a
+table counts once per use, so cache hits can make a kernel faster than its floor; tensors that all programs read, such
+as x or the sub-keys, count once.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from report import (
 from titan_peer.common.command_line import FlagParser
 from titan_peer.ops import cpu, reference
 
-NUM_BATCHES = 4  # inputs in rotation
+NUM_BATCHES = 4  # inputs that rotate
 ADAMW: dict[str, float] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 ADAMW |= {"bias_correction1": 0.1, "bias_correction2": 0.05}
 
 
 class Kernel(NamedTuple):
-    """A kernel's call and its floor."""
+    """A kernel and its floor."""
 
     run: Callable[[int], object]
-    """Runs on batch i."""
+    """Runs the kernel on batch i."""
     floor: int
     """Bytes."""
 
@@ -95,7 +96,7 @@ class Setting:
         )
 
     def _gathered(self) -> int:
-        """A row of both tables for each use, and indices and gates."""
+        """The bytes of a row of both tables per use, and of indices and gates."""
         row = self.down[0].numel() * self.down.element_size()
         return self.indices[0].numel() * 2 * row + _bytes(self.indices[0], self.gates)
 
@@ -220,16 +221,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=square_number, default=65536)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--hidden_size", type=int, default=1, help="of an expert")
+    parser.add_argument("--hidden_size", type=int, default=1, help="hidden neurons per expert")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--k", type=int, default=16, help="experts per head")
-    parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
+    parser.add_argument("--query_dim", type=int, default=256, help="query dim per head, over both axes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls on a CPU; the median counts")
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls on a CPU, of which the median is reported")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="reference, cpu, triton; default: the device's")
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these; default: all")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="measure only these; default: all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table, JSON and plot")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""One layer's whole training step - forward, backward, optimizer - for PEER layers and dense feed-forwards.
+"""The whole training step of one layer (forward, backward, optimizer), for PEER layers and dense feed-forward layers.
 
-Contenders take turns: in each round every one of them runs some steps in a process of its own, so that peak memory is
-its own and a slow minute of the machine hits all alike. Times are medians over all rounds.
+Contenders take turns: in each round every contender runs some steps in a separate process, so that its peak memory can
+be measured and a slow period of the machine affects all contenders. Times are medians over all rounds.
 
 Examples:
     python benchmarks/peer_layer.py                                        # every size: some minutes on two CPU cores
@@ -9,9 +9,9 @@ Examples:
     python benchmarks/peer_layer.py --experts 1048576 --contenders titan_peer pytorch_peer
     python benchmarks/peer_layer.py --device cuda --tokens 16384 --dtype bfloat16
 
-`pytorch_peer` is lucidrains' PEER-pytorch (pip install PEER-pytorch) with torch.optim.AdamW(fused=True), as its README
-uses it; `pytorch_peer_compiled` puts torch.compile on it. titan_peer's layers and the dense feed-forwards are compiled,
-as titan_peer's trainer does by default.
+`pytorch_peer` is lucidrains' PEER-pytorch (pip install PEER-pytorch), as its README uses it, with
+torch.optim.AdamW(fused=True); `pytorch_peer_compiled` is the same with torch.compile. titan_peer's layers and the dense
+feed-forward layers are compiled, as titan_peer's trainer does by default.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from titan_peer.model import PEER, PEERArgs
 from titan_peer.optim.rowwise import RowwiseAdamW
 
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-NUM_BATCHES = 4  # inputs in rotation, so that a step's rows are not those of the step before
+NUM_BATCHES = 4  # inputs that rotate, so that a step does not use the rows of the step before
 
 
 class GatherPEER(PEER):
-    """PEER as one would write it at first: gather the chosen rows, einsum."""
+    """PEER in its simplest form: gather the chosen rows, then einsum."""
 
     def forward(self, x: Tensor, shared_experts: nn.Module | None = None) -> Tensor:
         assert self.experts is not None
@@ -64,7 +64,7 @@ class GatherPEER(PEER):
 def _peer_args(options: argparse.Namespace, num_experts: int) -> PEERArgs:
     side = round(num_experts**0.5)
     if side * side != num_experts:
-        raise SystemExit(f"--experts {num_experts}: PEER-pytorch wants a square number")
+        raise SystemExit(f"--experts {num_experts}: PEER-pytorch needs a square number")
     return PEERArgs(
         num_experts=num_experts,
         product_key_dim=[side, side],
@@ -93,7 +93,7 @@ def _pytorch_peer(options: argparse.Namespace, num_experts: int) -> nn.Module:
         num_experts=num_experts,
         num_experts_per_head=options.k,
         dim_key=options.query_dim // 2,
-        non_competing_scores=False,  # softmax over the k chosen; with True this version takes one expert a head
+        non_competing_scores=False,  # softmax over the k chosen; with True this version uses one expert per head
     )
 
 
@@ -109,8 +109,8 @@ def _feed_forward(
 
 
 def _equal_flops_width(options: argparse.Namespace, num_experts: int) -> int:
-    """Hidden dim of a two-matrix feed-forward with the multiplications of PEER: queries, scores of both axes,
-    experts."""
+    """Hidden dim of a feed-forward layer of two matrices with as many multiplications as PEER has for queries, scores of
+    both axes and experts."""
     queries = options.dim * options.heads * options.query_dim
     scores = options.heads * round(num_experts**0.5) * options.query_dim
     experts = 2 * options.heads * options.k * options.dim
@@ -133,7 +133,8 @@ NOT_COMPILED = ("pytorch_peer", "gather")
 
 
 class Step:
-    """A contender's layer, optimizer and inputs; calling it runs one training step and returns the phases' times."""
+    """The layer, optimizer and inputs of a contender; a call runs one training step and returns the milliseconds of its
+    phases."""
 
     def __init__(self, contender: str, options: argparse.Namespace, num_experts: int) -> None:
         self.device = options.device
@@ -176,7 +177,7 @@ class Step:
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes held so far: of the process on a CPU, of torch's allocator on a GPU."""
+    """The peak of bytes in use: of the process on a CPU, of torch's allocator on a GPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
@@ -187,18 +188,18 @@ def _touched_rows(layer: nn.Module, x: Tensor) -> int:
 
 def _worker(connection: Connection, contender: str, options: argparse.Namespace, num_experts: int) -> None:
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as the trainer does; for every contender
+    keep_freed_memory()  # as the trainer does, for every contender
     torch.manual_seed(0)
     step = Step(contender, options, num_experts)
     for i in range(options.warmup):
         step(i)
     times = [step(i) for i in range(options.steps)]
-    peak = peak_memory(options.device)  # before counting rows, which is no part of a step
+    peak = peak_memory(options.device)  # before counting rows, which is not part of a step
     connection.send({"times": times, "peak": peak, "rows": _touched_rows(step.layer, step.batches[0])})
 
 
 def _run_apart(contender: str, options: argparse.Namespace, num_experts: int) -> dict[str, Any]:
-    """A contender's turn, in a fresh process."""
+    """Run one turn of a contender in a new process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(sender, contender, options, num_experts))
@@ -213,10 +214,10 @@ def _run_apart(contender: str, options: argparse.Namespace, num_experts: int) ->
 
 
 def bytes_moved(options: argparse.Namespace, rows: int) -> int:
-    """What the tables' kernels of titan_peer's row-wise step have to read and write, every use of a row counted once.
+    """The bytes of tables and moments that a row-wise step of titan_peer must read and write; every use of a row counts.
 
-    Forward and backward read a row of each table for every (token, expert) pair; the update reads and writes weight and
-    two moments of each touched row.
+    Forward and backward read a row of each table for every (token, expert) pair; the update reads and writes the weights
+    and both moments of each touched row.
     """
     row_bytes = options.dim * (2 if options.dtype == "bfloat16" else 4)
     pairs = options.tokens * options.heads * options.k
@@ -224,18 +225,18 @@ def bytes_moved(options: argparse.Namespace, rows: int) -> int:
 
 
 def _touch_memory(size: int) -> None:
-    """Have the machine give this much memory once: on a virtual machine the first process that touches a page pays for
-    it, and which contender that is should not matter."""
+    """Touch this many bytes of memory once, in another process. On a virtual machine the first process that touches a
+    page is slowed down, and this must not depend on the order of the contenders."""
     process = multiprocessing.get_context("spawn").Process(target=torch.ones, args=(size // 4,))
     process.start()
     process.join()
 
 
 def measure(options: argparse.Namespace, num_experts: int) -> list[dict[str, Any]]:
-    """All contenders at one size, in turns."""
+    """Measure all contenders at one size, in turns."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
     for i in range(options.rounds):
-        # each round begins with another contender: what ran before may matter
+        # each round begins with a different contender, because what ran before may matter
         first = i * len(options.contenders) // options.rounds
         for name in (*options.contenders[first:], *options.contenders[:first]):
             turns[name].append(_run_apart(name, options, num_experts))
@@ -290,14 +291,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--k", type=int, default=16, help="experts per head")
-    parser.add_argument("--query_dim", type=int, default=256, help="of a head, over both axes")
+    parser.add_argument("--query_dim", type=int, default=256, help="query dim per head, over both axes")
     parser.add_argument("--query_norm", choices=["batch", "rms", "none"], default="batch", help="PEER-pytorch has none")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per turn")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table, JSON and plot")
     return parser.parse_args()
 

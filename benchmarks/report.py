@@ -1,4 +1,4 @@
-"""What the benchmarks share: which machine this is, how fast it copies memory, and where results go."""
+"""Shared by all benchmarks: the name of the machine, its copy bandwidth, and the output of results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def square_number(text: str) -> int:
-    """A number of experts that two axes of equal length have; for argparse, which refuses others with this line."""
+    """A type for argparse: a number of experts that two axes of equal length can have."""
     number = int(text)
     if number < 1 or math.isqrt(number) ** 2 != number:
         side = max(math.isqrt(max(number, 0)), 1)
-        raise argparse.ArgumentTypeError(f"{number} is no square number; near it: {side**2:,} or {(side + 1) ** 2:,}")
+        raise argparse.ArgumentTypeError(
+            f"{number} is not a square number; the nearest are {side**2:,} and {(side + 1) ** 2:,}"
+        )
     return number
 
 
@@ -49,7 +51,7 @@ def synchronize(device: str) -> None:
 
 
 def median_ms(run: Callable[[int], object], device: str, repeats: int, warmup: int = 2) -> float:
-    """Median time of run(i); i lets the caller rotate its buffers, so that none is still in cache."""
+    """Median milliseconds of run(i); with i the caller can rotate its buffers, so that none is still in cache."""
     times = []
     for i in range(warmup + repeats):
         synchronize(device)
@@ -61,7 +63,7 @@ def median_ms(run: Callable[[int], object], device: str, repeats: int, warmup: i
 
 
 def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of copying one large float32 tensor into another."""
+    """Bytes per second, read and written, of copying one large float32 tensor into another."""
     source, target = torch.ones(size // 4, device=device), torch.zeros(size // 4, device=device)
     return 2 * size / (median_ms(lambda _: target.copy_(source), device, repeats=7) / 1e3)
 

@@ -3,27 +3,27 @@
 #
 #   scripts/build_from_source.sh [--dry-run] [--machine x86_64|aarch64]
 #
-#   --dry-run     print every step and do nothing
-#   --machine     plan for this kind of machine (default: this one); only with --dry-run
+#   --dry-run     print every step without running it
+#   --machine     print the steps for this kind of machine (default: this one); only with --dry-run
 #
 # Environment:
-#   PYTHON_VERSION         of the wheels                                            (default: 3.12)
-#   CUDA_VERSION           of the toolkit                                           (default: 13.0)
+#   PYTHON_VERSION         Python version of the wheels                             (default: 3.12)
+#   CUDA_VERSION           version of the CUDA toolkit                              (default: 13.0)
 #   TORCH_CUDA_ARCH_LIST   compute capabilities, separated by spaces or semicolons  (default: 9.0a)
 #   TORCH_REF              tag, branch or commit of PyTorch                         (default: v2.11.0)
 #   FLASH_MLA_REF          tag, branch or commit of FlashMLA                        (default: main)
 #   ACL_REF                tag of the Arm Compute Library, ARM only                 (default: v52.6.0)
 #   SKIP_TORCH=1           install PyTorch's released package instead of building it
-#   SKIP_FLASH_MLA=1       leave FlashMLA out
-#   CUDA_HOME              the toolkit                                              (default: /usr/local/cuda-CUDA_VERSION)
-#   BUILD_DIR, WHEEL_DIR   where sources are built, where wheels go                 (default: build/source, wheels)
-#   MAX_JOBS               compilers at a time                                      (default: the number of processors)
+#   SKIP_FLASH_MLA=1       do not build FlashMLA
+#   CUDA_HOME              folder of the CUDA toolkit                               (default: /usr/local/cuda-CUDA_VERSION)
+#   BUILD_DIR, WHEEL_DIR   folders of sources and of wheels                         (default: build/source, wheels)
+#   MAX_JOBS               compilers that run at the same time                      (default: the number of processors)
 #
-# Run again, it goes on where it stopped: a wheel that is there for the same reference and settings is not built again.
+# If the script was interrupted, start it again: a wheel of the same reference and settings is not built a second time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The comment at the top of this file.
+# Print the comment at the top of this file.
 usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' scripts/build_from_source.sh; }
 
 DRY_RUN=
@@ -71,7 +71,7 @@ NEEDS_CUDA=1
 
 step() { printf '\n== %s\n' "$*"; }
 
-# Print a command and, unless this is a dry run, execute it. With --in DIR: inside of DIR.
+# Print a command and, unless this is a dry run, execute it; with --in DIR, in the folder DIR.
 run() {
     local folder=.
     if [[ $1 == --in ]]; then folder=$2; shift 2; fi
@@ -81,10 +81,10 @@ run() {
     if [[ -z ${DRY_RUN} ]]; then (cd "${folder}" && "$@"); fi
 }
 
-# The folder as a path that holds in every other folder.
+# The absolute path of a folder.
 absolute() { if [[ $1 == /* ]]; then echo "$1"; else echo "${PWD}/$1"; fi; }
 
-# Sources of a repository at a reference, with submodules; a folder that is there is brought to it.
+# Get the sources of a repository at a reference, with submodules; an existing folder is updated to the reference.
 checkout() {
     local url=$1 reference=$2 folder=$3
     if [[ -d ${folder}/.git && -z ${DRY_RUN} ]]; then
@@ -97,7 +97,7 @@ checkout() {
     run git -C "${folder}" submodule update --init --recursive
 }
 
-# The file that says that the wheel NAME of REFERENCE was built with these settings.
+# The file that records that the wheel NAME of REFERENCE was built with these settings.
 mark() { echo "${WHEEL_DIR}/.$1-${2//\//_}-${SETTINGS}"; }
 
 # The newest wheel NAME.
@@ -188,7 +188,7 @@ if [[ -z ${SKIP_FLASH_MLA} ]] && ! built flash-mla "${FLASH_MLA_REF}"; then
     FLASH_MLA=${BUILD_DIR}/flash-mla
     checkout https://github.com/deepseek-ai/FlashMLA.git "${FLASH_MLA_REF}" "${FLASH_MLA}"
     options=("CUDA_HOME=${CUDA_HOME}" "MAX_JOBS=${MAX_JOBS}")
-    # its kernels are for Hopper (9.0a) and Blackwell (10.0a), each built only when asked for
+    # its kernels are for Hopper (9.0a) and Blackwell (10.0a); each set is built only if TORCH_CUDA_ARCH_LIST names it
     [[ ${TORCH_CUDA_ARCH_LIST} == *10.* ]] || options+=(FLASH_MLA_DISABLE_SM100=1)
     [[ ${TORCH_CUDA_ARCH_LIST} == *9.0* ]] || options+=(FLASH_MLA_DISABLE_SM90=1)
     run --in "${FLASH_MLA}" env "${options[@]}" "${PYTHON}" -m pip wheel . --no-build-isolation --no-deps -w "${WHEELS}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What CI checks, in an environment where `pip install -e '.[dev]'` was done: scripts/check.sh [--fast | --lint]
+# Run the checks of CI, in an environment with `pip install -e '.[dev]'`: scripts/check.sh [--fast | --lint]
 #
-#   (nothing)   ruff, its formatting, mypy, and the tests that `pytest` runs by default
-#   --fast      the same with the quick tests only: about a minute, for the edit loop
+#   (nothing)   ruff's linter and formatter, mypy, and the tests that `pytest` runs by default
+#   --fast      the same with the quick tests only (77 s on two cores), for the edit loop
 #   --lint      without tests
 set -euo pipefail
 cd "$(dirname "$0")/.."

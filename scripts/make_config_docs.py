@@ -18,10 +18,10 @@ OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Every key of a job. A TOML file sets them (`--job.config_file`), the command line overrides them
-(`--training.steps 1000`, `--compile.enable false`, `--model.peer.product_key_dim 256 256`, `--data.sources.0.path FILE`). A dash may stand for an underscore on the command line. Commands have flags of their own besides,
-written `--words_with_underscores`.
-Generated from the dataclasses by `python scripts/make_config_docs.py`.
+This page lists every key of a job. A TOML file sets the keys (`--job.config_file`), and the command line overrides them
+(`--training.steps 1000`, `--compile.enable false`, `--model.peer.product_key_dim 256 256`, `--data.sources.0.path FILE`).
+On the command line a dash is accepted for an underscore. Commands also have flags of their own, written
+`--words_with_underscores`. `python scripts/make_config_docs.py` generates this page from the dataclasses.
 """
 
 

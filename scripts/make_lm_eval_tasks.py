@@ -1,7 +1,4 @@
-"""Make the documents of the bundled lm-eval tasks from the held-out sample text.
-
-Usage: python scripts/make_lm_eval_tasks.py
-"""
+"""Make the documents of the bundled lm-eval tasks from the held-out sample text: python scripts/make_lm_eval_tasks.py"""
 
 from __future__ import annotations
 

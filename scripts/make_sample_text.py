@@ -1,8 +1,9 @@
-"""Make assets/sample_text from two Debian packages: python scripts/make_sample_text.py
+"""Make assets/sample_text from three Debian packages: python scripts/make_sample_text.py
 
-The Jargon File 4.4.7 (package dict-jargon; public domain), one entry a document, and the New Testament of the King
-James Bible (packages bible-kjv and bible-kjv-text; the text is public domain), one chapter a document. A document goes
-to validation.jsonl when the hash of its text says so (5%), else to train.jsonl. Needs apt-get and dpkg.
+The texts are the Jargon File 4.4.7 (package dict-jargon; public domain), one document per entry, and the New Testament
+of the King James Bible (packages bible-kjv and bible-kjv-text; the text is public domain), one document per chapter.
+The hash of its text decides whether a document is written to validation.jsonl (5%) or to train.jsonl. The script needs
+apt-get and dpkg.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def dictd_number(text: str) -> int:
 
 
 def dictionary_entries(folder: Path, name: str) -> Iterator[str]:
-    """Entries of a dictd dictionary as they are, in the order of its file."""
+    """The unchanged entries of a dictd dictionary, in the order of its file."""
     data = gzip.decompress((folder / f"usr/share/dictd/{name}.dict.dz").read_bytes())
     places = set()
     for line in (folder / f"usr/share/dictd/{name}.index").read_text(encoding="utf-8").splitlines():

@@ -1,6 +1,6 @@
 """Train assets/tokenizer/tokenizer.json on the sample text: python scripts/train_sample_tokenizer.py
 
-Byte-level BPE with 4,096 entries, from train.jsonl alone (the held-out documents are not looked at).
+The tokenizer is a byte-level BPE with 4,096 entries. It is trained on train.jsonl only, without the held-out documents.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What holds for all tests: settings that libraries read when they are imported, and how a whole run uses two cores.
+"""Settings for all tests: variables that libraries read when they are imported, and how a whole run uses two cores.
 
 `pytest` without names of files or folders runs in two processes (pytest-xdist) where there are two cores and no GPU,
-otherwise in one; `-n` decides it too. Files are the units, and those in LONG come first, so that both processes end
-together. `scripts/check.sh --fast` leaves LONG out.
+otherwise in one; `-n` sets the number too. Whole files are distributed, those in LONG first, so that both processes end
+at about the same time. `scripts/check.sh --fast` leaves LONG out.
 """
 
 import os
@@ -15,7 +15,7 @@ let_waiting_threads_sleep()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Triton's kernels are run by its interpreter where there is no GPU.
+# Without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -66,15 +66,15 @@ first."""
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Two processes where no files are named, unless the command line says how many."""
+    """Use two processes if no files are named, unless the command line sets their number."""
     options = config.option
     names_files = config.args_source is pytest.Config.ArgsSource.ARGS
     has_two_cores = (os.cpu_count() or 1) >= 2 and not torch.cuda.is_available()
     is_decided = not config.pluginmanager.hasplugin("xdist") or options.numprocesses is not None or options.usepdb
-    is_decided = is_decided or hasattr(config, "workerinput")  # one of the two processes, which must not start two more
+    is_decided = is_decided or hasattr(config, "workerinput")  # a worker must not start two more workers
     if has_two_cores and not names_files and not is_decided and not options.collectonly:
         options.numprocesses, options.dist, options.loadscopereorder = 2, "loadfile", False
-        options.maxworkerrestart = "0"  # a process that dies ends the run; with a new one it would wait for ever
+        options.maxworkerrestart = "0"  # a process that dies ends the run, which would wait for ever for a replacement
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

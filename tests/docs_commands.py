@@ -1,4 +1,4 @@
-"""The commands of the README and docs/, and a reader who runs them: page by page, in a copy of the repository."""
+"""The commands of the README and docs/, and a reader who runs them page by page in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROGRAM = re.compile(rf"{_VARIABLES}(?:{_OURS}|{_OTHERS})(?:\s|$)")
 """How a line that is a command begins."""
 
 SERVERS = ("tensorboard",)
-"""Commands that go on until they are stopped."""
+"""Commands that run until they are stopped."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Whether it is to make optimizer steps."""
+        """Whether the command makes optimizer steps."""
         exempt = ("--help", "fake_backend", "print_config")
         return "./run_train.sh" in self.text and not any(word in self.text for word in exempt)
 
@@ -62,14 +62,14 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def _is_whole_command(text: str) -> bool:
-    """Whether code in the running text is a command, and not its name or a part of it."""
+    """Whether code in the running text is a command, and not only its name or a part of it."""
     if not PROGRAM.match(text) or re.search(r"\.\.\.|[A-Z]{3,}(?![\w=])", text):
         return False
     return " --" in text or bool(re.match(r"python3? \S+\.py|wandb sync|pip |uv |sbatch |scripts/\S+ --", text))
 
 
 def steps(page: Path) -> list[Step]:
-    """What a reader of the page runs, line by line."""
+    """The steps that a reader of the page runs, line by line."""
     found = []
     for language, text in blocks(page):
         if language == "python":
@@ -84,7 +84,7 @@ def steps(page: Path) -> list[Step]:
 
 @dataclass
 class Reader:
-    """Runs steps in a copy of the repository; what one makes is there for the next, and nothing is run twice."""
+    """Runs steps in a copy of the repository. Later steps find the files of earlier ones, and no step runs twice."""
 
     folder: Path
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Reader:
     def environment(self) -> dict[str, str]:
         cache = Path.home() / ".cache" / "titan_peer"
         return {
-            "TITAN_PEER_CACHE_DIR": str(cache),  # kernels that are compiled already; HOME is another below
+            "TITAN_PEER_CACHE_DIR": str(cache),  # to use the compiled kernels: HOME is changed below
             **os.environ,
             "HOME": str(self.folder / ".home"),
             "PATH": os.pathsep.join(

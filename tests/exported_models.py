@@ -1,4 +1,4 @@
-"""Small trained models of two kinds, exported: for the tests of what is shared."""
+"""Small trained models of two kinds and their exports, for the tests of sharing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trained_with(settings: str, folder: Path) -> Path:
 
 
 def trained(variant: str, sessions: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a variant, made once a session."""
+    """The checkpoint of a variant, made once per session."""
     folder = sessions.getbasetemp() / f"trained-{variant.replace(' ', '-')}"
     if not folder.exists():
         trained_with(VARIANTS[variant], folder)
@@ -47,7 +47,7 @@ def trained(variant: str, sessions: pytest.TempPathFactory) -> Path:
 
 
 def exported_in_shards(variant: str, sessions: pytest.TempPathFactory) -> Path:
-    """The export of `trained`, made once a session."""
+    """The export of `trained`, made once per session."""
     folder = sessions.getbasetemp() / f"exported-{variant.replace(' ', '-')}"
     if not folder.exists():
         checkpoint = trained(variant, sessions)

@@ -1,4 +1,4 @@
-"""A job of a few seconds, and what its checkpoints hold."""
+"""A job of a few seconds, and the content of its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def steps(folder: Path) -> list[str]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read by the library's own converter instead of our reader."""
+    """Every tensor of a checkpoint, read by the library's own converter rather than by our reader."""
     with tempfile.TemporaryDirectory() as folder:
         dcp_to_torch_save(checkpoint, f"{folder}/all.pt")
         return torch.load(f"{folder}/all.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""Models that are built in milliseconds."""
+"""Small models that are built in milliseconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def built(args: ModelArgs, seed: int = 0) -> Transformer:
 
 
 def build_model(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
-    """A small model of lively outputs whose running statistics are those of real batches."""
+    """A small model with outputs far from zero and the running statistics of real batches."""
     mla = MLAArgs(n_heads=4, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
     peer = PEERArgs(num_experts=1024, product_key_dim=[32, 32], num_heads=2, num_experts_per_tok=8, query_dim=32)
     args = ModelArgs(

@@ -1,4 +1,4 @@
-"""Every benchmark runs, as small as its options allow. What it measures then means nothing; that it measures does."""
+"""Every benchmark runs, as small as its options allow. The test requires that it measures; the numbers mean nothing."""
 
 from __future__ import annotations
 

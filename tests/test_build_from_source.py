@@ -1,4 +1,4 @@
-"""The build script's plans, its checks, and a real build of what needs no GPU."""
+"""The steps that the build script prints, its checks, and a real build of the parts that need no GPU."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 @pytest.mark.slow
 def test_build_without_the_gpu_parts_makes_a_wheel_twice(tmp_path: Path) -> None:
-    """Installs packages: needs the package index. PyTorch itself is not built: that takes hours and a CUDA toolkit."""
+    """Installs packages, which needs the package index. PyTorch is not built, which takes hours and a CUDA toolkit."""
     settings = {"SKIP_FLASH_MLA": "1", "SKIP_TORCH": "1", "PYTHON_VERSION": f"3.{sys.version_info.minor}"}
     settings |= {"BUILD_DIR": str(tmp_path / "build"), "WHEEL_DIR": str(tmp_path / "wheels")}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A compiled job settles: constant shapes are compiled once, and blocks compile whole."""
+"""A compiled job does not recompile: constant shapes are compiled once, and blocks have no graph breaks."""
 
 from __future__ import annotations
 

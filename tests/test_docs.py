@@ -1,7 +1,7 @@
 """Every command shown in the README and docs/ runs as it is written, in the order of its page.
 
-By default some quick ones run, and all are read by the programs that they name; `pytest -m slow tests/test_docs.py`
-runs all.
+By default some quick commands run, and the arguments of all of them are parsed by the programs that they name;
+`pytest -m slow tests/test_docs.py` runs all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from titan_peer.model import Transformer
 ALL = [step for page in PAGES for step in steps(page)]
 
 # --------------------------------------------------------------------------------------------------------------------
-# Commands that cannot run here, why, and what is checked instead
+# Commands that cannot run here, the reason, and the check that replaces them
 
 Check = Callable[[Reader, Step], Outcome]
 
@@ -42,7 +42,7 @@ def instead(old: str, new: str) -> Check:
 
 
 def extras_exist(reader: Reader, step: Step) -> Outcome:
-    """What pip is to install of this package is there to be installed."""
+    """The extras of this package that pip should install exist."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         known = tomllib.load(file)["project"]["optional-dependencies"].keys()
     asked = [name for group in re.findall(r"\[([\w,-]+)\]", step.text) for name in group.split(",")]
@@ -76,7 +76,7 @@ class Reason(NamedTuple):
 
 
 def whole_dry_run(reader: Reader, step: Step) -> Outcome:
-    """The page's own way to check such a job: all its processes are played by one."""
+    """The page's own way to check such a job: one process acts as rank 0 of all."""
     text = re.sub(r"NODE_RANK=\d+ |RDZV_ENDPOINT=\S+ ", "", step.text)
     return reader.run(Step(step.page, f"{text} --comm.mode fake_backend"))
 
@@ -126,7 +126,7 @@ def reason_not_to_run(step: Step) -> Reason | None:
 
 
 def follow(reader: Reader, step: Step) -> Outcome:
-    """Run a step, or what is checked instead."""
+    """Run a step, or the check that replaces it."""
     reason = reason_not_to_run(step)
     return reader.run(step) if reason is None else reason.check(reader, step)
 
@@ -145,7 +145,7 @@ QUICK = ["titan-peer generate --checkpoint", "titan-peer data inspect", "titan-p
 
 @pytest.fixture(scope="module")
 def quick_reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """Has run the README's quick job; its model stands for that of the first job."""
+    """A reader who has run the README's quick job; its model replaces that of the first job."""
     reader = Reader(tmp_path_factory.mktemp("quick"))
     done = reader.run(Step("README.md", QUICK_JOB))
     assert done.ok, done.output
@@ -164,7 +164,7 @@ def test_a_quick_command_runs_as_written(start: str, quick_reader: Reader) -> No
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """Has run the README's first job."""
+    """A reader who has run the README's first job."""
     reader = Reader(tmp_path_factory.mktemp("reader"))
     done = reader.run(Step("README.md", FIRST_JOB))
     assert done.ok, done.output
@@ -236,7 +236,7 @@ def test_a_command_in_the_docs_is_accepted(step: Step, monkeypatch: pytest.Monke
 
 
 NEEDS_EARLIER_COMMANDS = ("from_pretrained",)
-"""Python of the pages that runs with the page's commands only."""
+"""Words of Python code in the pages that runs only after the page's commands."""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""From its start to its end: what a job leaves in its folder, says and returns, also in a folder that was used
-before."""
+"""A job from its start to its end: its files, messages and exit status, also in a folder that was used before."""
 
 from __future__ import annotations
 

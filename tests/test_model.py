@@ -1,4 +1,4 @@
-"""The model against independent implementations: transformers' DeepSeek-V3 attention and brute-force PEER."""
+"""The model compared with independent implementations: transformers' DeepSeek-V3 attention and brute-force PEER."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Padding leaves no trace: what is learnt and counted from padded documents is what the same documents teach without
-it."""
+"""Padding has no effect: gradients, statistics and counts from padded documents equal those of the same documents
+without padding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def stacked(sequences: list[PackedSequence]) -> Batch:
 
 
 def padded(pad_token: int = 3) -> Batch:
-    """One document a sequence of 16, as packing = "pad" makes them."""
+    """One document per sequence of 16, as packing = "pad" makes them."""
     return stacked([PackingFormat(16, 1, pad_token).sequence([piece]) for piece in documents()])
 
 
@@ -56,7 +56,7 @@ def without_padding() -> Batch:
 
 
 def learnt_from(batch: Batch, *, compiled: bool, share_experts: bool = False) -> dict[str, Tensor]:
-    """Everything that one micro-batch leaves behind: gradients, running statistics, counts, touched rows."""
+    """All effects of one micro-batch: gradients, running statistics, counts, touched rows."""
     model = built(small_model(peer__share_experts=share_experts))
     add_balance_loss(model, coeff=0.5, micro_batches=1)
     usage = ExpertUsage(model)
@@ -156,7 +156,7 @@ def test_batch_norm_weighs_replicas_by_their_tokens() -> None:
     queries = torch.randn(30, 2, 4) * torch.linspace(0.5, 3, 30)[:, None, None] + torch.arange(30)[:, None, None]
     is_token = torch.rand(30) < 0.6
     cuts = [17, 0, 5, 8]
-    is_token[17:22] = False  # one replica has padding alone, another one nothing
+    is_token[17:22] = False  # one replica has only padding, another one has nothing
     outputs, norm = replicas_norm(list(zip(queries.split(cuts), is_token.split(cuts))))
     real = queries[is_token].double()
     mean, var = real.mean(0), real.var(0, unbiased=False)

@@ -1,5 +1,5 @@
-"""One rule of precision everywhere: matrices are multiplied in the compute dtype, what decides or accumulates is
-float32."""
+"""The same rule of precision everywhere: matrices are multiplied in the compute dtype; everything that chooses experts
+or accumulates is float32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exact_choice(queries: Tensor, sub_keys: list[Tensor], k: int) -> tuple[Tenso
 def test_scores_are_float32_products_on_every_path(
     backend: str, sizes: list[int], dtype: torch.dtype, choose_backend: Callable[[str], None]
 ) -> None:
-    """Long axes take other kernels than short ones, and neither rounds what the other does not."""
+    """Long axes use other kernels than short ones, but both round the same numbers."""
     choose_backend(backend)
     torch.manual_seed(0)
     queries, sub_keys = torch.randn(40, 2, 32).to(dtype), [torch.randn(2, n, 16).to(dtype) for n in sizes]
@@ -62,7 +62,7 @@ def test_scores_are_float32_products_on_every_path(
 def test_bfloat16_training_chooses_what_float32_scores_of_its_queries_choose(
     backend: str, query_norm: str, choose_backend: Callable[[str], None]
 ) -> None:
-    """From the projected queries on nothing is rounded: norm, gains, sub-keys, scores."""
+    """Nothing after the projected queries is rounded: norm, gains, sub-keys, scores."""
     choose_backend(backend)
     args = PEERArgs(num_experts=4096, product_key_dim=[64, 64], num_heads=2, num_experts_per_tok=4, query_dim=32)
     args.query_norm = query_norm  # type: ignore[assignment]
@@ -87,7 +87,7 @@ def test_bfloat16_training_chooses_what_float32_scores_of_its_queries_choose(
 
 
 def residual_stream(model: Transformer) -> list[Tensor]:
-    """Fills with what goes into every block and into the last norm, as passes are made."""
+    """A list to which each forward pass adds the inputs of every block and of the last norm."""
     seen: list[Tensor] = []
     for module in (*model.layers, model.norm):
         module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -95,7 +95,7 @@ def residual_stream(model: Transformer) -> list[Tensor]:
 
 
 def low_precision_copy(model: Transformer) -> Transformer:
-    """As a checkpoint is opened for inference in bfloat16."""
+    """The model, as if opened from a checkpoint for inference in bfloat16."""
     copy = built(model.args)
     copy.load_state_dict(model.state_dict())
     tables = {p for name, p in copy.named_parameters() if "expert_" in name}
@@ -129,7 +129,7 @@ def test_the_residual_stream_is_float32_and_decoding_rounds_what_training_rounds
     with context:
         logits, streams, experts = run(model, lambda: model(tokens))
     copy = low_precision_copy(model)
-    # a model whose tables are bfloat16 reads rounded experts, which training does not: the same in both
+    # a model with bfloat16 tables reads rounded experts, unlike training: here both read rounded ones
     for (_, ours), (_, theirs) in zip(peer_layers(copy), peer_layers(model)):
         ours.experts = theirs.experts
     decoder = Decoder(copy, compile=False)

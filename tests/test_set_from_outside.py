@@ -1,4 +1,5 @@
-"""What is set on a model from outside can be taken off, and stays right when the model is copied, moved or loaded."""
+"""Attributes that are set on a model from outside can be removed, and stay correct when the model is copied, moved or
+loaded."""
 
 from __future__ import annotations
 
@@ -126,7 +127,7 @@ def test_a_copy_of_a_model_trains_by_itself(copied: Callable[[Transformer], Tran
     own = Optimizers(other, ROWWISE)
     step(other, own)
     assert not equal(tables(other), changed) and equal(tables(model), before)
-    step(model, optimizers)  # and the original goes on
+    step(model, optimizers)  # and the original continues
     assert not equal(tables(model), before)
 
 

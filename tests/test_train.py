@@ -1,7 +1,6 @@
 """Whole jobs as a user starts them: real text, real checkpoints, real kills.
 
-Jobs of one process whose launch is not in question start in a warm process; test_launch.py has what run_train.sh
-decides.
+Jobs of one process whose launch is not tested start in a warm process; test_launch.py tests run_train.sh.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def test_sigterm_saves_and_ends_with_status_zero(tmp_path: Path) -> None:
 def test_two_processes_follow_one_process(tmp_path: Path) -> None:
     settings = [*TINY, "--training.steps", 5, "--training.global_batch_size", 4, "--checkpoint.enable", "false"]
     settings += ["--training.mixed_precision_param", "float32"]
-    # batch norm takes the statistics of the micro-batch of all processes: one process takes as many sequences at a time
+    # batch norm uses the statistics of the micro-batch of all processes: one process needs as many sequences at a time
     one = train(*settings, "--training.local_batch_size", 4, "--job.dump_folder", tmp_path / "1")
     two = run(*settings, "--training.local_batch_size", 2, "--job.dump_folder", tmp_path / "2", NGPU="2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr

@@ -1,4 +1,4 @@
-"""One optimizer step: its gradient is that of the mean loss over the global batch, however that is cut into
+"""One optimizer step: its gradient is that of the mean loss over the global batch, however the batch is divided into
 micro-batches."""
 
 from __future__ import annotations

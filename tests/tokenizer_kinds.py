@@ -12,7 +12,7 @@ _LETTERS = sorted(set("abcdefghijklmnopqrstuvwxyz'.,!?\n" + "".join(WORDS)))
 
 
 def _pieces(*, blank: str, with_bytes: bool) -> list[str]:
-    """A vocabulary: special tokens, bytes, the blank, letters, words with the blank before them and without."""
+    """A vocabulary: special tokens, bytes, the space, letters, and words with and without a space before them."""
     names = [*SPECIAL, *([f"<0x{byte:02X}>" for byte in range(256)] if with_bytes else []), blank, *_LETTERS]
     return list(dict.fromkeys([*names, *(blank + letter for letter in _LETTERS), *WORDS, *(blank + w for w in WORDS)]))
 
@@ -48,7 +48,7 @@ def llama_2() -> Tokenizer:
 
 
 def mistral() -> Tokenizer:
-    """Llama 2's with blanks in the pre-tokenizer instead of the normalizer."""
+    """Llama 2's kind, with spaces in the pre-tokenizer instead of the normalizer."""
     tokenizer = llama_2()
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -63,7 +63,7 @@ def gemma() -> Tokenizer:
 
 
 def byte_level_bpe() -> Tokenizer:
-    """GPT-2's kind: every byte has a letter, and the letters of characters are merged in part."""
+    """GPT-2's kind: every byte is a letter, and some letters of a character are merged."""
     vocab = {name: i for i, name in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = [letters for word in WORDS for letters, _ in split.pre_tokenize_str(" " + word)]
@@ -74,7 +74,7 @@ def byte_level_bpe() -> Tokenizer:
 
 
 def suffix_bpe() -> Tokenizer:
-    """The first BPE's kind: the end of a word is marked."""
+    """The kind of the first BPE: the end of a word is marked."""
     names = [*SPECIAL, *_LETTERS, *(letter + "</w>" for letter in _LETTERS)]
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", end_of_word_suffix="</w>"))
@@ -110,7 +110,7 @@ def byte_fallback_unigram() -> Tokenizer:
 
 
 def word_level() -> Tokenizer:
-    """Without a decoder: a blank between tokens. Its ids have holes."""
+    """Without a decoder: a space between tokens. Its ids have gaps."""
     vocab = {name: 3 * i for i, name in enumerate(["<unk>", *WORDS, ".", "!"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")

@@ -1,4 +1,4 @@
-"""Reads what an offline Weights & Biases run wrote, without its service: a LevelDB log of protobuf records."""
+"""Reads the file of an offline Weights & Biases run without its service: a LevelDB log of protobuf records."""
 
 from __future__ import annotations
 

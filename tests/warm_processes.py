@@ -1,8 +1,8 @@
-"""Processes that begin with the libraries imported: forks of a server that has imported them and done nothing else.
+"""Processes that start with the libraries imported: forks of a server that has only imported them.
 
-Each is a process of its own, as `python -m titan_peer...` starts one: with its own memory, environment, working folder,
-output and exit status, and signals reach it. Only the imports are saved, about 4 seconds of a core per process. Where
-there is a GPU, processes start afresh, because CUDA does not survive a fork. Tests of what happens before and around
+Each is a separate process, as `python -m titan_peer...` would start it, with its own memory, environment, working
+folder, output, exit status and signals. Only the imports are saved, about 4 seconds of a core per process. With a GPU,
+processes start without a fork, which CUDA does not survive. Tests of what happens before and around
 the interpreter (run_train.sh, the launcher, the terminal's encoding, environment variables that libraries read when
 they are imported) start `sys.executable`.
 """
@@ -43,13 +43,13 @@ def _become(program: str, arguments: list[str], environment: dict[str, str], fol
     try:
         status = importlib.import_module(program).main(arguments)
     finally:
-        atexit._run_exitfuncs()  # as an interpreter does that ends; multiprocessing's own end of a child leaves them out
+        atexit._run_exitfuncs()  # as at the end of an interpreter; multiprocessing does not do it for a child
     sys.exit(status)
 
 
 @dataclass
 class Program:
-    """A program that was started, in the manner of subprocess.Popen; its output is there at any time."""
+    """A running program, similar to subprocess.Popen; its output can be read at any time."""
 
     name: str
     arguments: list[str]
@@ -91,7 +91,7 @@ class Program:
 
 
 def start(program: str, *arguments: object, folder: Path = ROOT, **environment: str) -> Program:
-    """Start the `main(arguments)` of a module in a process of its own; what it returns is the exit status."""
+    """Start `main(arguments)` of a module in a separate process; its return value is the exit status."""
     words = list(map(str, arguments))
     said = tempfile.TemporaryDirectory()
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}

@@ -1,4 +1,4 @@
-"""Ablations: what is planned, that designs are made comparable, and that runs are neither lost nor done twice."""
+"""Ablations: the plan, comparable designs, and that no run is lost or done twice."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_old_and_new_spellings_of_flags_mean_the_same(flags: list[str], capsys: 
 
 
 def realised(config: JobConfig) -> dict[str, float]:
-    """What a job costs, from its file alone."""
+    """The FLOPs and parameters of a job, from its file alone."""
     config.model.vocab_size = load_tokenizer(config.model.tokenizer_path).vocab_size
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -258,7 +258,8 @@ def test_expert_counts_become_nearly_equal_axes(number: int, axes: int, shape: l
 
 
 def killed_at_event(number: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a process that is killed just before it changes a file for the `number`-th time; whether it was."""
+    """Run `work` in a process that is killed just before its `number`-th change of a file; returns whether it was
+    killed."""
     child = os.fork()
     if child == 0:
         left = number
@@ -316,7 +317,7 @@ def test_an_ablation_killed_at_any_moment_of_its_preparation_goes_on(tmp_path: P
 
 
 def test_an_ablation_that_an_earlier_version_began_goes_on_and_one_with_other_settings_does_not(tmp_path: Path) -> None:
-    """Its jobs had no version and lacked keys that are new."""
+    """The jobs of such a plan had no version and lacked newer keys."""
     found = plan(tmp_path, "selection_heads=2", tokens=4096)
     prepare(found.runs, resume=False, retry_failed=False)
     for run in found.runs:
@@ -390,7 +391,7 @@ def test_killed_and_resumed_ablation_loses_no_run_and_does_none_twice(tmp_path: 
         lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
         assert steps == list(range(1, 17))
-        assert not (folder / "runs" / name / "checkpoint").exists()  # a failed run keeps its own, to be looked at
+        assert not (folder / "runs" / name / "checkpoint").exists()  # a failed run keeps its checkpoints
 
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}

@@ -1,4 +1,4 @@
-"""`titan-peer analyze`: its numbers against the built model, its files as a user gets them."""
+"""`titan-peer analyze`: its numbers compared with the built model, and the files that it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The books of a step on fake tensors against what real steps have and send."""
+"""The memory and traffic of a step on fake tensors, compared with those of real steps."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_parameters_and_moments_are_those_of_the_model() -> None:
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_activation_checkpointing_and_batch_show_in_the_activations(compiled: str) -> None:
     def activations(size: str = "4", *arguments: str) -> int:
-        """At the step's peak, which is in the blocks with sequences of this length."""
+        """At the peak of the step, which with sequences of this length is inside the blocks."""
         longer = ["--training.seq_len", "256", "--training.local_batch_size", size]
         arguments = (*SMALL, *longer, "--compile.enable", compiled, *arguments)
         return traced(job("debug_model", *arguments)).memory["activations"]
@@ -95,7 +95,7 @@ def test_activation_checkpointing_and_batch_show_in_the_activations(compiled: st
         by_op = activations("4", "--activation_checkpoint.mode", "selective_op")
         assert recomputed < by_op < kept
         eight, sixteen = (activations(size) for size in ("8", "16"))
-        assert sixteen - eight == pytest.approx(2 * (eight - kept), rel=0.05)  # beside the weights in the compute dtype
+        assert sixteen - eight == pytest.approx(2 * (eight - kept), rel=0.05)  # plus weights in the compute dtype
 
 
 def test_communication_of_a_step_is_what_the_plans_say() -> None:
@@ -109,10 +109,10 @@ def test_communication_of_a_step_is_what_the_plans_say() -> None:
     # of 4 processes: tokens and gates forward, output gradients backward; indices are int32
     gathered = model.n_layers * 4 * tokens * (2 * element * model.dim + (4 + 4) * places)
     assert sent["ep", "all-gather"] == gathered
-    # parts of sums are added in float32
+    # partial sums are added in float32
     scattered = model.n_layers * 4 * tokens * (2 * 4 * model.dim + 4 * places)
     assert sent["ep", "reduce-scatter"] == scattered
-    # FSDP cuts the first dim into equal parts and pads it for that
+    # FSDP splits the first dim into equal parts, for which it pads it
     dense = {
         name: 8 * math.ceil(p.shape[0] / 8) * p[0].numel()
         for name, p in on_meta(config).named_parameters()
@@ -122,9 +122,9 @@ def test_communication_of_a_step_is_what_the_plans_say() -> None:
     is_matrix = {name: name.startswith("layers.") and not re.search("norm|sub_keys", name) for name in dense}
     matrices = sum(count for name, count in dense.items() if is_matrix[name])
     others = sum(dense.values()) - matrices
-    # batch-norm statistics of all processes and how many tokens they are of, float32
+    # batch-norm statistics of all processes and their numbers of tokens, float32
     moments = model.n_layers * 8 * 3 * peer.num_heads * peer.query_dim
-    # float32 gradients once; parameters once forward and, those matrices, once more backward
+    # float32 gradients once; parameters once in forward, and the matrices of blocks again in backward
     assert sent["dp_shard", "reduce-scatter"] == 4 * (sum(dense.values()) + moments)
     assert sent["dp_shard", "all-gather"] == 2 * element * matrices + 4 * others + 4 * moments
     assert sum(t.calls for (dim, _), t in trace.traffic.items() if dim == "expert_replica") > 0
@@ -137,7 +137,7 @@ def test_muon_sends_each_matrix_to_its_owner_and_back_in_bfloat16(replicas: int)
     moved, without = traffic(traced(config, 8)), traffic(traced(job("debug_model", *SMALL, *plan), 8))
     of_blocks = on_meta(config).layers.named_parameters()
     matrices = [p.numel() for name, p in of_blocks if p.ndim == 2 and not re.search("norm", name)]
-    # an owner has its share, up to one matrix; it gets that much and returns it
+    # an owner has its share, up to one matrix; it receives as much and returns it
     assert 4 * sum(matrices) / 8 <= moved["dp_shard", "all-to-all"] <= 4 * (sum(matrices) / 8 + max(matrices))
     assert ("dp_shard", "all-to-all") not in without
     if replicas == 2:  # each replica gives the other its half of each shard

@@ -1,4 +1,4 @@
-"""The memory estimate against what a run then measures, and the command that prints it."""
+"""The memory estimate compared with the memory that a run measures, and the command that prints the estimate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU run's resid
 
 
 def estimated_and_measured(folder: Path, job: str, *arguments: str, processes: int = 1) -> tuple[float, float]:
-    """GiB per process: the estimate, and the most that the run reports."""
+    """GiB per process: the estimate, and the peak that the run reports."""
     settings = ["--job.config_file", f"{ROOT}/train_configs/{job}.toml", "--job.dump_folder", str(folder), *arguments]
     settings += ["--model.tokenizer_path", str(ROOT / "assets/tokenizer")]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs against the built model and against torch's own counter over plain PyTorch
+"""Counts of parameters and FLOPs, compared with the built model and with torch's own counter on plain PyTorch
 operations."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_active_parameters_count_only_chosen_experts() -> None:
 def plain_experts(
     x: Tensor, indices: Tensor, gates: Tensor, down: Tensor, up: Tensor, activation: str, row_gradients: object
 ) -> Tensor:
-    """What `peer_experts` computes, in operations that torch's counter knows: one batched product a table."""
+    """What `peer_experts` computes, in operations that torch's counter knows: one batched product per table."""
     T, K = indices.shape
     dim = x.shape[1]
     z = torch.bmm(down[indices].view(T, -1, dim), x.unsqueeze(-1)).view(T, K, -1)
@@ -66,7 +66,7 @@ class PlainRetrieval:
     """What `product_key_retrieve` computes, in operations that torch's counter knows.
 
     The indices come from all scores, the values (and so the gradients) from the chosen keys. The second product is one
-    that the operator's forward does not make, so it is kept apart.
+    that the operator's forward does not make, so it is counted separately.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or not there, verified, opened for inference."""
+"""Checkpoints on disk: complete or absent, verified, opened for inference."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_table_that_an_earlier_version_left_unaligned_is_loaded_instead_of_map
     old = ROOT / "tests/golden/checkpoint_version_0/step-2"
     reader, down = SafeReader(old), "layers.1.peer.experts.expert_down"
     places = {index.fqn: info.offset for index, info in reader.read_metadata().storage_data.items()}
-    assert places[f"model.{down}"] % 4  # as nearly all of them were
+    assert places[f"model.{down}"] % 4  # as nearly all checkpoints were
     with pytest.raises(NotMappableError, match=r"not aligned in __0_0\.distcp"):
         map_tensor(reader, f"model.{down}")
     model = load_model_for_inference(old, mmap_tables=True)[0]
@@ -175,7 +175,7 @@ def test_a_table_that_an_earlier_version_left_unaligned_is_loaded_instead_of_map
 
 
 def test_an_index_that_asks_for_code_is_refused(copy):
-    """A manifest proves only that files are unchanged since it was written; it does not vouch for who wrote it."""
+    """A manifest proves only that files are unchanged since it was written, not who wrote them."""
     import pickle
     import zlib
 
@@ -206,7 +206,7 @@ def straight(trained: Trainer) -> Path:
 
 
 def test_an_asynchronous_save_holds_the_state_of_its_step_not_of_a_later_one(straight, tmp_path, monkeypatch):
-    """Also where copying takes longer than the whole next forward and backward pass."""
+    """This also holds if copying takes longer than the whole next forward and backward pass."""
     stage = StateDictStager.stage
 
     def stage_late(self, state_dict, **kwargs):
@@ -230,7 +230,7 @@ def test_the_newest_k_and_every_nth_checkpoint_stay(tmp_path):
 
 
 def test_old_checkpoints_that_were_moved_to_other_storage_do_not_end_the_saving(straight, tmp_path):
-    """Somebody has put links in their place."""
+    """The files have been replaced by links."""
     storage = tmp_path / "storage"
     shutil.copytree(straight, tmp_path / "job")
     shutil.move(tmp_path / "job/checkpoint/step-2", storage)
@@ -276,7 +276,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(straight, tmp_pat
     back = ["--checkpoint.load_step", 2, "--training.steps", 5]
     assert trainer(tmp_path, *back).train() == 0
     assert steps(tmp_path) == ["step-2", "step-4", "step-4.superseded", "step-5", "step-6.superseded"]
-    # a restart by torchrun repeats the command, and must not go back again
+    # a restart by torchrun repeats the command, and must not go back a second time
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert trainer(tmp_path, *back).step == 5
 
@@ -315,7 +315,7 @@ def test_a_job_starts_from_another_jobs_model(straight, tmp_path):
         assert torch.equal(tensor, saved[f"model.{name}"]), name
     assert all(not state.any() for name, state in job.optimizers.named_state())
     job.train()
-    # once it has checkpoints of its own, they are what it resumes from
+    # once the job has checkpoints of its own, it resumes from them
     assert trainer(tmp_path, "--checkpoint.initial_load_path", source).step == 6
 
 
@@ -373,7 +373,7 @@ def test_without_space_training_goes_on_and_the_job_ends_with_an_error(straight,
     assert steps(tmp_path) == ["step-2", "step-4"]
     for step in ("step-2", "step-4"):
         verify(tmp_path / "checkpoint" / step)
-    # with space again the same command makes up for it
+    # once there is space again, the same command saves it
     assert main(arguments) == 0
     assert steps(tmp_path)[0] == "step-10"
 

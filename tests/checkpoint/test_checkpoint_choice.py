@@ -1,4 +1,4 @@
-"""Every command takes a checkpoint, a folder of checkpoints or a job's folder, and says which checkpoint it took."""
+"""Every command accepts a checkpoint, a folder of checkpoints or a job's folder, and says which checkpoint it uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOLDEN = ROOT / "tests/golden/checkpoint_version_0"
 
 @pytest.fixture
 def job_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job's folder with the steps 2, 4, 10 (none is a longer name's prefix) and unfinished ones after them."""
+    """A job's folder with checkpoints of the steps 2, 4 and 10, and with later unfinished ones."""
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "job"
     for step in (2, 4, 10):
@@ -81,7 +81,7 @@ def test_every_command_takes_a_jobs_folder(job_folder, tmp_path, caplog):
 
 
 def _sign(checkpoint: Path) -> None:
-    """Write the manifest anew for files that a test has changed."""
+    """Write a new manifest for files that a test has changed."""
     from titan_peer.checkpoint.files import manifest_entries, write_manifest
 
     files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json"]

@@ -1,4 +1,4 @@
-"""A checkpoint is taken by a job of the same model and tokenizer only, unless a key allows the change."""
+"""A job starts from a checkpoint only if its model and tokenizer are the same, unless a key allows the change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trainer(folder: Path, *arguments: object) -> Trainer:
 
 
 def started(folder: Path, *arguments: object) -> Trainer:
-    """Another job that takes the model of the checkpoint in `folder`."""
+    """Another job, which starts from the model of the checkpoint in `folder`."""
     return trainer(folder / "other", "--checkpoint.initial_load_path", folder / "checkpoint/step-2", *arguments)
 
 
@@ -107,12 +107,12 @@ def test_every_key_that_differs_from_the_checkpoint_is_listed_and_no_other(folde
 
 def test_keys_without_a_part_in_the_function_may_differ(folder):
     settings = ["--model.init_std", 0.1, "--model.max_seq_len", 256, "--model.peer.dropout", 0.1]
-    assert trainer(folder, *settings, "--model.mla.original_seq_len", 2048).step == 2  # without YaRN it says nothing
+    assert trainer(folder, *settings, "--model.mla.original_seq_len", 2048).step == 2  # no effect without YaRN
 
 
 def test_a_new_key_of_the_model_is_taken_to_change_its_function():
-    """All but those that tensors show, or that have no part in it, are compared; so whoever adds one need not think of
-    it."""
+    """All keys are compared, except those that shapes of tensors show or that have no effect; so a new key is
+    compared as well."""
 
     def keys(section: object, prefix: str) -> set[str]:
         fields = {f"{prefix}.{f.name}": getattr(section, f.name) for f in dataclasses.fields(section)}
@@ -202,7 +202,7 @@ def test_a_tied_model_resumes_and_can_be_untied(tmp_path):
 
 @pytest.fixture
 def other_tokenizer(tmp_path: Path) -> Path:
-    """As many entries as the checkpoint's, two of which have changed places."""
+    """As many entries as the checkpoint's tokenizer, with two of them exchanged."""
     content = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
     first, second = "a", "b"

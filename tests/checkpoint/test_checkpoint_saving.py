@@ -1,4 +1,4 @@
-"""What stands in the way of a save: old checkpoints that cannot be removed, file systems that lack something."""
+"""Obstacles to a save: old checkpoints that cannot be removed, and file systems that lack a feature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titan_peer.checkpoint.saving import CheckpointSaveError, Ranks, write_check
 
 
 def save(folder: Path, step: int, size: int = 3) -> Path:
-    """A checkpoint of one tensor, of `size` numbers."""
+    """A checkpoint of one tensor with `size` numbers."""
     documents = {TRAIN_STATE: b"{}", CONFIG: b""}
     return write_checkpoint(folder, step, lambda: {"model.weight": torch.ones(size)}, documents, Ranks())
 
@@ -38,7 +38,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.fixture
 def guarded() -> Iterator[Path]:
-    """A folder in which this process has no rights but those of its files' modes, even if it is the superuser's."""
+    """A folder in which only the modes of files decide what this process may do, even if it runs as the superuser."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         with contextlib.ExitStack() as stack:
             if os.geteuid() == 0:
@@ -101,7 +101,7 @@ def test_leftovers_of_this_and_earlier_versions_are_removed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("", encoding="utf-8")
     (tmp_path / ".step-5.removed").symlink_to(tmp_path)
-    (tmp_path / ".stepping").mkdir()  # somebody else's
+    (tmp_path / ".stepping").mkdir()  # of another user
     Retention(tmp_path, keep_latest_k=1, keep_every_n_steps=0).clear_leftovers()
     assert hidden(tmp_path) == [".stepping"]
 
@@ -122,7 +122,7 @@ def test_a_save_replaces_the_checkpoint_of_its_step(tmp_path):
 
 
 def test_a_save_that_fails_at_any_stage_leaves_the_checkpoint_of_its_step(guarded):
-    """The last stage too: the new one is written, and cannot be given its name."""
+    """Also at the last stage, when the new checkpoint is written but cannot be renamed."""
     save(guarded, 1, size=3)
 
     def cannot_be_made() -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_a_save_that_fails_at_any_stage_leaves_the_checkpoint_of_its_step(guarde
 
     with pytest.raises(CheckpointSaveError, match="rank 0: RuntimeError: no memory for a copy"):
         write_checkpoint(guarded, 1, cannot_be_made, {TRAIN_STATE: b"{}"}, Ranks())
-    # not writable from the moment on at which the new checkpoint is complete under its hidden name
+    # not writable as soon as the new checkpoint is complete under its hidden name
     for stage in ("written", "moved"):
         with pytest.raises(CheckpointSaveError, match="Permission denied"), _read_only_after(guarded, stage):
             save(guarded, 1, size=5)
@@ -140,7 +140,7 @@ def test_a_save_that_fails_at_any_stage_leaves_the_checkpoint_of_its_step(guarde
 
 @contextlib.contextmanager
 def _read_only_after(folder: Path, stage: str) -> Iterator[None]:
-    """Take the right to rename in `folder` away when a save has written everything, or has also moved the old aside."""
+    """Forbid renaming in `folder` when a save has written everything, or has also moved the old checkpoint aside."""
     renamed = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
@@ -162,13 +162,13 @@ def _read_only_after(folder: Path, stage: str) -> Iterator[None]:
 
 def test_a_kill_while_a_checkpoint_is_being_replaced_loses_none(tmp_path):
     checkpoint = save(tmp_path, 1)
-    checkpoint.rename(tmp_path / ".step-1.replaced-0a1b2c")  # there the process was killed
+    checkpoint.rename(tmp_path / ".step-1.replaced-0a1b2c")  # the process was killed at this point
     restore_replaced(tmp_path)
     assert size_of(checkpoint) == 3 and not hidden(tmp_path)
 
 
 def test_a_file_system_that_cannot_sync_folders_is_said_once_and_is_no_error(caplog):
-    """As that of /proc, which answers EINVAL."""
+    """Such as /proc, which answers EINVAL."""
     descriptor = os.open("/proc/self", os.O_RDONLY)
     with pytest.raises(OSError, match="Invalid argument"):
         os.fsync(descriptor)
@@ -178,4 +178,4 @@ def test_a_file_system_that_cannot_sync_folders_is_said_once_and_is_no_error(cap
     (said,) = messages(caplog)
     assert "cannot sync folders (Invalid argument)" in said
     with pytest.raises(OSError, match="Invalid argument"):
-        sync(Path("/proc/self/status"))  # a file must be on disk
+        sync(Path("/proc/self/status"))  # a file must be synchronised with the disk

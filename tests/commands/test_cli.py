@@ -87,7 +87,7 @@ def test_help_is_as_wide_as_the_terminal(
     else:
         cli.main(["--help"])
         shown = capsys.readouterr().out
-    # a word that is longer than what is left of a line has one for itself
+    # a word that is longer than the rest of a line gets its own line
     too_long = [line for line in shown.splitlines() if len(line) > width and len(line.rstrip("\\ ").split()) > 2]
     assert not too_long
 
@@ -155,7 +155,7 @@ def test_a_number_of_experts_that_is_no_square_is_refused_by_the_benchmarks(monk
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     square_number = importlib.import_module("report").square_number
     assert square_number("65536") == 65536
-    with pytest.raises(ArgumentTypeError, match="1000 is no square number; near it: 961 or 1,024"):
+    with pytest.raises(ArgumentTypeError, match="1000 is not a square number; the nearest are 961 and 1,024"):
         square_number("1000")
 
 

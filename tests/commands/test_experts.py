@@ -1,4 +1,4 @@
-"""`titan-peer experts`: the report of a saved model is that of a brute-force recount, and names the right tokens."""
+"""`titan-peer experts`: the report of a saved model equals a brute-force recount and names the right tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = str(ROOT / "assets/sample_text/validation.jsonl")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the debug model with one block, after two steps."""
+    """A checkpoint of the debug model with one block, after two steps."""
     folder = tmp_path_factory.mktemp("job")
     arguments = ["--job.config_file", "train_configs/debug_model.toml", "--job.dump_folder", str(folder)]
     arguments += ["--compile.enable", "false", "--training.steps", "2", "--model.n_layers", "1", "--model.dim", "64"]
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts_of(tokenizer: Tokenizer, ids: list[int], place: int) -> list[str]:
-    """How a token may be shown: its own text; for one that ends a character, the whole character."""
+    """The texts that may be shown for a token: its own text or, if it ends a character, the whole character."""
     alone = tokenizer.decode([ids[place]])
     texts = [alone]
     if "\ufffd" in alone:

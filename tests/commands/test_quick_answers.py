@@ -19,7 +19,7 @@ HEAVY = ("torch", "numpy", "matplotlib", "tokenizers", "transformers", "triton")
 JOB, NO_JOB = ["--job.config_file", "train_configs/debug_model.toml"], ["--job.config_file", "no/such.toml"]
 AXES = ["--axes", "expert_count"]
 TAKE_A_JOB = {"train": [], "estimate": [], "analyze": [], "ablate": AXES, "data inspect": [], "tune": []}
-"""Command: what it needs besides a job."""
+"""Command: the arguments that it needs besides a job."""
 TAKE_A_CHECKPOINT = {
     "analyze": JOB,
     "experts": ["--data", "assets/sample_text/validation.jsonl"],
@@ -27,7 +27,7 @@ TAKE_A_CHECKPOINT = {
     "generate": ["--prompt", "x"],
     "export": ["--output", "outputs/none"],
 }
-"""Command: what it needs besides a checkpoint."""
+"""Command: the arguments that it needs besides a checkpoint."""
 OTHERS_NEED = {
     "import": ["--output", "outputs/none"],
     "data tokenize": ["--output", "outputs/none", "--source.path", "x.txt"],
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     words: list[str]
     status: int
     message: str
-    """In what is printed."""
+    """A pattern in the output."""
 
 
 def cases() -> list[Case]:
@@ -79,13 +79,13 @@ def cases() -> list[Case]:
         if name not in TAKE_A_JOB:
             more = TAKE_A_CHECKPOINT.get(name, OTHERS_NEED.get(name, []))
             needed = ["--checkpoint", "x"] if name in TAKE_A_CHECKPOINT else []
-            known = needed or more or name == "tune"  # of another command it may first say which flags it needs
+            known = needed or more or name == "tune"  # other commands may first say which flags they need
             words = [*name.split(), *more, *needed, "--no_such", "1"]
             found.append(Case(f"{name}: unknown flag", words, 2, "no_such" if known else "error: "))
     return found
 
 
-# Each case runs in a process of its own, forked from one that has imported only the entry point.
+# Each case runs in a separate process, forked from one that has imported only the entry point.
 PROGRAM = """
 import json, os, sys, tempfile
 from titan_peer.commands.main import main
@@ -115,7 +115,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, tuple[int, list[str], str]]:
-    """Case -> exit status, heavy modules loaded, what was printed."""
+    """Case -> exit status, loaded heavy modules, output."""
     given = json.dumps([HEAVY, [case.words for case in cases()]])
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Tuning the kernels of a job: measured with interpreted kernels here, on a GPU in tests/gpu."""
+"""Tuning the kernels of a job, here with interpreted kernels; tests/gpu does it on a GPU."""
 
 from __future__ import annotations
 

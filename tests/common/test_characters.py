@@ -1,4 +1,4 @@
-"""Text from outside that is no text, and outputs that do not take all of it."""
+"""Input that is not valid text, and output encodings that lack characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait, as OpenMP itself says when it is loaded."""
+"""How OpenMP's threads wait, as OpenMP reports when it is loaded."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STARTS = {
     "titan-peer": ([sys.executable, "-m", "titan_peer.commands.main", "tune", *JOB], 2),  # without a GPU
     "run_train.sh": (["./run_train.sh", *JOB, "--comm.mode", "fake_backend"], 0),
 }
-"""What loads torch and is done soon, and its exit status."""
+"""Short commands that load torch, and their exit status."""
 
 
 def spins(start: str, **settings: str) -> int:
-    """How many times a waiting thread looks before it sleeps, in the process that has loaded torch."""
+    """How often a waiting thread spins before it sleeps, in the process that has loaded torch."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_DISPLAY_ENV": "VERBOSE"}
     command, status = STARTS[start]

@@ -1,4 +1,4 @@
-"""Which errors of the system may pass by themselves, and which a person has to mend."""
+"""Which system errors are temporary, and which a person must correct."""
 
 from __future__ import annotations
 

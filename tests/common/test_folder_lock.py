@@ -1,4 +1,4 @@
-"""One job at a time in a folder: between processes, after a kill, across machines, and without locks of the file
+"""Only one job at a time uses a folder: between processes, after a kill, across machines, and without locks of the file
 system."""
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from titan_peer.common import folder_lock
 from titan_peer.common.errors import UserError
 from titan_peer.common.folder_lock import NAME, FolderLock
 
-CONTEXT = multiprocessing.get_context("fork")  # starts at once; the children do nothing but hold a lock
+CONTEXT = multiprocessing.get_context("fork")  # starts quickly; the children only hold a lock
 
 
 def hold(folder: Path, parent: Connection) -> None:
     lock = FolderLock(folder, wait_seconds=0)
     parent.send("has it")
-    parent.poll(60)  # until the parent says something, or is gone
+    parent.poll(60)  # until the parent writes a line or ends
     lock.release()
 
 
 @contextmanager
 def another_process(folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
-    """A process that has the folder, and the line on which any word lets it end."""
+    """A process that holds the folder, and the pipe through which any line makes it end."""
     here, there = CONTEXT.Pipe()
     process = CONTEXT.Process(target=hold, args=(folder, there))
     process.start()
@@ -50,7 +50,7 @@ def another_process(folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in less time."""
+    """The same with shorter times."""
     monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(folder_lock, "WATCH_SECONDS", 0.6)
     monkeypatch.setattr(folder_lock, "_POLL_SECONDS", 0.05)
@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["locks", "no locks"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One that has locks, and one that answers as those without do."""
+    """A file system with locks, and one that answers like those without locks."""
     if request.param == "no locks":
 
         def refuse(*_: object) -> None:
@@ -109,7 +109,7 @@ ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 77, "started": "5"}
 
 
 def write_elsewhere(folder: Path, beats: int) -> None:
-    """What a process on another machine would write: the whole text at once, over the old one."""
+    """Write as a process on another machine would: the whole text at once, over the old text."""
     file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT)
     os.pwrite(file, json.dumps({**ELSEWHERE, "beats": beats}).encode().ljust(1024), 0)
     os.close(file)
@@ -156,7 +156,7 @@ def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path: Path, mon
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    # it has seen an empty file before this one was here, and writes while this one waits for such as it
+    # the other process saw an empty file before this one came, and writes while this one waits for such writers
     writer = CONTEXT.Process(target=lambda: (time.sleep(0.15), write_elsewhere(tmp_path, 1)))
     writer.start()
     with pytest.raises(UserError, match="process 77 on elsewhere has started in it at the same time"):
@@ -174,7 +174,7 @@ def test_a_folder_made_for_a_job_that_does_not_begin_is_removed_and_a_waiting_jo
     (folder / "config.toml").write_text("", encoding="utf-8")
     first.release()
     assert sorted(p.name for p in folder.iterdir()) == [".job.lock", "config.toml"]
-    unlinked = os.open(tmp_path / ".job.lock", os.O_RDWR | os.O_CREAT)  # the lock of a job that has just removed it
+    unlinked = os.open(tmp_path / ".job.lock", os.O_RDWR | os.O_CREAT)  # a lock file that its job has just removed
     (tmp_path / ".job.lock").unlink()
     lock = FolderLock(tmp_path, wait_seconds=0)
     assert not lock._is_in_place(unlinked) and lock._is_in_place(lock._file)

@@ -1,4 +1,4 @@
-"""Memory that a step frees is there for the next; tables lie on large pages."""
+"""Memory that a step frees is kept for the next step; tables use huge pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from titan_peer.common.host_memory import prefer_huge_pages
 
-# Five pieces of 16 MiB, as a layer's activations; page faults while they are taken and freed ten times more.
+# Five blocks of 16 MiB, like a layer's activations; page faults while they are allocated and freed ten more times.
 SCRIPT = """
 import ctypes, resource, sys
 from titan_peer.common.host_memory import keep_freed_memory
@@ -51,7 +51,7 @@ def test_a_step_does_not_fault_in_its_memory_again() -> None:
 
 
 def advice_at(address: int) -> set[str]:
-    """What the kernel was told of the mapping that holds this address."""
+    """The flags of the memory mapping that contains this address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         first, _, rest = line.partition(" ")

@@ -34,7 +34,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def edited(checkpoint: Path, *replacements: tuple[str, str]) -> Path:
-    """The checkpoint with changes in its config.toml, and a manifest to match."""
+    """The checkpoint with changes in its config.toml, and a matching manifest."""
     text = (checkpoint / "config.toml").read_text(encoding="utf-8")
     for old, new in replacements:
         assert old in text
@@ -46,7 +46,7 @@ def edited(checkpoint: Path, *replacements: tuple[str, str]) -> Path:
 
 
 def require_golden_logits(checkpoint: Path) -> None:
-    """What the version that saved it computed."""
+    """The values that the version that saved it computed."""
     expected = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["logits"]
     for mmap_tables in (False, True):
         model = load_model_for_inference(checkpoint, mmap_tables=mmap_tables)[0]
@@ -60,7 +60,7 @@ def test_a_checkpoint_of_the_first_format_opens_with_the_logits_it_had():
 
 
 def test_a_checkpoint_of_the_first_format_resumes_with_all_its_state(copy):
-    """It continues with the losses of the version that saved it; the learning-rate schedule may have changed since."""
+    """The losses continue as in the version that saved it; the learning-rate schedule may have changed since then."""
     expected = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["losses"]
     settings = ["--job.config_file", str(GOLDEN / "small.toml"), "--job.dump_folder", str(copy.parent.parent)]
     config = load_config([*settings, "--model.tokenizer_path", str(copy / "tokenizer")])
@@ -97,14 +97,14 @@ def test_inference_opens_a_checkpoint_with_keys_it_does_not_know_and_says_so(cop
 
 
 def test_a_model_with_keys_that_are_not_known_is_refused(copy):
-    """They say what the weights mean."""
+    """These keys determine what the weights mean."""
     edited(copy, ("[model]\n", "[model]\nhyperbolic = true\n"))
     with pytest.raises(UserError, match=r"unknown key model\.hyperbolic"):
         load_model_for_inference(copy)
 
 
 def test_weights_of_another_model_than_the_config_says_are_refused(copy):
-    """Both ways: too few of them, and too many."""
+    """Both cases: too few experts, and too many."""
     edited(copy, ("n_layers = 2", "n_layers = 3"))
     with pytest.raises(UserError, match=r"layers.2.attention_norm.weight: .*the checkpoint has nothing"):
         load_model_for_inference(copy)
@@ -135,7 +135,7 @@ def test_tables_of_earlier_versions_are_migrated_step_by_step():
     new = migrated(old, "file", unversioned=0, current=3, migrations=steps)
     assert new == {"training": {"steps": 7, "seq_len": 64}, "metrics": {"log_freq": 3}}
     assert old["training"] == {"iterations": 7, "seq_len": 64}
-    # a file that says its version is migrated from that version on
+    # a file with a version is migrated from that version on
     assert migrated({KEY: 1, **old}, "file", unversioned=0, current=3, migrations=steps)["training"] == old["training"]
     assert migrated(old, "file", current=3, migrations=steps, unversioned=3) == old
     rename(new, "nowhere.at_all", "training.steps")
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_a_newer_version_opens_if_its_model_is_known(copy, caplo
 
 
 def test_a_job_that_somebody_writes_is_of_this_version(tmp_path):
-    """Only saved ones are migrated: a key that is misspelt in a new file is an error."""
+    """Only saved jobs are migrated: a misspelt key in a new file is an error."""
     file = tmp_path / "job.toml"
     file.write_text('[[data.sources]]\npath = "x"\n[training]\nstepps = 3\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"unknown key training.stepps = 3; did you mean steps"):

@@ -1,4 +1,4 @@
-"""Lets the data tests import what they share."""
+"""Lets the data tests import their shared modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small real corpora in several formats, and what the data tests share."""
+"""Small real corpora in several formats, and helpers of the data tests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def three_sources(folder: Path) -> list[DataSource]:
 
 
 def tokenizer_with_a_gap(folder: Path, largest_id: int) -> Path:
-    """The bundled tokenizer, but its last entry " giving", which is 4,095, has a far larger id."""
+    """The bundled tokenizer, with a far larger id for its last entry " giving" (4,095)."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads((Path(TOKENIZER) / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["\u0120giving"] = largest_id

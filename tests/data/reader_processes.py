@@ -1,7 +1,7 @@
-"""What the loader tests run in new processes.
+"""Code that the loader tests run in new processes.
 
-The processes fork from a server that has imported the libraries but read no data, so that each is new and quick to
-start.
+The processes fork from a server that has imported the libraries but read no data, so each starts quickly and without
+any state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def continue_loader(_: int, folder: Path, sources: list[DataSource], settings: d
 
 
 def run_rank(rank: int, world: int, folder: Path, sources: list[DataSource], packing: str, batches: int) -> None:
-    """A rank of a real group: go on from state.json, write this rank's digests, write the state after."""
+    """A rank of a real group: resume from state.json, write this rank's digests and the state after them."""
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     loader = make_loader(sources, rank=rank, world=world, packing=packing, local_batch_size=2)

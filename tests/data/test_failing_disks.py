@@ -1,4 +1,4 @@
-"""A disk or file server that fails while data are read: not the document's fault, and not for the user to mend."""
+"""A disk or file server that fails while data are read: not an error of the document or of the user."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Failing(io.RawIOBase):
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """From its call on, files whose paths end so can be opened but not read."""
+    """After its call, files whose paths end like this can be opened but not read."""
     import builtins
 
     import pyarrow.parquet

@@ -36,7 +36,7 @@ def test_resume_in_a_new_process_repeats_the_next_50_batches(
     straight = make_loader(sources, **settings)
     take(straight, stop)
     expected = take(straight, 50)
-    assert len(set(expected)) > 300  # of 400, some from a second epoch: a loader that stands still would not pass
+    assert len(set(expected)) > 300  # of 400, some from a second epoch: a loader that repeats one batch would fail
     in_new_processes(continue_loader, tmp_path, sources, settings, stop)
     in_new_processes(continue_loader, tmp_path, sources, settings, 50)
     assert json.loads((tmp_path / "digests.json").read_text(encoding="utf-8")) == expected, (
@@ -109,7 +109,7 @@ def test_sequences_do_not_depend_on_processes_or_workers(world: int, workers: in
     ]
     ranks = [take(loader, 2) for loader in loaders]
     assert [ranks[i % world][i // world] for i in range(2 * batch)] == expected[: 2 * batch]
-    # what the collective in state_dict does, without processes
+    # as the collective in state_dict does, without processes
     for loader in loaders:
         loader.dp_world_size = 1
     states = [loader.state_dict() for loader in loaders]
@@ -120,7 +120,7 @@ def test_sequences_do_not_depend_on_processes_or_workers(world: int, workers: in
 
 
 def test_a_batch_is_what_the_model_takes() -> None:
-    # named, since an order that follows the path would depend on where the clone lies
+    # with a name, because an order that follows the path would depend on the location of the clone
     batch = next(make_loader([DataSource(str(SAMPLE), name="sample")], seq_len=256))
     tokens, labels, documents = batch["tokens"], batch["labels"], batch["document_ids"]
     assert tokens.shape == labels.shape == documents.shape == (8, 256)
@@ -147,7 +147,7 @@ def test_a_seed_gives_one_order_and_another_seed_another(tmp_path: Path) -> None
     other = make_loader(sources, seed=4)
     taken = take(first, 5)
     assert taken == take(again, 5)
-    assert len(set(taken) & set(take(other, 5))) < 20  # of 40: an early piece of a long document may come early again
+    assert len(set(taken) & set(take(other, 5))) < 20  # of 40: an early part of a long document may come early again
 
 
 def test_the_order_follows_the_name_and_without_one_the_path(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Files as they lie about on people's disks: links, folders of parts, what editors and systems leave, arrays, byte
-order marks."""
+"""Files as they occur on real disks: links, folders of parts, leftovers of editors and systems, arrays, byte order
+marks."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_what_stands_in_place_of_a_text_is_said(value: str, word: str, tmp_path:
 
 
 def test_files_come_in_the_order_that_they_had(tmp_path: Path) -> None:
-    """A place in the data counts chunks in this order."""
+    """A position in the data counts chunks in this order."""
     for name in ("b.jsonl", "a/2.jsonl", "a.jsonl", "a-b/1.jsonl", "a/10.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_jsonl(tmp_path / name, sample_texts(0, 1))

@@ -1,4 +1,4 @@
-"""The mix that was asked for is the mix that is read."""
+"""The mix that is read is the configured one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_source_is_ever_more_than_a_few_draws_from_its_share(weights: list[fl
 
 
 def mix(folder: Path, lengths: tuple[int, ...] = (1, 1, 4)) -> list[DataSource]:
-    """Three sources whose documents differ in length: so many texts each are made one."""
+    """Three sources whose documents differ in length: this many texts are joined into one document."""
     sources = []
     for i, (length, weight) in enumerate(zip(lengths, (0.7, 0.2, 0.1))):
         texts = sample_texts(i * 800, (i + 1) * 800)

@@ -31,11 +31,11 @@ MODES: tuple[PackingMode, ...] = ("concat", "best_fit", "pad")
 
 
 class Listed:
-    """Documents out of a list."""
+    """Documents from a list."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         ends = np.cumsum(lengths)
-        # each token is another number, so that a lost or repeated one shows
+        # all tokens differ, so a lost or repeated one is detected
         tokens = [np.arange(end - n, end, dtype=np.int32) + 1 for n, end in zip(lengths, ends)]
         self.documents = [Document(t, 10 * len(t), source=i % 2, epoch=i) for i, t in enumerate(tokens)]
         self.position = 0
@@ -83,7 +83,7 @@ def test_document_ids_follow_the_documents(lengths: list[int], seq_len: int, mod
     documents = Listed(lengths)
     owner = {int(t): i for i, d in enumerate(documents.documents) for t in d.tokens}
     for s in packed(make_packer(mode, documents, PackingFormat(seq_len, 2, PAD))):
-        number = [owner.get(int(t), -1 - place) for place, t in enumerate(s.tokens)]  # each padding token its own
+        number = [owner.get(int(t), -1 - place) for place, t in enumerate(s.tokens)]  # padding: a number each
         same = [a == b for a, b in pairwise(number)]
         assert [a == b for a, b in pairwise(s.document_ids)] == same
         is_token = np.array([n >= 0 for n in number])
@@ -113,7 +113,7 @@ def test_best_fit_splits_no_document_and_leaves_none_alone_that_fits_elsewhere(
     bins = best_fit_decreasing(pieces, capacity)
     assert sorted(id(p.document) for b in bins for p in b) == sorted(id(p.document) for p in pieces)
     assert all(sum(map(len, b)) <= capacity for b in bins)
-    # a piece lies alone only if no other bin had room for it
+    # a piece is alone only if no other bin had room for it
     free = [capacity - sum(map(len, b)) for b in bins]
     for i, b in enumerate(bins):
         if len(b) == 1:
@@ -149,7 +149,7 @@ def test_an_epoch_of_files_gives_every_document_once_and_whole(
     lengths: list[int], seq_len: int, mode: PackingMode, num_streams: int, shuffle: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        # each text is its number and as many letters as hypothesis asks for; in bytes, a token is a byte
+        # each text is its number and as many letters as hypothesis draws; with bytes, each token is one byte
         texts = [f"{i} " + "abcdefg"[i % 7] * n for i, n in enumerate(lengths)]
         file = write_jsonl(Path(folder) / "a.jsonl", texts)
         source = DataSource(str(file), max_epochs=1)

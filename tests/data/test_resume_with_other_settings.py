@@ -1,4 +1,4 @@
-"""A resume with other weights, numbers of passes, files or readings: what goes on, what begins anew, what is
+"""A resume with other weights, numbers of passes, files or ways to read them: what continues, what begins anew, what is
 refused."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def resumed(state: dict[str, Any], sources: list[DataSource], **settings: Any) -
 
 
 def as_saved_before(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as versions wrote it that knew less of the sources, and took an ended one and one of weight 0 for the
-    same."""
+    """A state as written by versions that stored less about the sources and did not distinguish an ended source from
+    one of weight 0."""
     del state["settings"]
     for entry in state["sources"].values():
         for key in ("content", "modified", "reading", "seed"):
@@ -213,7 +213,7 @@ def test_another_order_or_other_borders_are_refused(
     state = make_loader(two, **BYTES).state_dict()
     with pytest.raises(UserError, match=message):
         resumed(state, two, **BYTES, **change)
-    resumed(as_saved_before(state), two, **BYTES, **change)  # it does not say what it was
+    resumed(as_saved_before(state), two, **BYTES, **change)  # the state does not say what the file was
 
 
 def write(kind: str, path: Path, texts: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Every format reads the same documents; every bad input is named with its place, or left out and counted."""
+"""Every format gives the same documents; every bad input is reported with its position, or left out and counted."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_two_sources_of_one_name_are_refused(corpora: dict[str, Path]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Hugging Face datasets: the library itself, on a data set that lies on disk
+# Hugging Face datasets: the library itself, on a dataset on disk
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +375,7 @@ def test_other_errors_are_not_tried_again() -> None:
 def test_a_dataset_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "FIRST_PAUSE", 1000.0)  # offline by the user's own setting: trying again cannot help
+    monkeypatch.setattr(hub, "FIRST_PAUSE", 1000.0)  # offline by the user's own setting: no attempt can help
     with pytest.raises(UserError) as caught:
         open_sources([DataSource("nobody/nothing", subset="en")], "data")
     message = (

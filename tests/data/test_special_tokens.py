@@ -1,4 +1,5 @@
-"""Which tokens begin and end documents: what the tokenizer's settings say, else its special entries, never its text."""
+"""Which tokens begin and end documents: those that the tokenizer's settings name, else its special entries, never other
+entries with such a text."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from titan_peer.data.tokenizer import load_tokenizer
 def write_tokenizer(
     folder: Path, *, special: tuple[str, ...] = (), text: tuple[str, ...] = (), **settings: dict[str, Any]
 ) -> Path:
-    """The bundled tokenizer without its special tokens, with others from 4,096 on, and settings files beside it."""
+    """The bundled tokenizer without its special tokens, with others from 4,096 on, and settings files in its folder."""
     content = json.loads((Path(TOKENIZER) / "tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"] = []
     content["model"]["vocab"] = {

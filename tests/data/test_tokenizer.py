@@ -1,4 +1,4 @@
-"""Each kind of tokenizer gives back the text, and the ids that an independent implementation gives."""
+"""Each kind of tokenizer returns the text again, and the same ids as an independent implementation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def byte_characters() -> dict[int, str]:
-    """How byte-level BPE files spell a byte: printable ones as they are, the others from U+0100 on."""
+    """The character for each byte in byte-level BPE files: printable ones unchanged, the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = itertools.count(256)
     return {b: chr(b if b in printable else next(others)) for b in range(256)}

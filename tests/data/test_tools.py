@@ -1,4 +1,4 @@
-"""titan-peer data inspect, tokenize and train-tokenizer, as a user calls them."""
+"""titan-peer data inspect, tokenize and train-tokenizer, called as a user would."""
 
 from __future__ import annotations
 
@@ -119,11 +119,12 @@ sys.exit(cli.main(["data", "tokenize", "--source.path", {str(source)!r}, "--outp
 
 
 class Killed(BaseException):
-    """Ends the command at once, as a signal that cannot be caught."""
+    """Ends the command immediately, like a signal that cannot be caught."""
 
 
 def kill_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Have the `moment`-th write to disk or renaming be the last, the file half written; returns what is done."""
+    """Let the `moment`-th write or rename be the last one, with the file half written; returns the list of changes
+    made."""
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -172,7 +173,7 @@ def test_tokenizing_killed_at_any_write_and_begun_again_makes_the_same_and_loses
         assert len(kept) == 3 * ((moment - 1) // 5 if moment <= 20 else 4)
         assert tokenize(folder, *settings, source=source) == 0
         found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
-        assert found.pop(LOCK) == b""  # nobody's
+        assert found.pop(LOCK) == b""  # that no process has
         assert found == whole
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
@@ -295,7 +296,7 @@ def test_inspect_shows_sequences_shares_and_a_histogram(tmp_path: Path, capsys: 
     assert cli.main([*job, "--sequences", "3", "--data.shuffle", "false", "--data.num_streams", "1"]) == 0
     shown = capsys.readouterr().out
     first = sample_texts(0, 1)[0]
-    assert first in shown  # whole, since the sequence begins with it
+    assert first in shown  # whole, because the sequence begins with it
     assert "--- document 0 begins, ends, " in shown and shown.count("sequence ") == 3
     assert "sample text  100.00%  100.00%         40,960" in shown
     assert (tmp_path / "document_lengths.png").stat().st_size > 10_000

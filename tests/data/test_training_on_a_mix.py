@@ -1,4 +1,4 @@
-"""A real job on a mix: what metrics.jsonl says of it, and how it ends when the data do."""
+"""A real job on a mix: its numbers in metrics.jsonl, and how it ends at the end of the data."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_job_goes_on_on_two_and_four_processes_and_back_with_the_same_data(tmp
     job = mix_job(tmp_path)
     straight, elastic = tmp_path / "straight", tmp_path / "elastic"
     settings = [*SMALL, "--training.mixed_precision_param", "float32"]
-    # a rate that does not depend on the number of steps that each part is given
+    # a learning rate that does not depend on the number of steps of each part
     settings += ["--lr_scheduler.warmup_steps", "4", "--lr_scheduler.decay_ratio", "0.0"]
     whole = ["--training.steps", "16", "--training.local_batch_size", "8"]
     one = start_job(job, *settings, *whole, "--job.dump_folder", str(straight))

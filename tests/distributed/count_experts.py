@@ -1,4 +1,4 @@
-"""Run by test_expert_usage.py in one or more processes: trains a few steps, recounts the experts by brute force.
+"""Run by test_expert_usage.py in one or more processes: trains a few steps and recounts the experts by brute force.
 
 Arguments: FOLDER [--section.key value ...]. Rank r writes FOLDER/recount-r.npz (its own tokens, counted pair by
 pair from what the retrieval returned) and rank 0 FOLDER/counted.npz (what ExpertUsage read, all processes together).

@@ -79,7 +79,8 @@ def _train_all(jobs: list[list[str]], ports: list[int]) -> None:
 
 
 def train_jobs(world_size: int, jobs: Sequence[Sequence[object]]) -> None:
-    """Run whole training jobs, one after another, in the same `world_size` processes (starting processes is slow)."""
+    """Run whole training jobs, one after another, in the same `world_size` processes, because starting processes is
+    slow."""
     ports = [free_port() for _ in jobs]
     run_in_processes(world_size, _train_all, [[str(a) for a in job] for job in jobs], ports)
 

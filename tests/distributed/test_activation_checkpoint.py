@@ -1,4 +1,4 @@
-"""What the backward pass recomputes, and what it must not count twice."""
+"""What the backward pass recomputes, and what it must not count a second time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained_step(mode: str, compiled: bool) -> tuple[Transformer, dict[str, Tens
             block.compile(fullgraph=True)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
     model(tokens, labels=tokens).backward()
-    if compiled:  # a dispatch mode would switch compiled code off; the profiler would count a cached op as well
+    if compiled:  # a dispatch mode would disable compiled code; the profiler would also count a cached op
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(tokens, labels=tokens).backward()
         names = Counter(event.name for event in profile.events() or [])

@@ -1,4 +1,5 @@
-"""A failure on one process ends the job on all of them, at once and with the reason. Each process has its own files."""
+"""A failure on one process ends the job on all processes, immediately and with the reason. Each process has its own
+files."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 from processes import ROOT, free_port, run_in_processes
 from small_jobs import SMALL
 
-TIMEOUT_SECONDS = 240  # of a collective; the ends below come much sooner
+TIMEOUT_SECONDS = 240  # of a collective; the jobs below end much sooner
 JOB = [*SMALL, "--model.tokenizer_path", str(ROOT / "assets/tokenizer"), "--checkpoint.enable", "false"]
 JOB += ["--data.sources.0.path", "train.jsonl", "--parallelism.timeout_seconds", str(TIMEOUT_SECONDS)]
 JOB += ["--metrics.log_expert_usage", "true", "--metrics.expert_usage_freq", "100"]
@@ -36,7 +37,7 @@ JOBS = {
 
 
 def write_files(folder: Path) -> None:
-    """Rank 0 cannot open `blocked/expert_usage`, which only it does; rank 1 has other documents."""
+    """Rank 0, which alone opens `blocked/expert_usage`, cannot open it; rank 1 has other documents."""
     good = [json.dumps({"text": f"document {i} has a few words " * 10}) for i in range(60)]
     for rank in (0, 1):
         own = folder / f"rank{rank}"

@@ -1,4 +1,4 @@
-"""A save or load that fails on one process fails on all of them at once: none waits for one that has given up."""
+"""A save or load that fails on one process fails on all of them at once: none waits for a process that has stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _trainer(folder: str, *arguments: str) -> Any:
 
 
 def _save_what_one_process_cannot_copy(folder: str) -> list[str]:
-    """Saves of both kinds with a tensor on rank 1 that holds nothing, then one without it; what is said of each."""
+    """Saves of both kinds with a tensor without data on rank 1, then one without this tensor; the message of each."""
     import torch
 
     from titan_peer.checkpoint.saving import CheckpointSaveError
@@ -124,7 +124,7 @@ def _everything(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of both processes, which are started once for all tests."""
+    """The results of both processes, which are started once for all tests."""
     folder = tmp_path_factory.mktemp("agreement")
     results = run_in_processes(2, _everything, str(folder))
     for result in results:

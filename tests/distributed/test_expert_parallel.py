@@ -1,4 +1,5 @@
-"""Experts sharded over processes: the same results as in one process, no whole table anywhere, few bytes exchanged."""
+"""Experts sharded over processes: the same results as in one process, no whole table on any process, few bytes
+exchanged."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ from titan_peer.model import Experts, MLAArgs, ModelArgs, PEERArgs, Transformer
 from titan_peer.ops import RowGradients
 from titan_peer.trainer import Trainer
 
-N, E, D, T, K = 10, 2, 12, 6, 5  # ten experts on four processes: three each, the last has one
+N, E, D, T, K = 10, 2, 12, 6, 5  # ten experts on four processes: three on each, one on the last
 
 
 OnFour = dict[str, list[Any]]
-"""What each of four processes found, by question."""
+"""The results of each of four processes, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def _all_questions() -> dict[str, Any]:
     found = {"compare": _compare_sharded_with_whole(), "exchange": _exchanges(), "traffic": _forward_traffic()}
     found["bfloat16"] = _bfloat16_errors()
     threads = [_gloo_threads()]
-    dist.barrier(new_gloo_group(datetime.timedelta(seconds=60)))  # its thread runs and has its name
+    dist.barrier(new_gloo_group(datetime.timedelta(seconds=60)))  # its thread is running and has its name
     found["threads"] = [*threads, _gloo_threads()]
     dist.destroy_process_group()
     return found
@@ -122,7 +123,8 @@ def test_sharded_experts_compute_what_whole_ones_do(on_four: OnFour) -> None:
 
 
 def _bfloat16_errors() -> dict[str, list[float]]:
-    """Of outputs and input gradients of bfloat16 tokens: the error of whole and of sharded tables against float64."""
+    """The errors, compared with float64, of outputs and input gradients of bfloat16 tokens with whole and sharded
+    tables."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
     own = slice(rank * T, (rank + 1) * T)
@@ -244,9 +246,9 @@ def test_exchange_is_two_copies_of_the_tokens_whatever_k_is(on_four: OnFour) -> 
     for found in on_four["traffic"]:
         for elements, places in zip(found, (8, 128)):
             bfloat16 = sum(count for name, count in elements.items() if "bfloat16" in name)
-            assert bfloat16 == tokens * dim  # the tokens out
+            assert bfloat16 == tokens * dim  # the tokens
             float32 = sum(count for name, count in elements.items() if "float32" in name)
-            assert float32 == tokens * dim + tokens * places  # the parts of the sums back; gates
+            assert float32 == tokens * dim + tokens * places  # the partial sums, and the gates
             assert sum(elements.values()) - bfloat16 - float32 == tokens * places  # int32 indices
 
 
@@ -254,7 +256,7 @@ def test_exchange_is_two_copies_of_the_tokens_whatever_k_is(on_four: OnFour) -> 
 
 
 def _largest_allocation(arguments: list[str]) -> int:
-    """Bytes of the largest piece of memory taken while a job is built, trains three steps and saves."""
+    """Bytes of the largest allocation while a job is built, trains three steps and saves."""
     config = load_config(arguments)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -294,11 +296,11 @@ def test_no_process_ever_holds_a_whole_table(tmp_path: Path) -> None:
         4, _largest_allocations, jobs, [free_port() for _ in jobs]
     ):
         assert rowwise == dense == table_bytes // 4
-        assert whole == whole_dense == table_bytes  # what is measured if tables are whole
+        assert whole == whole_dense == table_bytes  # the result if tables were whole
 
 
 def test_a_gloo_group_has_one_thread(on_four: OnFour) -> None:
-    # With the two of PyTorch, collectives that end at the same time free one string twice; see
+    # With PyTorch's two threads, collectives that end at the same time free one string twice; see
     # distributed/collectives.py.
     assert on_four["threads"] == [[1, 2]] * 4
 

@@ -1,4 +1,4 @@
-"""What can go wrong in a long run, done to real jobs of two processes: killed, stopped, signalled, disk full."""
+"""Faults of long runs, with real jobs of two processes: processes killed, stopped or signalled, and a full disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ JOB = [*SMALL, "--checkpoint.interval", 2, "--checkpoint.async_mode", "async", "
 
 @dataclass
 class Running:
-    """A job of two processes in its folder, with what it prints in a file."""
+    """A job of two processes in its folder, with its output in a file."""
 
     process: subprocess.Popen[bytes]
     folder: Path
@@ -72,7 +72,7 @@ class Running:
 
 @pytest.fixture
 def start():
-    """Start a job in a folder; what is still running at the end of the test is killed."""
+    """Start a job in a folder; if it is still running at the end of the test, it is killed."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(folder: Path, *arguments: object, **environment: str) -> Running:
@@ -178,7 +178,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named(start, tm
     ("statuses", "first"),
     [
         ({0: (1, 100), 1: (-9, 99)}, 1),  # rank 1 was killed, rank 0 lost contact
-        ({0: (1, 100), 1: (-9, 101)}, 1),  # the same, noticed in the other order
+        ({0: (1, 100), 1: (-9, 101)}, 1),  # the same, detected in the other order
         ({0: (1, 100), 1: (-9, 131)}, 0),  # rank 1 hung, and finally torchrun killed it
         ({0: (-15, 99), 1: (1, 100), 2: (1, 98)}, 2),
     ],
@@ -215,7 +215,7 @@ def test_bad_input_is_not_tried_again(start, tmp_path):
 
 
 def test_the_first_process_says_why_and_exits_though_the_launcher_is_ending_it():
-    """Else the launcher, which sees a process ended by its own SIGTERM, says the same words a second time."""
+    """Otherwise the launcher, which sees a process ended by its own SIGTERM, would print the same message again."""
     program = (
         "import os, signal, sys\n"
         "from titan_peer.common.errors import UserError\n"

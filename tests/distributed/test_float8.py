@@ -1,4 +1,4 @@
-"""float8 matrix products, rounded as in hardware but computed in higher precision, with compilation and FSDP2."""
+"""float8 matrix products with compilation and FSDP2, rounded as in hardware but computed in higher precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launcher decides before it starts processes, and after one has failed; run_train.sh's variables."""
+"""Decisions of the launcher before it starts processes and after one has failed; the variables of run_train.sh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """A port on which a program listens that is not a rendezvous."""
+    """A port on which another program listens, which is not a rendezvous."""
     with socket.socket() as program:
         program.bind(("", 0))
         program.listen()

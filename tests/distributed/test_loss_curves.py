@@ -1,4 +1,4 @@
-"""Training on many processes follows training on one: real jobs on real text, the same global batch."""
+"""Training on many processes has the losses of training on one: real jobs on real text, the same global batch."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_follow_one_in_bfloat16(tmp_path: Path) -> None:
-    """One process and two round the same numbers: the first step, with equal weights, has the same loss up to float32
-    rounding. Later steps cannot, since the gradient of a matrix is rounded once per process."""
+    """One process and two processes round the same numbers: the first step, with equal weights, has the same loss up to
+    float32 rounding. Later steps differ, because each process rounds its gradient of a matrix."""
     shorter = ["--training.steps", 6, "--training.mixed_precision_param", "bfloat16", "--compile.enable", "false"]
     plans = ["1 process", "FSDP x 2", "ep 2"]
     found = curves(tmp_path, plans, ["rowwise"], compiled=False, more=shorter)

@@ -1,4 +1,4 @@
-"""Muon on sharded matrices makes the steps that it makes on whole ones."""
+"""Muon makes the same steps on sharded matrices as on whole ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from titan_peer.distributed.matrix_owners import _owners, on_owners
 from titan_peer.optim.muon import Muon
 
-SHAPES = [(8, 12), (5, 8), (1, 6), (8, 12), (7, 3)]  # rows that four processes cannot share evenly, some have none
+SHAPES = [(8, 12), (5, 8), (1, 6), (8, 12), (7, 3)]  # rows that four processes cannot share evenly; some get none
 PARTS = [(0, (3, 5)), (1, (2, 6)), None, (1, (4, 4, 4)), None]
 
 

@@ -1,4 +1,4 @@
-"""Impossible settings are refused before any process waits for another; the degrees of a job's processes."""
+"""Impossible settings are refused before any process waits for another; the parallel degrees of a job."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ MUON = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true", "
 
 
 def reshard(tmp_path: Path, update: str, targets: list[tuple[int, int]], *more: object) -> None:
-    """One process until step 30; from its step 10 each of (processes, parts); from their step 20 one process again."""
+    """One process until step 30; from its step 10, jobs with each of (processes, parts); from their step 20, one
+    process again."""
     one = tmp_path / "one"
     train_jobs(1, [job(one, 1, 1, update, *more)])
     reference = losses(one)

@@ -1,4 +1,4 @@
-"""A slow process is named, with the time it costs; keeping dense parameters in host memory changes no loss."""
+"""A slow process is named, with its additional time; dense parameters in host memory do not change the losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""multinode_trainer.slurm, with SLURM's two commands imitated on this machine: two launchers that find each other."""
+"""multinode_trainer.slurm with imitations of SLURM's two commands on this machine: two launchers find each other."""
 
 from __future__ import annotations
 

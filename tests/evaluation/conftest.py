@@ -1,4 +1,4 @@
-"""A checkpoint of the debug model, trained for a few steps, that the tests here share."""
+"""A checkpoint of the debug model, trained for a few steps, which the tests in this folder share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from titan_peer.evaluation.load import load_language_model
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Folder of the checkpoint."""
+    """The folder of the checkpoint."""
     folder = tmp_path_factory.mktemp("debug_model")
     titan_peer("train", *QUICK, "--training.steps", 4, "--job.dump_folder", folder)
     return folder / "checkpoint" / "step-4"
@@ -18,6 +18,6 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def language_model(checkpoint):
-    """The checkpoint, to be evaluated in float32 on the CPU."""
+    """The checkpoint, loaded for evaluation in float32 on the CPU."""
     model, _ = load_language_model(checkpoint, device="cpu", batch_size=8, max_new_tokens=8, precision="float32")
     return model

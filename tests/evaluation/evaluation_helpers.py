@@ -1,4 +1,4 @@
-"""What the tests of evaluations share."""
+"""Helpers of the tests of evaluations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warm_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATION = ROOT / "assets/sample_text/validation.jsonl"
-# The debug model, smaller batches, float32: what these tests measure does not depend on how well it learns.
+# The debug model with smaller batches in float32: these tests do not depend on how well it learns.
 QUICK = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
 QUICK += ["--training.local_batch_size", "2", "--training.mixed_precision_param", "float32"]
 QUICK += ["--validation.enable", "false", "--metrics.log_freq", "1"]

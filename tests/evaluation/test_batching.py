@@ -1,4 +1,4 @@
-"""Requests of many threads become batches."""
+"""Requests from many threads are combined into batches."""
 
 from __future__ import annotations
 

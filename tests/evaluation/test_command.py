@@ -1,4 +1,4 @@
-"""`titan-peer eval`: the table it prints, what it refuses, and where it writes."""
+"""`titan-peer eval`: its table, its error messages and its files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_named_set_gives_a_row_a_metric(checkpoint, tmp_path, capsys):
 
 
 def test_text_that_cannot_be_read_is_named_as_it_was_given(checkpoint, tmp_path, capsys):
-    """At the start of the set, and in its midst, where the other evaluations go on."""
+    """At the start of the set, and in the middle of it, after which the other evaluations continue."""
     first, later, good = (tmp_path / name for name in ("first.jsonl", "later=1.jsonl", "good.txt"))
     line = VALIDATION.read_text(encoding="utf-8").splitlines()[0]
     first.write_text('{"body": "x"}\n', encoding="utf-8")

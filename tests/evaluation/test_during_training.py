@@ -1,4 +1,4 @@
-"""Evaluations inside a training job: at their steps, on its weights, without a trace in its course."""
+"""Evaluations inside a training job: at their steps, on its weights, without an effect on the training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval")
-if importlib.util.find_spec("evals") is None:  # importing it asks for an API key
+if importlib.util.find_spec("evals") is None:  # importing the package needs an API key
     pytest.skip("needs: pip install --no-deps evals", allow_module_level=True)
 
 import warm_processes
@@ -116,7 +116,7 @@ def test_training_takes_the_same_course_with_and_without(evaluated: Path, job_fi
 
 
 def alone(checkpoint: Path, output: Path) -> dict[str, float]:
-    """What `titan-peer eval` finds on a checkpoint, under the names of a job's evaluation."""
+    """The results of `titan-peer eval` on a checkpoint, under the names that a job's evaluation uses."""
     words = ["--perplexity", "held out=assets/sample_text/validation.jsonl"]
     words += ["--perplexity", "task texts=titan_peer/evaluation/lm_eval_tasks/texts.jsonl"]
     words += ["--evals", "test-match,find-letter", "--tasks", "sample_text_continuation,sample_text_copy", "--limit", 4]
@@ -133,7 +133,7 @@ def alone(checkpoint: Path, output: Path) -> dict[str, float]:
 def assert_near(found: dict[str, float], expected: dict[str, float]) -> None:
     assert found.keys() == expected.keys() and len(found) >= 12
     for key, value in expected.items():
-        # the evals package draws a thousand times at random for its standard errors
+        # the evals package draws a thousand random samples for its standard errors
         tolerance = 0.2 if key.endswith(BOOTSTRAP_OF["accuracy_by_log_likelihood"]) else 1e-4
         assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-6), key
 
@@ -191,7 +191,7 @@ def test_a_failing_evaluation_is_logged_and_training_goes_on(job_file: Path, tmp
 
 
 def missing_data(folder: Path) -> Path:
-    """A folder with a task whose data are not there."""
+    """A folder with a task whose data do not exist."""
     folder.mkdir()
     (folder / "gone.yaml").write_text(
         "task: gone\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: no_such_file.jsonl\n"
@@ -203,7 +203,7 @@ def missing_data(folder: Path) -> Path:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_task_without_its_data_ends_the_job_before_it_starts(job_file: Path, tmp_path: Path, processes: int):
-    """Of two processes, the second is to run it."""
+    """With two processes, the second one runs it."""
     more = ["--evaluation.tasks_folder", missing_data(tmp_path / "tasks"), "--evaluation.evals", "find-letter"]
     job = arguments(job_file, tmp_path / "out", *more, "--evaluation.tasks", "gone")
     if processes == 1:
@@ -276,7 +276,7 @@ def test_no_memory_random_number_or_setting_is_left_behind(job_file: Path, tmp_p
     evaluation.settings.perplexity = []
     gc.disable()
     try:
-        evaluation.run(1, model, lambda batches: None, lambda: False)  # what libraries keep for good, they have now
+        evaluation.run(1, model, lambda batches: None, lambda: False)  # allocates what libraries keep permanently
         random_state, environment = torch.get_rng_state(), dict(os.environ)
         before = live_tensor_bytes()
         results = evaluation.run(2, model, lambda batches: None, lambda: False)

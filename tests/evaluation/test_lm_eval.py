@@ -1,4 +1,4 @@
-"""lm-eval on our models: the model class against plain forward passes, and tasks on local data, offline."""
+"""lm-eval on our models: the model class compared with plain forward passes, and tasks on local data, offline."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_rolling_loglikelihood_of_a_text_longer_than_the_context_predicts_every_
     monkeypatch.setattr(language_model.generator.model.args, "max_seq_len", context)
     (found,) = TitanPeerLM(language_model).loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
     expected, done = 0.0, 0
-    while done < len(ids):  # windows of the model's context, each predicting what none before it did
+    while done < len(ids):  # windows of the context's length; each predicts only tokens that no earlier one predicts
         end = min(done + context, len(ids))
         window = [language_model.tokenizer.bos_id, *ids][end - min(end, context) : end + 1]
         logprobs = log_probabilities(language_model, window)[done - end :]
@@ -126,7 +126,7 @@ def test_an_unknown_task_is_named_with_its_neighbours():
 
 
 def test_a_task_whose_data_must_be_downloaded_is_refused_without_a_network(checkpoint, tmp_path: Path):
-    """By the library's own offline mode; a machine without network gives the same after some tries."""
+    """With the library's own offline mode; a machine without a network gives the same result after some attempts."""
     words = ["eval", "--checkpoint", checkpoint, "--tasks", "arc_easy"]
     done = warm_processes.run(warm_processes.TITAN_PEER, *words, **OFFLINE, HF_HOME=str(tmp_path))
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from evaluation_helpers import titan_peer
 
 pytest.importorskip("lm_eval")
-if importlib.util.find_spec("evals") is None:  # importing it asks for an API key
+if importlib.util.find_spec("evals") is None:  # importing the package needs an API key
     pytest.skip("needs: pip install --no-deps evals", allow_module_level=True)
 
 # Kinds: match, includes, fuzzy match; open and closed answers; chat and plain prompts; few-shot.
@@ -23,7 +23,7 @@ LIMIT = 6
 
 @pytest.fixture(scope="module")
 def command(checkpoint, tmp_path_factory):
-    """(what the command printed, its output folder)."""
+    """(the output of the command, its folder)."""
     folder = tmp_path_factory.mktemp("results")
     done = titan_peer(
         "eval", "--checkpoint", checkpoint, "--evals", ",".join(EVALS), "--tasks", ",".join(TASKS), "--limit", LIMIT,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-if importlib.util.find_spec("evals") is None:  # importing it asks for an API key
+if importlib.util.find_spec("evals") is None:  # importing the package needs an API key
     pytest.skip("needs: pip install --no-deps evals", allow_module_level=True)
 
 from evaluation_helpers import titan_peer

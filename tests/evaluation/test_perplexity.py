@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte against transformers, without packing, masks or our loss."""
+"""Perplexity and bits per byte, compared with transformers without packing, masks or our loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def documents(tmp_path_factory):
 
 
 def pieces(texts, tokenizer):
-    """Every part of a document that lies in one sequence of the packed stream, and the token after it."""
+    """Every part of a document that is in one sequence of the packed stream, and the token after it."""
     stream = []
     for number, ids in enumerate(tokenizer.encode_batch(texts)):
         stream += [(number, token) for token in [tokenizer.bos_id, *ids, tokenizer.eos_id]]
@@ -50,7 +50,7 @@ def measured(language_model, file) -> HeldOutLoss:
 
 
 def test_equals_that_of_the_exported_model_in_transformers(language_model, checkpoint, documents, tmp_path):
-    """One forward pass of transformers a part of a document, its own loss."""
+    """One forward pass of transformers per part of a document, with its own loss."""
     transformers = pytest.importorskip("transformers")
     file, texts = documents
     found = measured(language_model, file)
@@ -64,7 +64,7 @@ def test_equals_that_of_the_exported_model_in_transformers(language_model, check
         count += len(ids) - 1
     assert found.tokens == count
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
-    # all the text but what the first token of a sequence's part stands for
+    # the whole text except for that of the first token of each part
     assert found.bits_per_byte == pytest.approx(nll / math.log(2) / sum(len(t.encode()) for t in texts), rel=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The whole model that evaluations during training gather on every process."""
+"""The whole model, which evaluations during training gather on every process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from processes import run_in_processes
 from small_jobs import SMALL
 from torch import Tensor
 
-SECONDS = 30  # that a collective waits
+SECONDS = 30  # how long a collective waits
 
 
 def gathered(_: None) -> dict[str, Any]:
-    """Gather the model, on rank 1 first without and then with enough memory; what came of both."""
+    """Gather the model, on rank 1 first without and then with enough memory; returns both outcomes."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 

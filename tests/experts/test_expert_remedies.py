@@ -1,5 +1,5 @@
-"""The remedies for uneven usage do what they say: the loss is the reported unevenness, revival copies what it
-should."""
+"""The remedies for uneven usage work as documented: the loss is the reported unevenness, and revival copies the right
+rows."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_dead_sub_keys_and_their_experts_are_found_as_by_brute_force() -> None:
     few = torch.ones(1, 60, dtype=torch.int64)
     few.view(4, 3, 5)[0] = 0
     assert few.sum() / 4 >= DEAD_AFTER and len(find_dead_keys(few, shape, 1, generator)) == 1
-    few.view(4, 3, 5)[1:, :, 1:] = 0  # now uniform usage is 9 / 4 a key: too few to call one dead
+    few.view(4, 3, 5)[1:, :, 1:] = 0  # now uniform usage is 9 / 4 per key: too few to call a key dead
     assert not [f for f in find_dead_keys(few, shape, 1, generator) if f.axis == 0]
 
 
@@ -163,7 +163,7 @@ def test_revival_is_the_same_on_two_processes_with_sharded_tables(tmp_path: Path
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-7, msg=name)
-    # experts of sub-key 20, which no head used, are those of another one now, optimizer state included
+    # the experts of sub-key 20, which no head used, are now copies of another sub-key's, with the optimizer state
     keys = one["layers.0.peer.sub_keys.0"]
     tables = {name: t.view(32, 32, -1) for name, t in one.items() if "experts." in name}
     assert len(tables) == 6
@@ -176,8 +176,8 @@ def test_revival_is_the_same_on_two_processes_with_sharded_tables(tmp_path: Path
 
 
 def train(folder: Path, *arguments: str, collapse: bool = False) -> dict[str, float]:
-    """The last usage report of a small run; `collapse` begins with half of the first axis' sub-keys out of reach: all
-    queries have a part along one direction, to which those sub-keys are opposed and the others at right angles."""
+    """The last usage report of a small run. With `collapse`, half of the first axis' sub-keys cannot be chosen at the
+    start: all queries have a component in one direction; these sub-keys are opposite to it, the others orthogonal."""
     config = load_config([*SMALL, "--job.dump_folder", str(folder), "--metrics.log_expert_usage", *arguments])
     trainer = Trainer(config, init_world(config.parallelism))
     if collapse:

@@ -1,4 +1,4 @@
-"""Counting experts: against brute force, through compilation and recomputation, over processes, and into every sink."""
+"""Counting experts: against brute force, with compilation and recomputation, over processes, and in every sink."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_compiled_blocks_count_every_pair_once(mode: str) -> None:
     for layer in (0, 1):
         assert window[layer].counts.sum(1).tolist() == [2 * 3 * 32 * 4] * 2
         assert window[layer].gate_sums.sum(1).tolist() == pytest.approx([2 * 3 * 32] * 2, rel=1e-5)
-        assert usage.read()[layer].counts.sum() == 0  # evaluation is not counted, and a read starts anew
+        assert usage.read()[layer].counts.sum() == 0  # evaluation is not counted, and reading clears the counters
 
 
 def test_statistics_equal_their_definitions() -> None:
@@ -132,7 +132,7 @@ def test_an_expert_is_dead_only_after_uniform_usage_would_have_used_it_ten_times
         model(tokens)
         counts = usage.read()[0]
         seen |= set(counts.counts.sum(0).nonzero().flatten().tolist())
-        # 64 tokens x 4 experts over 64 experts: 4 uses a window
+        # 64 tokens x 4 experts over 64 experts: 4 uses per window
         assert counts.expected == 4.0
         dead = layer_usage(0, counts).dead
         assert dead == (64 - len(seen) if 4 * window >= DEAD_AFTER else 0)

@@ -1,4 +1,4 @@
-"""The text on which the use of experts is measured."""
+"""The text on which expert usage is measured."""
 
 from __future__ import annotations
 

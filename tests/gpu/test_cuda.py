@@ -1,4 +1,4 @@
-"""What only a GPU can show. The sweep of the kernels over shapes, tests/ops/test_triton.py, runs on the GPU too."""
+"""Tests that need a GPU. On a GPU, the sweep of the kernels over shapes in tests/ops/test_triton.py runs there too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asynchronous saves and memory snapshots where the model is on a GPU."""
+"""Asynchronous saves and memory snapshots with the model on a GPU."""
 
 from __future__ import annotations
 

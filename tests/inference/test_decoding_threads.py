@@ -1,4 +1,4 @@
-"""A small model decodes on a CPU in one thread, and leaves the number of threads as it was."""
+"""A small model decodes on a CPU in one thread, and the number of threads is then as before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Threads = list[tuple[str, int]]
 
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if torch had come with three threads, and nobody had said anything of their number."""
+    """As if torch had started with three threads and nobody had set their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(module, "_THREADS_OF_TORCH", 3)
@@ -32,7 +32,8 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
-    """The number of threads in each pass of a decoder, and whether it was of prompts or of a token each."""
+    """The number of threads in each pass of a decoder, and whether the pass was over prompts or over one token per
+    sequence."""
     found: Threads = []
     whole_pass = Decoder.__call__
 
@@ -51,7 +52,7 @@ def model() -> Transformer:
 
 def test_a_small_model_decodes_in_one_thread_and_reads_prompts_in_all(threads: Threads, model: Transformer) -> None:
     for piece in Generator(model, ByteTokenizer()).stream(["once", "twice upon"], PARAMS):
-        assert piece is not None and torch.get_num_threads() == 3  # between the steps, for whoever takes the text
+        assert piece is not None and torch.get_num_threads() == 3  # between the steps, for the consumer of the text
     assert threads == [("prefill", 3)] * 2 + [("decode", 1)] * 5  # of two lengths
     assert torch.get_num_threads() == 3
 

@@ -1,4 +1,4 @@
-"""Decoding with the latent cache against the plain forward pass."""
+"""Decoding with the latent cache, compared with the plain forward pass."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def tokenizer() -> Tokenizer:
 def run_cached(
     model: Transformer, rows: Sequence[Tensor], chunks: Sequence[Sequence[int]], form: Form | None
 ) -> list[Tensor]:
-    """Logits of every place of every row, the rows fed together in pieces: piece i has chunks[i][b] tokens of row b."""
+    """Logits of every position of every row. Rows run together in pieces; piece i has chunks[i][b] tokens of row b."""
     decoder = Decoder(model, compile=False)
     cache = decoder.new_cache(sum(-(-len(row) // BLOCK_SIZE) for row in rows))
     cache_blocks = [cache.reserve(len(row)) for row in reversed(rows)][::-1]
     batch, done = CacheBatch(cache_blocks, [0] * len(rows), torch.device("cpu")), [0] * len(rows)
     found: list[list[Tensor]] = [[] for _ in rows]
     for counts in chunks:
-        tokens = torch.randint(model.args.vocab_size, (len(rows), max(counts)))  # padding may be anything
+        tokens = torch.randint(model.args.vocab_size, (len(rows), max(counts)))  # padding may have any value
         for b, count in enumerate(counts):
             tokens[b, :count] = rows[b][done[b] : done[b] + count]
         hidden = decoder(tokens, batch.step(counts), cache, form)
@@ -67,7 +67,7 @@ def run_cached(
 
 
 def least_margin(model: Transformer, row: Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
-    """How far, at the nearest, the last expert taken by a head lies above the first one left out."""
+    """The smallest difference between the score of the last expert that a head chooses and that of the next one."""
     margins = []
 
     def retrieve(queries: Tensor, sub_keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def least_margin(model: Transformer, row: Tensor, monkeypatch: pytest.MonkeyPatc
 
 
 def rows_without_ties(model: Transformer, lengths: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Random rows in which no two experts at the edge of a choice have the same score but for rounding."""
+    """Random rows in which the k-th expert and the next one never have scores that are equal up to rounding."""
     rows: list[Tensor] = []
     while len(rows) < len(lengths):
         row = torch.randint(model.args.vocab_size, (lengths[len(rows)],))
@@ -126,7 +126,7 @@ def greedy_by_full_forwards(model: Transformer, prompt: list[int], count: int) -
 def test_greedy_text_is_that_of_recomputing_the_prefix_whatever_else_is_in_the_batch(tokenizer: Tokenizer) -> None:
     model = build_model(tokenizer.vocab_size, **YARN)
     prompts = ["In the beginning", "def f(x):", "", "A much longer text. " * 12, "x"]
-    generator = Generator(model, tokenizer, max_batch_size=2)  # so that requests also wait and take others' places
+    generator = Generator(model, tokenizer, max_batch_size=2)  # so that requests wait and take the places of others
     params = [SamplingParams(max_new_tokens=n, temperature=0, ignore_eos=True) for n in (40, 9, 33, 40, 1)]
     for prompt, param, completion in zip(prompts, params, generator.generate(prompts, params)):
         ids = generator.encode(prompt)
@@ -208,7 +208,7 @@ def test_the_end_token_ends_a_completion_unless_ignored(tokenizer: Tokenizer) ->
     prompt = "The"
     (free,) = Generator(model, tokenizer).generate([prompt], GREEDY)
     place = 7
-    with torch.no_grad():  # the head now prefers the end token where it preferred that token
+    with torch.no_grad():  # the head now prefers the end token in place of that token
         assert tokenizer.eos_id is not None
         model.output.weight[tokenizer.eos_id] = model.output.weight[free.token_ids[place]] * 1.01
     first = free.token_ids.index(free.token_ids[place])
@@ -272,7 +272,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(tokenizer: Tokenizer) ->
 
 @pytest.fixture(params=["beyond the tokenizer's", "between the tokenizer's"])
 def ids_without_text(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Transformer, Tokenizer, list[int]]:
-    """A model that prefers ids which no entry of its tokenizer has, the tokenizer, and its entries' ids."""
+    """A model that prefers ids without an entry in its tokenizer, the tokenizer, and the ids of its entries."""
     tokenizer: Tokenizer = ByteTokenizer()
     known = list(range(258))
     if request.param == "between the tokenizer's":
@@ -288,7 +288,7 @@ def ids_without_text(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Tr
 
 
 def logprobs_of_entries(model: Transformer, known: list[int], ids: list[int]) -> Tensor:
-    """float32 [len(ids) - 1, 300], of the tokens after the first: a softmax over the entries alone."""
+    """float32 [len(ids) - 1, 300], of the tokens after the first: a softmax over the entries only."""
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, :-1]
     logprobs = torch.full_like(logits, float("-inf"))
@@ -349,7 +349,7 @@ def test_blocks_come_back_when_sequences_end(tokenizer: Tokenizer, monkeypatch: 
     params = [SamplingParams(max_new_tokens=n, temperature=0, ignore_eos=True) for n in (1, 70, 5, 130, 2, 1, 90)]
     generator.generate(["word " * 5] * 7, params)
     ((num_blocks, cache),) = caches
-    assert num_blocks == 3 + 2 + 2  # the three that need most
+    assert num_blocks == 3 + 2 + 2  # the three that need the most
     assert cache.free_blocks == num_blocks
 
 
@@ -358,7 +358,7 @@ def test_blocks_come_back_when_sequences_end(tokenizer: Tokenizer, monkeypatch: 
 
 def test_the_compiled_decode_step_gives_the_same_text_without_compiling_for_every_length(tokenizer: Tokenizer) -> None:
     model = build_model(tokenizer.vocab_size, **YARN)
-    prompts = [list(range(10, 10 + length)) for length in (40, 120)]  # both pass into a new block of the cache
+    prompts = [list(range(10, 10 + length)) for length in (40, 120)]  # both continue into a new block of the cache
     wanted = Generator(model, tokenizer).generate(prompts, GREEDY)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

@@ -1,4 +1,4 @@
-"""Drawing tokens: against transformers and by counting."""
+"""Drawing tokens: compared with transformers, and by counting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_tokens_drawn_have_the_distribution_of_transformers_processors(param
     expected = processors(seen_ids, logits.clone()).softmax(-1)[0]
 
     n = 20_000
-    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # every quantile once: shares are exact to 1/n
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # every quantile once: the shares are exact up to 1/n
     seen = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, seen_ids, True).repeat(n, 1)
     drawn = Sampler([params] * n, seen, torch.device("cpu"))(logits.expand(n, -1), uniform)
     shares = torch.bincount(drawn, minlength=40) / n

@@ -1,4 +1,4 @@
-"""Text that is decoded token by token against the text of all tokens at once, with every kind of tokenizer."""
+"""Text decoded token by token, compared with the text of all tokens decoded at once, with every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUICK = settings(max_examples=60, deadline=None)
 
 @cache
 def both(kind: str) -> tuple[Tokenizer, tokenizers.Tokenizer | None]:
-    """Ours, as it is read from its file, and the library's."""
+    """Our tokenizer, read from its file, and the library's."""
     if kind == "byte":
         return ByteTokenizer(), None
     if kind == "sample":
@@ -61,7 +61,7 @@ EVERY = [*KINDS, "sample", "byte"]
 @QUICK
 def test_any_ids_stream_as_the_text_of_all_of_them_at_once(kind: str, data: st.DataObject) -> None:
     tokenizer, _ = both(kind)
-    # few different ids, as repeated special tokens, blanks and parts of characters are what goes wrong
+    # few different ids, because repeated special tokens, spaces and parts of characters cause errors
     some = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=6))
     prompt = data.draw(st.lists(st.sampled_from(some), max_size=40))
     ids = data.draw(st.lists(st.sampled_from(some), max_size=120))
@@ -148,7 +148,7 @@ def test_a_character_appears_with_its_last_byte_and_can_stop_the_text() -> None:
 
 
 def test_a_window_of_tokens_without_text_loses_nothing() -> None:
-    """Special tokens leave no text: the bytes before them and the blank after them must not be forgotten."""
+    """Special tokens have no text, but the bytes before them and the space after them must not be lost."""
     tokenizer, library = both("llama 2")
     assert library is not None
     end = library.token_to_id("</s>")
@@ -168,7 +168,7 @@ def test_a_long_text_is_decoded_a_short_window_at_a_time() -> None:
 
     ids = inner.encode_batch(["the quick brown fox 😀 " * 200])[0]
     assert "".join(streamed(Counting(), ids, ids)) == decoded_at_once(inner, ids, ids)  # type: ignore[arg-type]
-    # 32, one more to see that it is too long, three for bytes of a character that is waited for
+    # 32, one more to exceed the limit, three for the bytes of an incomplete character
     assert max(lengths) <= 36 and len(lengths) < 2 * len(ids)
 
 

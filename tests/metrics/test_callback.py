@@ -1,4 +1,4 @@
-"""The optional parts of a training run are called at their moments; a new number of a step needs one function."""
+"""The callbacks of a training run are called at the right moments; a new number per step needs only one function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titan_peer.trainer import Trainer
 
 
 class Diary(Callback):
-    """Notes what it is told, and whether the checkpoint of the step is there by then."""
+    """Records its calls, and whether the checkpoint of the step exists at that time."""
 
     def __init__(self, job: Trainer) -> None:
         self.job, self.notes, self.ends = job, [], []

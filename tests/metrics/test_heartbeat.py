@@ -1,4 +1,4 @@
-"""Signs of life: what is said while nothing ends, and which process is named as the slow one."""
+"""Signs of life: the messages while no step ends, and which process is named as the slowest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces and snapshots that `[profiling]` asks for."""
+"""The traces and snapshots of `[profiling]`."""
 
 from __future__ import annotations
 

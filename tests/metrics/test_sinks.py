@@ -1,4 +1,4 @@
-"""Every sink keeps what it is given, and a resumed run goes on where the checkpoint was."""
+"""Every sink stores its reports, and a resumed run continues at the step of its checkpoint."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, png: Path, monk
     second.alert(4, "loss is not finite", "try a lower rate")
     second.checkpoint(3, checkpoint)
     second.close()
-    third = sink(0, "none")  # started anew: another run
+    third = sink(0, "none")  # started anew: a different run
     third.checkpoint(3, checkpoint)
     third.close()
 

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel for an H100 (sm_90), which needs no GPU, and prints as JSON what the compiler made of
-it.
+"""Compiles every Triton kernel for an H100 (sm_90), which needs no GPU, and prints properties of the compiled code as
+JSON.
 
-A script of its own because kernels that were imported for the interpreter cannot be compiled.
+This is a separate script because kernels that were imported for the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def compiled(kernel: Any, num_warps: int, constants: dict[str, Any], **types: st
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, TYPES.get(n, "i32")) for n in names}
     places = {(names.index(name),): value for name, value in constants.items()}
-    # as at a launch: torch's memory is aligned, strides are multiples of 16
+    # as for a launch: torch's memory is aligned, strides are multiples of 16
     aligned = [n for n in names if signature[n].startswith("*") or n.endswith("stride")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, places, attributes)

@@ -1,4 +1,4 @@
-"""The attention mask made from runs of documents, against PyTorch's, made from every pair of places."""
+"""The attention mask, made from runs of documents, compared with PyTorch's, made from every pair of positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def packed_ids(batch_size: int, seq_len: int, longest: int, seed: int) -> Tensor:
-    """Ids of random documents, with padding of negative ids at the end of each sequence."""
+    """Ids of random documents; negative ids at the end of each sequence are padding."""
     draw, rows = random.Random(seed), []
     for _ in range(batch_size):
         padding, row = draw.randrange(seq_len // 3 + 1), []
@@ -52,7 +52,7 @@ def test_block_mask_equals_pytorchs_of_every_pair(seq_len: int, longest: int) ->
     ids = packed_ids(3, seq_len, longest, seed=seq_len + longest)
     mask = causal_block_mask(ids, seq_len, CPU)
     require_equal(mask, pytorchs(ids, seq_len))
-    # and within blocks, place by place, as the mask that a CPU takes
+    # and within blocks, position by position, like the mask that a CPU uses
     b, q, kv = (torch.arange(n) for n in (3, seq_len, seq_len))
     inside = mask.mask_mod(b[:, None, None], torch.tensor(0), q[:, None], kv)
     assert torch.equal(inside, causal_mask(ids, 3, seq_len, CPU)[:, 0])
@@ -76,7 +76,7 @@ def test_runs_of_the_same_id_that_do_not_touch_are_two_documents() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation makes."""
+    """The bytes of the largest tensor that any operation makes."""
 
     nbytes = 0
 
@@ -91,11 +91,11 @@ def test_block_mask_of_long_sequences_takes_no_memory_of_every_pair() -> None:
     ids = packed_ids(8, 8192, 1500, seed=0)
     with LargestTensor() as largest:
         causal_block_mask(ids, 8192, CPU)
-    assert largest.nbytes <= 8 * 8192 * 8  # a few numbers a token; every pair would be 8 x 8192 x 8192
+    assert largest.nbytes <= 8 * 8192 * 8  # a few numbers per token; all pairs would be 8 x 8192 x 8192
 
 
 def shared_bytes(options: dict[str, int], qk: int, v: int, element_size: int) -> tuple[int, int]:
-    """What a forward and a backward program hold: see the table of measurements in pytorch/pytorch#180278."""
+    """Shared memory of a forward and a backward program: see the table of measurements in pytorch/pytorch#180278."""
     keys = options["fwd_num_stages"] * options["fwd_BLOCK_N"] * (qk + v)
     backward = (options["bwd_BLOCK_N1"] + options["bwd_num_stages"] * options["bwd_BLOCK_M1"]) * (qk + v)
     return (options["fwd_BLOCK_M"] * qk + keys) * element_size, backward * element_size

@@ -1,4 +1,4 @@
-"""A PEER layer on the Triton backend through the registered operators, against the reference backend."""
+"""A PEER layer on the Triton backend through the registered operators, compared with the reference backend."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_peer_layer_trains_as_on_the_reference(mode: str, choose_backend: Call
     assert results[0][-1].count_nonzero() > 0
     if "bfloat16" not in mode:
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
-    # the first AdamW step is the gradient's sign, which rounding to bfloat16 turns where the gradient is about 0
+    # the first AdamW step is the gradient's sign, which rounding to bfloat16 changes where the gradient is about 0
     for ours, theirs in zip(results[0][:-1], results[1][:-1]):
         assert (ours - theirs).norm() / theirs.norm() < 2e-2
 

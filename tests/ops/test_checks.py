@@ -1,4 +1,4 @@
-"""What a kernel would read or write wrongly is refused before it runs."""
+"""Inputs that a kernel would read or write wrongly are refused before it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels as other processors and compilers than this machine's make them."""
+"""The C++ kernels, compiled as for processors and compilers other than those of this machine."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ print(backend_report(torch.device("cpu")))
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_kernels_of_another_compiler_equal_the_reference(wrapper: str, tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
-    # compiling took minutes when the vectors were wider than the processor's: seconds of a core, however busy the
-    # machine is
+    # compiling takes minutes if the vectors are wider than the processor's; the limit is in seconds of a core, so
+    # a busy machine does not matter
     compiler.write_text(f"#!/bin/sh\nulimit -t 60\n{WRAPPERS[wrapper]}\n", encoding="utf-8")
     compiler.chmod(0o755)
     environment = {**os.environ, "CXX": str(compiler), "TITAN_PEER_CACHE_DIR": str(tmp_path)}

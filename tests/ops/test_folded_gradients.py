@@ -1,4 +1,4 @@
-"""However many tokens a step has, its row gradients take no more memory than dense ones, and are the same."""
+"""However many tokens a step has, its row gradients need no more memory than dense ones and have the same values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def micro_batches(count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def held_bytes(collector: RowGradients) -> int:
-    """Of all memory that the collector holds, but for its number."""
+    """Bytes of all tensors of the collector, except for its number."""
     tensors = [leaf for leaf in tree_leaves(list(vars(collector).values())) if isinstance(leaf, Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values()) - collector.handle.nbytes

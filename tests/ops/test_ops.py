@@ -1,4 +1,4 @@
-"""The C++ kernels against the plain PyTorch reference, and both against brute force."""
+"""The C++ kernels compared with the plain PyTorch reference, and both with brute force."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_retrieval_kernels_equal_the_reference(T: int, H: int, sizes: list[int],
 @pytest.mark.parametrize("k", [1, 5, 16, 32, 40])
 def test_retrieval_of_equal_scores_gives_different_experts_with_those_scores(k: int) -> None:
     queries = torch.ones(19, 2, 4)
-    keys = [torch.randint(3, (2, n, 2)).float() for n in (300, 70)]  # five different scores an axis
+    keys = [torch.randint(3, (2, n, 2)).float() for n in (300, 70)]  # five different scores per axis
     values, indices = cpu.retrieve_forward(queries, keys, k)
     best, second = (axis.sum(-1) for axis in keys)
     total = (best[:, :, None] + second[:, None, :]).flatten(1)  # [H, 300 * 70]
@@ -141,7 +141,7 @@ def test_low_precision_is_within_one_percent_of_float64(dtype: torch.dtype, tabl
 
 @pytest.mark.parametrize("backend", [cpu, reference])
 def test_the_parts_of_a_table_cut_in_three_add_up_to_the_whole(backend: ModuleType) -> None:
-    """What expert parallelism rests on: negative indices leave their places out, everywhere."""
+    """Expert parallelism needs this: all operators leave out places with a negative index."""
     x, indices, gates, down, up, dy = inputs(33, 9, 50, 2, 24, 20)
     y, z = reference.peer_forward(x, indices, gates, down, up, "gelu")
     whole = (y, *reference.peer_backward(dy, x, indices, gates, z, down, up, "gelu"))

@@ -1,6 +1,7 @@
-"""The Triton kernels against the plain PyTorch reference: on a GPU if there is one, else by Triton's interpreter.
+"""The Triton kernels compared with the plain PyTorch reference: on a GPU if there is one, else in Triton's interpreter.
 
-Sizes are small because the interpreter takes milliseconds a program; they are drawn so that blocks are cut everywhere.
+Sizes are small because the interpreter takes milliseconds per program; they are chosen so that blocks are incomplete
+everywhere.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def random_shapes(count: int) -> list[tuple[int, ...]]:
 
 SHAPES = [
     (1, 6, 40, 1, 32, 32),  # one token: its places are split over programs
-    (7, 1, 5, 3, 17, 9),  # one expert a token
+    (7, 1, 5, 3, 17, 9),  # one expert per token
     (5, 3, 1, 1, 5, 5),  # one expert in all
     (20, 4, 1, 2, 24, 24),  # ... chosen by all tokens
     (0, 3, 4, 1, 8, 8),  # no token
-    (4, 16, 3, 1, 33, 130),  # every expert several times a token
+    (4, 16, 3, 1, 33, 130),  # every expert several times per token
     *random_shapes(8),
 ]
 
@@ -73,7 +74,7 @@ def inputs(T: int, K: int, N: int, E: int, D: int, D_out: int) -> tuple[Tensor, 
 
 
 def trimmed(pairs: SortedPairs) -> SortedPairs:
-    """Without what lies behind the pairs and runs that are there."""
+    """Without the undefined entries after the present pairs and runs."""
     R = int(pairs.num_rows)
     P = int(pairs.run_starts[R])
     return SortedPairs(pairs.order[:P], pairs.row_ids[:R], pairs.run_starts[: R + 1], pairs.num_rows)
@@ -130,7 +131,7 @@ def test_table_gradients_equal_the_dense_ones(shape: tuple[int, ...]) -> None:
     T, K, N, E, D, _ = shape
     vectors, indices, *_ = inputs(*shape)
     weights = torch.randn(T, K, E)
-    expected = torch.zeros(N + 1, E, D, dtype=torch.float64)  # absent places fall into the last row
+    expected = torch.zeros(N + 1, E, D, dtype=torch.float64)  # the last row gets the absent places
     outer = weights.double()[..., None] * vectors.double()[:, None, None]
     expected.index_add_(0, indices.flatten() % (N + 1), outer.flatten(0, 1))
     expected = expected[:N]
@@ -185,8 +186,8 @@ def test_a_row_longer_than_a_block_gets_its_mean_square_from_the_whole_row() -> 
 
 
 def test_bfloat16_is_rounded_stochastically_and_repeatably() -> None:
-    """One step from zero: the first moment is 0.1 x gradient, and the mean of many roundings must be that, not its
-    nearest bfloat16; neighbouring elements, rows and the two moments must not be rounded alike."""
+    """One step from zero: the first moment is 0.1 x gradient, and the mean of many roundings must be that value, not
+    its nearest bfloat16; neighbouring elements, rows and the two moments must be rounded independently."""
     N, D = 8, 1024
     indices, weights = torch.arange(N).view(N, 1), torch.ones(N, 1, 1)
     vectors = torch.full((N, D), 1.0037)
@@ -214,7 +215,7 @@ def test_bfloat16_is_rounded_stochastically_and_repeatably() -> None:
 def test_nan_gradients_stay_nan_in_bfloat16() -> None:
     state = [torch.zeros(2, 1, 8, dtype=torch.bfloat16) for _ in range(3)]
     vectors = torch.full((1, 8), float("nan"))
-    # every bit set: what NVIDIA GPUs make; adding to it would overflow into a zero
+    # every bit set, as NVIDIA GPUs make it; adding to it would overflow to zero
     vectors.view(torch.int32).fill_(0x7FFFFFFF)
     pairs = kernels.sort_pairs(torch.tensor([[1]]), 2)
     corrections = {"bias_correction1": 0.1, "bias_correction2": 0.05, "grad_scale": 1.0, "seed": 1}
@@ -330,7 +331,8 @@ def test_a_step_repeats_bit_for_bit() -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: reading a value, or a result whose length depends on values."""
+    """Raises an error where the host would wait for a device: reading a value, or a result whose length depends on
+    values."""
 
     waits = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::_unique2", "aten::unique_consecutive")
 
@@ -348,7 +350,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 
 def test_kernels_compile_for_an_h100_with_wide_loads_and_without_spilling(tmp_path: Path) -> None:
-    """The compiler needs no GPU. Rows of tables go in 16-byte accesses; nothing is spilled to memory."""
+    """The compiler needs no GPU. Rows of tables are read in 16-byte accesses; no register is spilled to memory."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_for_gpu.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, encoding="utf-8")
@@ -360,4 +362,4 @@ def test_kernels_compile_for_an_h100_with_wide_loads_and_without_spilling(tmp_pa
         if kernel not in ("mark_runs", "best_combinations"):
             assert 128 in made["widths"]["ld"], (kernel, made)
     widths = results["add_gradient"]["widths"]
-    assert (widths.get("red") or widths.get("atom")) == [128]  # Triton 3.6 has the sum returned, unused
+    assert (widths.get("red") or widths.get("atom")) == [128]  # Triton 3.6 returns the sum, which is not used

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition in float64."""
+"""Muon, compared with the singular value decomposition in float64."""
 
 from __future__ import annotations
 

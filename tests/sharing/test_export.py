@@ -1,4 +1,4 @@
-"""What an export holds, what is refused, and back again (in transformers: test_transformers.py). The `generate`
+"""The content of an export, refused inputs, and the import (transformers: test_transformers.py). The `generate`
 command."""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_large_models_are_written_in_shards_with_an_index(exported: Path) -> Non
     files = sorted(exported.glob("*.safetensors"))
     assert len(files) > 2 and {path.name for path in files} == set(index.values())
     for path in files:
-        assert path.stat().st_mode == (exported / "config.json").stat().st_mode  # readable by whom it is shared with
+        assert path.stat().st_mode == (exported / "config.json").stat().st_mode  # readable by other users
         tensors = load_file(path)
         assert all(index[name] == path.name for name in tensors)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 300_000
@@ -209,7 +209,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 @pytest.fixture
 def broken(exported: Path, tmp_path: Path) -> Path:
-    """A copy of an export, to be damaged."""
+    """A copy of an export, which a test may damage."""
     return Path(shutil.copytree(exported, tmp_path / "broken"))
 
 
@@ -378,7 +378,7 @@ def test_a_damaged_export_is_refused_with_the_file(
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.unlink()
-    if not manifest:  # a copy that came another way, without our list of sizes and checksums
+    if not manifest:  # a copy that was made in another way, without our list of sizes and checksums
         (broken / "manifest.json").unlink()
     message = failure(capsys, "import", "--input", broken, "--output", tmp_path / "back")
     assert file.name in message

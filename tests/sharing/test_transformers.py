@@ -51,13 +51,13 @@ def loaded(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """For tests that leave the model as it is."""
+    """For tests that do not change the model."""
     return loaded(folder)
 
 
 @pytest.fixture(scope="module")
 def prompts(folder: Path) -> dict[str, Tensor]:
-    """Three prompts of several lengths, padded on the left."""
+    """Three prompts of different lengths, padded on the left."""
     return dict(
         AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")(
             TEXTS, return_tensors="pt", padding=True
@@ -228,7 +228,7 @@ def test_prompt_lookup_gives_the_greedy_text(ours: Transformer, theirs: Any) -> 
         "no_repeat_ngram_size": 2,
     }
     greedy = theirs.generate(tokens, **options)
-    assert len(set(greedy[0, 36:].tolist())) > 5  # no text that any mistake would give as well
+    assert len(set(greedy[0, 36:].tolist())) > 5  # not a text that a mistake would also give
     found = theirs.generate(
         tokens, prompt_lookup_num_tokens=4, output_logits=True, return_dict_in_generate=True, **options
     )
@@ -277,7 +277,7 @@ def test_more_tokens_than_the_context_are_refused(theirs: Any) -> None:
         cache = theirs(random_tokens(1, limit)).past_key_values
         with pytest.raises(ValueError, match=r"1,025 tokens"):
             theirs(random_tokens(1, 1), past_key_values=cache)
-        # padding takes no position
+        # padding has no position
         mask = torch.ones(1, limit + 6, dtype=torch.long)
         mask[:, :6] = 0
         assert theirs(random_tokens(1, limit + 6), attention_mask=mask).logits.isfinite().all()
@@ -422,12 +422,12 @@ def test_autocast_rounds_what_it_rounds_in_titan_peer_and_neither_scores_nor_sum
         scores, indices = their_peer.retrieve(x, None)
         assert scores.dtype == torch.float32
         torch.testing.assert_close(scores, our_scores, rtol=1e-5, atol=1e-5)
-        assert (indices == our_indices).float().mean() > 0.99  # all but ties
+        assert (indices == our_indices).float().mean() > 0.99  # everything except ties
 
         of_ours = our_peer(x[None], ours.shared_experts)
         found = their_peer(x[None], None, theirs.shared_experts)
     assert found.dtype == of_ours.dtype == torch.bfloat16
-    assert (found == of_ours).float().mean() > 0.97  # the others by the order of float32 sums, on the edge of rounding
+    assert (found == of_ours).float().mean() > 0.97  # the others: order of sums, near a rounding boundary
     torch.testing.assert_close(found, of_ours, rtol=2**-7, atol=1e-3)
 
 
@@ -435,7 +435,7 @@ def test_autocast_rounds_what_it_rounds_in_titan_peer_and_neither_scores_nor_sum
 
 
 def losses_batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels, of which the rows have different numbers, and the same where titan_peer has them."""
+    """Labels, in a different number per row, and the same labels at titan_peer's positions."""
     labels = tokens.clone()
     labels[:, 0] = -100
     labels[0, 5:] = -100
@@ -523,7 +523,7 @@ def test_gradient_accumulation_gives_the_step_of_the_big_batch(folder: Path, our
 def test_batch_norm_in_training_is_ours_and_does_not_count_padding(theirs: Any) -> None:
     kind = type(theirs.layers[1].peer.query_norm)
     torch.manual_seed(0)
-    queries = 1024 + torch.randn(50, 2, 8)  # far from zero, where E[q^2] - mean^2 loses everything
+    queries = 1024 + torch.randn(50, 2, 8)  # far from zero, where E[q^2] - mean^2 loses all digits
     reference = QueryBatchNorm(2, 8)
     reference.reset_parameters()
     wanted = reference.train()(queries)
@@ -563,7 +563,7 @@ def test_lora_on_the_attention_projections(folder: Path, theirs: Any, tmp_path: 
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
         assert not torch.allclose(logits, theirs(tokens).logits, atol=1e-2)
-        # one token at a time, where attention is computed another way
+        # one token at a time, for which attention is computed in another way
         cache = model(input_ids=tokens[:, :10]).past_key_values
         steps = [model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(10, 20)]
         torch.testing.assert_close(torch.cat(steps, dim=1), logits[:, 10:], rtol=1e-4, atol=1e-4)
