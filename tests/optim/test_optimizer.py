@@ -170,3 +170,39 @@ def test_bfloat16_copies_of_the_tables_are_computed_with_and_follow_the_updates(
         experts.expert_up.zero_()
     optimizers.refresh_copies()
     assert not experts.plan.compute_copies[1].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"expert_update": "dense", "expert_catch_up": False}, "dense allows only true"),
+        ({"beta1": 0.98}, "beta1 must be below the root of beta2"),
+        ({"expert_weight_decay": 2.0, "lr": 0.5}, "optimizer.expert_tables.weight_decay = 2.0: times its learning rate, up to 0.5"),
+    ],
+)
+def test_settings_under_which_missed_steps_cannot_be_made_good_are_named(settings: dict, words: str) -> None:
+    assert words in "\n".join(Optimizer(**settings).problems())
+    if "expert_update" not in settings:
+        assert not Optimizer(**settings, expert_catch_up=False).problems()
+    assert not Optimizer(expert_update="dense").problems()
+
+
+def test_a_table_learns_of_its_missed_steps_only_with_catch_up() -> None:
+    """A row that is used in the first and the third of three steps: the two ways differ in it by what the second step
+    would have done under dense AdamW."""
+    model = built(small_model())
+    states = []
+    for catch_up in (False, True):
+        copy_ = copy.deepcopy(model)
+        optimizers = Optimizers(copy_, Optimizer(lr=1e-2, eps=1e-30, expert_catch_up=catch_up))
+        experts = copy_.layers[1].peer.experts
+        collector, draw = experts.plan.row_gradients, torch.Generator().manual_seed(0)
+        for used in (5, 6, 5):
+            E, D = experts.expert_down.shape[1:]
+            dz, x = torch.randn(1, 1, E, generator=draw), torch.randn(1, D, generator=draw)
+            collector.record(torch.tensor([[used]]), dz, dz, x, x)
+            optimizers.clip_and_step(0.0)
+        states.append((experts.expert_down.detach(), optimizers.state_of(experts.expert_down)))
+    (without, plain), (with_, state) = states
+    assert "last_use" not in plain and state["last_use"][[5, 6]].tolist() == [3, 2] and state["last_use"].sum() == 5
+    assert torch.equal(without[6], with_[6]) and not torch.equal(without[5], with_[5])

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from titan_peer.config.job import JobConfig
 from titan_peer.distributed.parallelize import compute_dtype
-from titan_peer.ops import set_table_gradient
+from titan_peer.ops import MissedSteps, set_table_gradient
 
 if TYPE_CHECKING:
     from titan_peer.ops.triton.tuning import Launch, Problem
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("titan_peer")
 
 
-ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 ADAMW |= {"bias_correction1": 0.1, "bias_correction2": 0.05}
 
 
@@ -57,7 +57,7 @@ def _expert_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[T
     activation = peer.activation
 
     def update() -> None:
-        kernels.rowwise_adamw_(down, exp_avg, exp_avg_sq, pairs, z, x, grad_scale=1.0, **ADAMW, seed=1)
+        kernels.rowwise_adamw_(down, exp_avg, exp_avg_sq, pairs, z, x, grad_scale=1.0, seed=1, missed=missed, **ADAMW)
 
     yield (
         problem("experts_forward", down, K, E, D),
@@ -74,6 +74,8 @@ def _expert_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[T
     exp_avg = torch.zeros_like(down, dtype=getattr(torch, optimizer.expert_moment_dtype))
     by_row = optimizer.expert_second_moment == "row"
     exp_avg_sq = torch.zeros(N, device=device) if by_row else torch.zeros_like(exp_avg)
+    last_use = torch.zeros(N, dtype=torch.int32, device=device)
+    missed = MissedSteps(last_use, 1, ADAMW["beta1"], ADAMW["beta2"], 1.0) if optimizer.expert_catch_up else None
     yield problem("row_norm", x, K, E, D), lambda: kernels.row_norm_squared(pairs, z, x)
     yield problem("adamw", down, K, E, D), update
 

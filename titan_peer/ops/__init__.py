@@ -6,6 +6,7 @@ line.
 """
 
 from titan_peer.ops.backends import backend_report
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.peer_experts import peer_experts
 from titan_peer.ops.product_keys import product_key_retrieve, product_key_topk
 from titan_peer.ops.row_gradients import TABLES, RowGradients, rowwise_adamw_
@@ -13,6 +14,7 @@ from titan_peer.ops.settings import set_table_gradient
 
 __all__ = [
     "TABLES",
+    "MissedSteps",
     "RowGradients",
     "backend_report",
     "peer_experts",

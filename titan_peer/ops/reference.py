@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_peer.ops.checks import require_pairs_fit
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 _SLICE_ELEMENTS = 1 << 22  # the most elements in the gathered rows of a slice (16 MiB in float32)
@@ -297,25 +298,44 @@ def rowwise_adamw_(
     bias_correction1: float,
     bias_correction2: float,
     seed: int,
+    missed: MissedSteps | None = None,
 ) -> None:
     """See `titan_peer.ops.rowwise_adamw_`."""
     generator = torch.Generator(param.device).manual_seed(seed)
+    per_row = exp_avg_sq.ndim != param.ndim
+    step_size = lr / bias_correction1
+
+    def divided(m: Tensor, v: Tensor) -> Tensor:
+        denominator = (v / bias_correction2).sqrt_().add_(eps)
+        return m / (denominator[:, None, None] if per_row else denominator)
+
     for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
         where = pairs.row_ids[rows].long()
         g = gradient * grad_scale
         p, m, v = param[where].to(g.dtype), exp_avg[where].to(g.dtype), exp_avg_sq[where].to(g.dtype)
+        if missed is not None:
+            beta1_n, beta2_n, decay_n, moved = _missed_factors(missed, where, g.dtype)
+            p.mul_(decay_n).sub_(divided(m, v) * (step_size * moved))
+            m.mul_(beta1_n)
+            v.mul_(beta2_n[:, 0, 0] if per_row else beta2_n)
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
-        square = g.square() if exp_avg_sq.ndim == param.ndim else g.square().mean((1, 2))
+        square = g.square().mean((1, 2)) if per_row else g.square()
         v.mul_(beta2).add_(square, alpha=1 - beta2)
-        denominator = (v / bias_correction2).sqrt_().add_(eps)
-        if exp_avg_sq.ndim != param.ndim:
-            denominator = denominator[:, None, None]
-        p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+        p.sub_(divided(m, v), alpha=step_size)
         for table, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
-            table[where] = (
-                round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
-            )
+            _store(table, where, new, generator)
+
+
+def _missed_factors(missed: MissedSteps, rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The four factors of the steps that rows [R] have missed, [R, 1, 1] each; from now on they have missed none."""
+    factors = missed.factors(missed.count(rows)).to(dtype)
+    missed.last_use[rows] = missed.step
+    return (factor[:, None, None] for factor in factors.unbind(1))
+
+
+def _store(table: Tensor, rows: Tensor, new: Tensor, generator: torch.Generator) -> None:
+    table[rows] = round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from titan_peer.ops.backends import backend_for
-from titan_peer.ops.checks import require_adamw_state, require_one_device
+from titan_peer.ops.checks import require_adamw_state, require_last_use, require_one_device
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 Table = Literal["down", "up"]
@@ -232,6 +233,7 @@ def rowwise_adamw_(
     bias_correction1: float,
     bias_correction2: float,
     seed: int,
+    missed: MissedSteps | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, algorithm 2) on the touched rows of a table, in one pass, in place.
 
@@ -243,10 +245,13 @@ def rowwise_adamw_(
             vectors.
         bias_correction1, bias_correction2: 1 - beta ** step.
         seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element), so a step can be repeated.
+        missed: the steps that the rows have missed, which are made good first, and whose `last_use` is set; None: a
+            missed step changes nothing.
     Raises:
         ValueError: a shape, dtype or device is invalid, or param or a moment is not contiguous.
     """
     require_adamw_state(param, exp_avg, exp_avg_sq)
+    require_last_use(param, missed)
     require_one_device(param=param, order=pairs.order, weights=weights, vectors=vectors)
     if (weights.shape[2], vectors.shape[1]) != param.shape[1:]:
         raise ValueError(
@@ -269,4 +274,5 @@ def rowwise_adamw_(
         bias_correction1=bias_correction1,
         bias_correction2=bias_correction2,
         seed=seed,
+        missed=missed,
     )

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local
 from titan_peer.model import Experts
-from titan_peer.ops import TABLES, RowGradients, rowwise_adamw_
+from titan_peer.ops import TABLES, MissedSteps, RowGradients, rowwise_adamw_
 from titan_peer.ops.sorted_pairs import SortedPairs
+
+LAST_USE = "last_use"
+"""Name of the state that holds the step of each row's last use."""
 
 
 def collect_row_gradients(experts: list[Experts]) -> list[RowGradients]:
@@ -26,11 +29,14 @@ class RowwiseAdamW(torch.optim.Optimizer):
     """AdamW on the rows of expert tables that a step used; it neither reads nor writes the rows of other experts.
 
     A row in use gets the AdamW update (arXiv 1711.05101), with bias correction by the step count of the whole table.
-    Any other row keeps its weights and moments unchanged: its moments do not decay, and it gets no weight decay.
+    With `catch_up` the steps that it has missed since its last use are made good first, in closed form
+    (ops/missed_steps.py). Without, a missed step leaves weights and moments unchanged for good: no decay of either, and
+    no movement by what is left of the first moment.
 
     Args:
         experts: modules whose tables are updated; their gradients go to the optimizer's collectors from now on.
         moment_dtype: dtype in which moments are stored; bfloat16 is written with stochastic rounding.
+        catch_up: keep the step of each row's last use, and make good the steps that it missed.
         second_moment: "element", or "row" for one number per table row (the mean square of its gradient).
         compute_dtype: dtype of the tables that forward and backward read. Any other than float32 creates copies, in
             which a step writes the rows that it has updated.
@@ -44,6 +50,7 @@ class RowwiseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        catch_up: bool = False,
         moment_dtype: torch.dtype = torch.float32,
         second_moment: str = "element",
         compute_dtype: torch.dtype = torch.float32,
@@ -51,7 +58,7 @@ class RowwiseAdamW(torch.optim.Optimizer):
         tables = [table for module in experts for table in (module.expert_down, module.expert_up)]
         group = {"name": "expert_tables", "params": tables}
         super().__init__([group], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.experts = experts
+        self.experts, self.catch_up = experts, catch_up
         for module in experts if compute_dtype != torch.float32 else []:
             down, up = local(module.expert_down), local(module.expert_up)
             module.plan.compute_copies = (down.to(compute_dtype), up.to(compute_dtype))
@@ -67,6 +74,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     else torch.zeros_like(table[:, 0, 0].detach(), dtype=torch.float32)
                 ),
             }
+            if catch_up:
+                self.state[table][LAST_USE] = torch.zeros_like(table[:, 0, 0].detach(), dtype=torch.int32)
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, grad_scale: Tensor | float = 1.0) -> None:  # type: ignore[override]
@@ -102,10 +111,23 @@ class RowwiseAdamW(torch.optim.Optimizer):
                     bias_correction1=1 - beta1**step,
                     bias_correction2=1 - beta2**step,
                     seed=step,
+                    missed=self._missed(state, step),
                 )
                 if copy is not None:
                     _copy_rows(local(table), copy, pairs)
             collector.clear()
+
+    def _missed(self, state: dict[str, Tensor], step: int) -> MissedSteps | None:
+        if not self.catch_up:
+            return None
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        return MissedSteps(local(state[LAST_USE]), step, beta1, beta2, 1 - group["lr"] * group["weight_decay"])
+
+    def count_missed_steps_from_now(self, table: Tensor) -> None:
+        """Take all rows of a table as up to date: what a state that was saved without their last uses allows."""
+        state = self.state[table]
+        local(state[LAST_USE]).fill_(int(state["step"]))
 
     def _require_own_tables(self) -> None:
         tables = iter(self.param_groups[0]["params"])
@@ -158,6 +180,7 @@ def build(experts: list[Experts], config: OptimizerConfig) -> RowwiseAdamW:
         betas=(own.beta1, own.beta2),
         eps=config.eps,
         weight_decay=own.weight_decay,
+        catch_up=config.expert_catch_up,
         moment_dtype=getattr(torch, config.expert_moment_dtype),
         second_moment=config.expert_second_moment,
         compute_dtype=getattr(torch, config.expert_compute_dtype),
