@@ -24,7 +24,7 @@ from report import RESULTS, device_name, markdown_table, synchronize, versions, 
 from torch import Tensor
 
 from titan_peer.common.command_line import FlagParser
-from titan_peer.ops import MissedSteps, rowwise_adamw_
+from titan_peer.ops import MissedSteps, rowwise_adamw_, rowwise_normalized_
 from titan_peer.ops.backends import backend_for
 from titan_peer.ops.sorted_pairs import SortedPairs
 
@@ -70,12 +70,34 @@ class Tables:
 
         return update
 
+    def normalized(self, *, momentum: torch.dtype | None, catch_up: bool = True) -> Update:
+        state = None if momentum is None else self.state("exp_avg", momentum)
+        last_use = torch.zeros(self.shape[0], dtype=torch.int32, device=self.device)
+
+        def update(step: int, pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> None:
+            missed = MissedSteps(last_use, step, BETA1, 1.0, 1.0) if catch_up and state is not None else None
+            rowwise_normalized_(
+                self.param,
+                state,
+                pairs,
+                weights,
+                vectors,
+                **{"lr": LR, "beta": BETA1, "eps": 1e-8, "weight_decay": 0.0},
+                seed=step,
+                missed=missed,
+            )
+
+        return update
+
 
 KINDS: dict[str, Callable[[Tables], Update]] = {
     "adamw": lambda tables: tables.adamw(catch_up=False),
     "adamw_catch_up": lambda tables: tables.adamw(catch_up=True),
     "adamw_small_state": lambda tables: tables.adamw(catch_up=False, moments=torch.bfloat16, by_row=True),
     "adamw_small_state_catch_up": lambda tables: tables.adamw(catch_up=True, moments=torch.bfloat16, by_row=True),
+    "normalized": lambda tables: tables.normalized(momentum=torch.float32),
+    "normalized_bfloat16": lambda tables: tables.normalized(momentum=torch.bfloat16),
+    "normalized_no_momentum": lambda tables: tables.normalized(momentum=None),
 }
 
 

@@ -79,6 +79,22 @@ def require_adamw_state(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> N
         raise ValueError(f"exp_avg_sq: has dtype {exp_avg_sq.dtype}, must be that of exp_avg, {exp_avg.dtype}")
 
 
+def require_momentum(param: Tensor, momentum: Tensor | None) -> None:
+    """What `rowwise_normalized_` updates: param and momentum [N, E, D].
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or memory is not contiguous.
+    """
+    floats = (torch.float64, torch.float32) if param.dtype == torch.float64 else _STORED
+    for name, tensor in (("param", param), ("momentum", param if momentum is None else momentum)):
+        require_dtype(name, tensor, floats)
+        require_contiguous(name, tensor)
+        if tensor.shape != param.shape:
+            raise ValueError(f"{name}: has shape {list(tensor.shape)}, must be that of param, {list(param.shape)}")
+    if momentum is not None:
+        require_one_device(param=param, momentum=momentum)
+
+
 def require_last_use(param: Tensor, missed: MissedSteps | None) -> None:
     """
     Raises:

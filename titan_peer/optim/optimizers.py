@@ -1,7 +1,7 @@
 """All optimizers of a model behind one step, one clipping and one schedule.
 
 Parameters with dense gradients have the optimizer that `optimizer.name` chooses (builders.py). Expert tables have
-either that one too, or `RowwiseAdamW` (rowwise.py), which reads their gradients as factors.
+either that one too, or a `RowwiseOptimizer` (rowwise.py), which reads their gradients as factors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Optimizers:
         groups = parameter_groups(model, config, with_tables=self.table_update != "rowwise")
         self.dense = build_optimizers(groups, config)
         """Of all parameters with dense gradients, each group in one of them."""
-        self.rowwise: rowwise.RowwiseAdamW | None = None
+        self.rowwise: rowwise.RowwiseOptimizer | None = None
         self.collectors: list[RowGradients] = []
         """Where the factored gradients of the current step are, unless the table update is "dense"."""
         if self.table_update == "rowwise":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from titan_peer.ops import reference
-from titan_peer.ops.checks import require_adamw_state, require_pairs_fit
+from titan_peer.ops.checks import require_adamw_state, require_momentum, require_pairs_fit
 from titan_peer.ops.cpu import build
 from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
@@ -228,6 +228,29 @@ def rowwise_adamw_(
         *_missed(missed),
         seed,
     )
+
+
+def rowwise_normalized_(
+    param: Tensor,
+    momentum: Tensor | None,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    step_size: float,
+    beta: float,
+    eps: float,
+    decay: float,
+    seed: int,
+    missed: MissedSteps | None = None,
+) -> None:
+    R, weights, vectors, shape = _factors(pairs, weights, vectors)
+    require_momentum(param, momentum)
+    dtypes = (_STATE_DTYPES[param.dtype], 0 if momentum is None else _STATE_DTYPES[momentum.dtype])
+    numbers = map(float, (grad_scale, step_size, beta, eps, decay))
+    runs = (*_runs(pairs), R, weights, vectors)
+    _call("titan_peer_rowwise_normalized", *dtypes, param, momentum, *runs, *shape, *numbers, *_missed(missed), seed)
 
 
 @cache

@@ -142,6 +142,105 @@ void adamw(Param* param, Moment* exp_avg, Moment* exp_avg_sq, float* row_second_
     }
 }
 
+// ---- normalized momentum
+
+constexpr float kDamping = 1e-4f;  // as DAMPING and ITERATIONS of ops/reference.py
+constexpr int kIterations = 20;
+
+// out = a b, all [E, E].
+inline void multiply(const float* a, const float* b, float* __restrict out, int64_t E) {
+    std::fill(out, out + E * E, 0.0f);
+    for (int64_t i = 0; i < E; ++i)
+        for (int64_t k = 0; k < E; ++k) add_scaled(out + i * E, b + k * E, a[i * E + k], E);
+}
+
+// The inverse root of a symmetric positive definite [E, E], by coupled Newton-Schulz iterations.
+struct InverseRoot {
+    int64_t E;
+    std::vector<float> y, z, t, next;
+
+    explicit InverseRoot(int64_t size) : E(size), y(size * size), z(size * size), t(size * size), next(size * size) {}
+    const float* of(const std::vector<float>& a) {
+        float trace = 0;
+        for (int64_t e = 0; e < E; ++e) trace += a[e * E + e];
+        for (int64_t i = 0; i < E * E; ++i) y[i] = a[i] / trace, z[i] = i % (E + 1) == 0;
+        for (int step = 0; step < kIterations; ++step) {
+            multiply(z.data(), y.data(), t.data(), E);
+            for (int64_t i = 0; i < E * E; ++i) t[i] = (i % (E + 1) == 0 ? 1.5f : 0.0f) - 0.5f * t[i];
+            multiply(y.data(), t.data(), next.data(), E);
+            std::swap(y, next);
+            multiply(t.data(), z.data(), next.data(), E);
+            std::swap(z, next);
+        }
+        const float scale = 1.0f / std::sqrt(trace);
+        for (float& value : z) value *= scale;
+        return z.data();
+    }
+};
+
+// The inverse root of a block's mean squares and products, [E, E]; u is [E, D].
+inline const float* inverse_root(const float* u, int64_t E, int64_t D, float eps, std::vector<float>& a, InverseRoot& root) {
+    float trace = 0;
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t f = 0; f < E; ++f) {
+            a[e * E + f] = dot(u + e * D, u + f * D, D) / float(std::max(E, D));
+            if (e == f) trace += a[e * E + f];
+        }
+    const float floor = std::max(eps * eps, 1e-37f);
+    if (E == 1) {
+        a[0] = 1.0f / std::sqrt(a[0] + floor);
+        return a.data();
+    }
+    for (int64_t e = 0; e < E; ++e) a[e * E + e] += floor + kDamping * trace / float(E);
+    return root.of(a);
+}
+
+template <class Param, class Moment>
+void normalized(Param* param, Moment* momentum, const Update& a, float beta) {
+    const int64_t width = a.width(), E = a.factors.E, D = a.factors.D;
+#pragma omp parallel num_threads(a.threads)
+    {
+        std::vector<float> gradient(width), products(E * E), turned(D);
+        InverseRoot root(E);
+        float* __restrict u = gradient.data();
+#pragma omp for schedule(dynamic, 256)
+        for (int64_t r = 0; r < a.R; ++r) {
+            if (r + 1 < a.R) {
+                const int64_t next = a.row_ids[r + 1] * width;
+                a.missed.prefetch_row(a.row_ids[r + 1]);
+                prefetch_to_write(param + next, width * sizeof(Param));
+                if (momentum) prefetch_to_write(momentum + next, width * sizeof(Moment));
+            }
+            a.factors.row(r, u);
+            const int64_t row = a.row_ids[r];
+            const Missed missed = a.missed.take(row);
+            const uint64_t key = a.key(row);
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) u[i] *= a.grad_scale;
+            if (momentum) {
+                Moment* __restrict m = momentum + row * width;
+#pragma omp simd
+                for (int64_t i = 0; i < width; ++i) {
+                    const float old = widen(m[i]) * missed.beta1, mi = old + (1.0f - beta) * (u[i] - old);
+                    narrow(mi, key + 3 * i + 1, m[i]);
+                    u[i] = mi + (1.0f - beta) * (u[i] - mi);  // Nesterov's look ahead
+                }
+            }
+            const float* scale = inverse_root(u, E, D, a.eps, products, root);
+            Param* __restrict p = param + row * width;
+            const float decay = a.decay * missed.decay;
+            for (int64_t e = 0; e < E; ++e) {
+                std::fill(turned.begin(), turned.end(), 0.0f);
+                for (int64_t f = 0; f < E; ++f) add_scaled(turned.data(), u + f * D, scale[e * E + f], D);
+                const uint64_t first = key + 3 * e * D;
+#pragma omp simd
+                for (int64_t d = 0; d < D; ++d)
+                    narrow(widen(p[e * D + d]) * decay - a.step_size * turned[d], first + 3 * d, p[e * D + d]);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -170,6 +269,28 @@ void titan_peer_rowwise_adamw(int64_t param_dtype, int64_t moment_dtype, void* p
         moment_dtype == 0 ? run(float(), float()) : run(float(), bfloat16());
     else
         moment_dtype == 0 ? run(bfloat16(), float()) : run(bfloat16(), bfloat16());
+}
+
+// momentum: null for none. step_size: lr times the root mean square that an update has.
+void titan_peer_rowwise_normalized(int64_t param_dtype, int64_t momentum_dtype, void* param, void* momentum,
+                                   const int32_t* order, const int32_t* row_ids, const int32_t* run_starts, int64_t R,
+                                   const float* weights, const float* vectors, int64_t K, int64_t E, int64_t D,
+                                   float grad_scale, float step_size, float beta, float eps, float decay,
+                                   int32_t* last_use, int64_t step, const float* table, int64_t length,
+                                   float log2_beta1, float log2_beta2, float log2_decay, uint64_t seed,
+                                   int64_t threads) {
+    const MissedSteps missed{last_use, step, table, length, log2_beta1, log2_beta2, log2_decay};
+    const Update update{{order, run_starts, weights, vectors, K, E, D}, row_ids, R, missed, grad_scale, step_size, decay,
+                        eps, seed, int(threads)};
+    auto run = [&](auto p, auto m) {
+        using Param = decltype(p);
+        using Moment = decltype(m);
+        normalized(static_cast<Param*>(param), static_cast<Moment*>(momentum), update, beta);
+    };
+    if (param_dtype == 0)
+        momentum_dtype == 0 ? run(float(), float()) : run(float(), bfloat16());
+    else
+        momentum_dtype == 0 ? run(bfloat16(), float()) : run(bfloat16(), bfloat16());
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Row-wise updates of expert tables: launches of the kernels in adamw.py."""
+"""Row-wise updates of expert tables: launches of the kernels in adamw.py and normalized.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from titan_peer.ops.checks import require_adamw_state
+from titan_peer.ops.checks import require_adamw_state, require_momentum
 from titan_peer.ops.missed_steps import MissedSteps
+from titan_peer.ops.reference import DAMPING, ITERATIONS
 from titan_peer.ops.sorted_pairs import SortedPairs
-from titan_peer.ops.triton import adamw, tuning
+from titan_peer.ops.triton import adamw, normalized, tuning
 from titan_peer.ops.triton.table_gradients import row_launch, rows_last_contiguous
 
 
@@ -81,6 +82,61 @@ def rowwise_adamw_(
             seed,
             *scalars,
             **constants,
+            CATCH_UP=missed is not None,
+        )
+        _mark_used(pairs, missed)
+
+
+def rowwise_normalized_(
+    param: Tensor,
+    momentum: Tensor | None,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    step_size: float,
+    beta: float,
+    eps: float,
+    decay: float,
+    seed: int,
+    missed: MissedSteps | None = None,
+) -> None:
+    require_momentum(param, momentum)
+    constants = row_launch("normalized", pairs, weights, vectors, param)
+    vectors = rows_last_contiguous(vectors)
+    programs, E = constants.pop("programs"), constants["E"]
+    del constants["BLOCK_P"]
+    if E > 1:  # tl.dot takes tiles of 16 or more
+        block_e = max(16, triton.next_power_of_2(E))
+        constants["BLOCK_D"] = max(16, min(constants["BLOCK_D"], 2048 // block_e))
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=param.device)
+    pointers, scalars = _missed(missed, param)
+    with torch.cuda.device_of(param):
+        normalized.normalized[(programs,)](
+            param,
+            param if momentum is None else momentum,
+            pairs.order,
+            pairs.row_ids,
+            pairs.run_starts,
+            pairs.num_rows,
+            weights.contiguous(),
+            vectors,
+            grad_scale,
+            *pointers,
+            vectors.stride(0),
+            float(decay),
+            float(step_size),
+            float(beta),
+            max(eps**2, 1e-37),
+            DAMPING,
+            seed,
+            *scalars,
+            **constants,
+            BLOCK_E=block_e if E > 1 else 1,
+            ITERATIONS=ITERATIONS,
+            MOMENTUM=momentum is not None,
             CATCH_UP=missed is not None,
         )
         _mark_used(pairs, missed)
