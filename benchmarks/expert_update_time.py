@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import RESULTS, device_name, markdown_table, synchronize, versions, write_results
+from report import RESULTS, markdown_table, synchronize, write_results
 from torch import Tensor
 
 from titan_peer.common.command_line import FlagParser
@@ -153,7 +153,7 @@ def main() -> None:
         f"{options.steps} updates of one table, {options.experts:,} experts of {options.hidden_size} x {options.dim}, "
         f"{options.tokens:,} tokens x {options.places} places, {rows / options.steps:,.0f} rows per update"
     )
-    text = f"{setting}; {device_name(options.device)}; {versions()}.\n\n{markdown_table(header, table)}"
+    text = f"{setting}.\n\n{markdown_table(header, table)}"
     write_results(
         "expert-update-time", options.device, text, {"setting": setting, "milliseconds": times}, options.output
     )
