@@ -15,6 +15,7 @@ SMALL_JOB = ["--training.seq_len", "64", "--training.local_batch_size", "2", "--
 SMALLEST = {
     "checkpoint": ["--experts", "1024", "--dim", "64", "--interval", "2", "--saves", "2", "--compile", "false"],
     "expert_update": ["--steps", "2", "--experts", "1024", "--dim", "64", "--batch_size", "2", "--seq_len", "64"],
+    "expert_update_time": ["--steps", "2", "--experts", "1024", "--dim", "64", "--tokens", "64"],
     "expert_usage": ["--steps", "4", "--warmup", "1", "--", *SMALL_JOB],
     "peer_kernels": ["--experts", "1024", "--tokens", "64", "--dim", "32", "--repeats", "2", "--threads", "1"],
     "peer_layer": [

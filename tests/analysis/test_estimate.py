@@ -85,8 +85,21 @@ def test_command_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch:
     job = ["--job.config_file", "train_configs/debug_model.toml", "--compile.enable", "false"]
     assert cli.main(["estimate", *job, "--training.seq_len", "32", "--checkpoint.async_mode", "async"]) == 0
     rows = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines() if "  " in line)
-    assert rows["parameters"] == "108.4 MiB" and rows["checkpoint copy"] == "325.1 MiB"
+    assert rows["parameters"] == "108.4 MiB" and rows["checkpoint copy"] == "325.4 MiB"
     assert "most at a time" in rows
+
+
+def test_the_state_of_expert_tables_is_counted_by_their_optimizer() -> None:
+    arguments = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--compile.enable", "false"]
+    arguments += ["--model.tokenizer_path", str(ROOT / "assets/tokenizer"), "--training.local_batch_size", "1"]
+    normalized = ["--optimizer.expert_optimizer", "normalized"]
+    adamw, momentum, none = (
+        estimate_memory(load_config([*arguments, *more]), 1).by_kind["moments"]
+        for more in ([], normalized, [*normalized, "--optimizer.expert_momentum", "0"])
+    )
+    rows = 3 * 2 * 16384
+    assert adamw - momentum == rows * 256 * 4
+    assert momentum - none == rows * (256 * 4 + 4)
 
 
 def test_dense_update_of_the_tables_takes_gradients_of_their_size() -> None:

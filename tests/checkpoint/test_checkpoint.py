@@ -326,6 +326,15 @@ def test_a_job_continues_another_jobs_training_elsewhere(straight, tmp_path):
     assert losses(tmp_path) == {step: loss for step, loss in losses(straight).items() if step > 4}
 
 
+def test_a_job_with_normalized_experts_resumes_with_the_same_bits(tmp_path):
+    settings = ["--optimizer.expert_optimizer", "normalized", "--optimizer.expert_moment_dtype", "bfloat16"]
+    trainer(tmp_path / "straight", *settings).train()
+    shutil.copytree(tmp_path / "straight/checkpoint/step-4", tmp_path / "resumed/checkpoint/step-4")
+    trainer(tmp_path / "resumed", *settings).train()
+    expected = {step: loss for step, loss in losses(tmp_path / "straight").items() if step > 4}
+    assert expected and losses(tmp_path / "resumed") == expected
+
+
 def test_what_is_excluded_from_loading_stays_as_it_was_made(straight, tmp_path):
     source = straight / "checkpoint/step-4"
     settings = ["--checkpoint.initial_load_path", source, "--checkpoint.initial_load_model_only", "false"]

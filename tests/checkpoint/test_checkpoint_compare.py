@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from titan_peer.checkpoint.compare import changed_function, model_keys, tokenizer_function
 from titan_peer.common.errors import UserError
@@ -245,3 +246,27 @@ def test_a_tokenizer_with_another_text_for_an_id_or_another_way_to_split_is_anot
         path = tmp_path / "changed.json"
         path.write_text(json.dumps(content | change), encoding="utf-8")
         assert tokenizer_function(str(path)) != same, change.keys()
+
+
+def last_uses(job: Trainer) -> list[Tensor]:
+    return [state for name, state in job.optimizers.named_state() if name.endswith(".last_use")]
+
+
+def test_a_checkpoint_without_last_uses_is_resumed_and_its_rows_count_as_up_to_date(folder, caplog) -> None:
+    caplog.set_level("INFO", "titan_peer")
+    job = trainer(folder)
+    assert last_uses(job) and all((state == 2).all() for state in last_uses(job))
+    assert "does not say when expert rows were last used" in said(caplog)
+    for i, state in enumerate(last_uses(job)):
+        state[i] = 1
+    job.checkpointer.save(3, {"step": 3}, wait=True)
+    caplog.clear()
+    again = trainer(folder)
+    assert all(torch.equal(a, b) for a, b in zip(last_uses(again), last_uses(job), strict=True))
+    assert "does not say" not in said(caplog)
+
+
+def test_last_uses_are_not_dropped_in_silence(folder) -> None:
+    trainer(folder).checkpointer.save(3, {"step": 3}, wait=True)
+    with pytest.raises(UserError, match=r"last_use: the checkpoint has shape \[.*the job has no such tensor"):
+        trainer(folder, "--optimizer.expert_catch_up", "false")

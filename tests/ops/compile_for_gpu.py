@@ -19,15 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titan_peer.ops.triton import adamw, experts, pairs, retrieval, rows, tuning
+from titan_peer.ops.triton import adamw, experts, normalized, pairs, retrieval, rows, tuning
 
 D, K, N_KEYS, AXIS_DIM = 1024, 128, 1024, 128
-SCALARS = ("decay", "step_size", "beta1", "beta2", "root_correction", "eps")
+SCALARS = ("decay", "step_size", "beta", "beta1", "beta2", "root_correction", "eps", "floor", "damping")
+SCALARS += ("log2_beta1", "log2_beta2", "log2_decay")
 TYPES = {"indices_ptr": "*i32", "offsets_ptr": "*i64", "split_stride": "i64", **dict.fromkeys(SCALARS, "fp32")}
 TYPES |= dict.fromkeys(("order_ptr", "row_id_ptr", "run_start_ptr", "num_rows_ptr", "run_ptr", "ranks_ptr"), "*i32")
 TYPES |= dict.fromkeys(("weight_ptr", "gate_ptr", "z_ptr", "dz_ptr", "hidden_ptr", "dgate_ptr", "values_ptr"), "*fp32")
-TYPES |= dict.fromkeys(("grad_scale_ptr", "value_ptr", "out_ptr"), "*fp32")
-TYPES |= dict.fromkeys(("index_ptr", "expert_ptr", "key_row_ptr"), "*i32")
+TYPES |= dict.fromkeys(("grad_scale_ptr", "value_ptr", "out_ptr", "factor_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("index_ptr", "expert_ptr", "key_row_ptr", "last_use_ptr"), "*i32")
 TYPES |= dict.fromkeys(("vector_ptr", "dotted_ptr", "summed_ptr", "query_ptr", "key_ptr"), "*bf16")
 
 
@@ -81,7 +82,14 @@ def main() -> None:
         for dtype in ("fp32", "bf16"):
             second = "*fp32" if kind == "row" else f"*{dtype}"
             state = {"param_ptr": f"*{dtype}", "exp_avg_ptr": f"*{dtype}", "exp_avg_sq_ptr": second}
-            results[f"adamw_{kind} {dtype}"] = compiled(kernel, launch.num_warps, by_row, **state)
+            constants = {**by_row, "CATCH_UP": True}
+            results[f"adamw_{kind} {dtype}"] = compiled(kernel, launch.num_warps, constants, **state)
+    for E in (1, 4):
+        tile = {"BLOCK_E": 1 if E == 1 else 16, "BLOCK_D": D if E == 1 else 128, "ITERATIONS": 20}
+        constants = {"K": K, "E": E, "D": D, **tile, "MOMENTUM": True, "CATCH_UP": True}
+        state = {"param_ptr": "*fp32", "momentum_ptr": "*bf16"}
+        results[f"normalized E={E}"] = compiled(normalized.normalized, launch.num_warps, constants, **state)
+    results["mark_used"] = compiled(adamw.mark_used, 4, {"BLOCK": 1024})
     results["mark_runs"] = compiled(pairs.mark_runs, 4, {"BLOCK": 1024})
     launch = rule("best_sub_keys", AXIS_DIM)
     keys = {"H": 8, "N_KEYS": N_KEYS, "Q": AXIS_DIM, "BLOCK_Q": AXIS_DIM}

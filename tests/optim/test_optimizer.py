@@ -170,3 +170,92 @@ def test_bfloat16_copies_of_the_tables_are_computed_with_and_follow_the_updates(
         experts.expert_up.zero_()
     optimizers.refresh_copies()
     assert not experts.plan.compute_copies[1].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"expert_update": "dense", "expert_catch_up": False}, "dense allows only true"),
+        ({"beta1": 0.98}, "beta1 must be below the root of beta2"),
+        (
+            {"expert_weight_decay": 2.0, "lr": 0.5},
+            "optimizer.expert_tables.weight_decay = 2.0: times its learning rate, up to 0.5",
+        ),
+        ({"expert_update": "dense", "expert_optimizer": "normalized"}, 'dense allows only "adamw"'),
+        ({"expert_update": "dense", "expert_momentum": 0.5}, 'needs optimizer.expert_update = "rowwise"'),
+    ],
+)
+def test_settings_under_which_missed_steps_cannot_be_made_good_are_named(settings: dict, words: str) -> None:
+    assert words in "\n".join(Optimizer(**settings).problems())
+    if "expert_update" not in settings:
+        assert not Optimizer(**settings, expert_catch_up=False).problems()
+    assert not Optimizer(expert_update="dense").problems()
+
+
+def test_a_table_learns_of_its_missed_steps_only_with_catch_up() -> None:
+    """A row that is used in the first and the third of three steps: the two ways differ in it by what the second step
+    would have done under dense AdamW."""
+    model = built(small_model())
+    states = []
+    for catch_up in (False, True):
+        copy_ = copy.deepcopy(model)
+        optimizers = Optimizers(copy_, Optimizer(lr=1e-2, eps=1e-30, expert_catch_up=catch_up))
+        experts = copy_.layers[1].peer.experts
+        collector, draw = experts.plan.row_gradients, torch.Generator().manual_seed(0)
+        for used in (5, 6, 5):
+            E, D = experts.expert_down.shape[1:]
+            dz, x = torch.randn(1, 1, E, generator=draw), torch.randn(1, D, generator=draw)
+            collector.record(torch.tensor([[used]]), dz, dz, x, x)
+            optimizers.clip_and_step(0.0)
+        states.append((experts.expert_down.detach(), optimizers.state_of(experts.expert_down)))
+    (without, plain), (with_, state) = states
+    assert "last_use" not in plain and state["last_use"][[5, 6]].tolist() == [3, 2] and state["last_use"].sum() == 5
+    assert torch.equal(without[6], with_[6]) and not torch.equal(without[5], with_[5])
+
+
+def test_settings_of_the_other_row_wise_optimizer_are_named() -> None:
+    found = Optimizer(expert_optimizer="normalized", expert_second_moment="row", beta1=0.99).problems()
+    words = 'optimizer.expert_second_moment = row: needs optimizer.expert_optimizer = "adamw"; normalized allows only "element"'
+    assert found == [words]  # beta1 is of dense parameters only
+    (found,) = Optimizer(expert_momentum=0.5).problems()
+    assert (
+        found
+        == 'optimizer.expert_momentum = 0.5: needs optimizer.expert_optimizer = "normalized"; adamw allows only 0.9'
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_weight", "per_row"),
+    [
+        ({}, 8, 4),
+        ({"expert_catch_up": False}, 8, 0),
+        ({"expert_optimizer": "normalized"}, 4, 4),
+        ({"expert_optimizer": "normalized", "expert_moment_dtype": "bfloat16"}, 2, 4),
+        ({"expert_optimizer": "normalized", "expert_momentum": 0.0}, 0, 0),
+        ({"expert_optimizer": "normalized", "expert_momentum": 0.0, "expert_weight_decay": 0.1}, 0, 4),
+    ],
+)
+def test_bytes_of_the_state_of_expert_tables(settings: dict, per_weight: int, per_row: int) -> None:
+    config = Optimizer(**settings)
+    assert not config.problems()
+    model = built(small_model())
+    optimizers = Optimizers(model, config)
+    tables = {p for experts in optimizers.experts for p in experts.parameters()}
+    found = sum(
+        state.nbytes for table in tables for name, state in optimizers.state_of(table).items() if name != "step"
+    )
+    assert found == sum(per_weight * table.numel() + per_row * len(table) for table in tables)
+
+
+def test_normalized_updates_move_each_used_expert_by_one_size() -> None:
+    model = built(small_model())
+    before = copy.deepcopy(model)
+    optimizers = Optimizers(model, Optimizer(expert_optimizer="normalized", lr=1e-2))
+    tokens = torch.randint(50, (2, 16))
+    (model(tokens, labels=tokens) / 32).backward()
+    optimizers.clip_and_step(1.0)
+    for old, new in zip(before.layers[1].peer.experts.parameters(), model.layers[1].peer.experts.parameters()):
+        moved = (new - old).square().mean((1, 2)).sqrt()
+        used = moved > 0
+        assert 0 < used.sum() < len(used)
+        torch.testing.assert_close(moved[used], torch.full_like(moved[used], 0.2 * 1e-2), rtol=1e-2, atol=0)

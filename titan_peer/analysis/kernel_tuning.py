@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from titan_peer.config.job import JobConfig
+from titan_peer.config.optimizer import Optimizer
 from titan_peer.distributed.parallelize import compute_dtype
-from titan_peer.ops import set_table_gradient
+from titan_peer.ops import MissedSteps, set_table_gradient
+from titan_peer.ops.sorted_pairs import SortedPairs
 
 if TYPE_CHECKING:
     from titan_peer.ops.triton.tuning import Launch, Problem
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("titan_peer")
 
 
-ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 ADAMW |= {"bias_correction1": 0.1, "bias_correction2": 0.05}
 
 
@@ -56,9 +59,6 @@ def _expert_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[T
     down, up = torch.randn(N, E, D, device=device), torch.randn(N, E, D, device=device)
     activation = peer.activation
 
-    def update() -> None:
-        kernels.rowwise_adamw_(down, exp_avg, exp_avg_sq, pairs, z, x, grad_scale=1.0, **ADAMW, seed=1)
-
     yield (
         problem("experts_forward", down, K, E, D),
         lambda: kernels.peer_forward(x, indices, gates, down, up, activation),
@@ -71,11 +71,33 @@ def _expert_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[T
         yield problem("table_gradient", up, K, E, D), lambda: kernels.dense_gradients(indices, [(z, x, up)])
         return
     pairs = kernels.sort_pairs(indices, N)
-    exp_avg = torch.zeros_like(down, dtype=getattr(torch, optimizer.expert_moment_dtype))
-    by_row = optimizer.expert_second_moment == "row"
-    exp_avg_sq = torch.zeros(N, device=device) if by_row else torch.zeros_like(exp_avg)
     yield problem("row_norm", x, K, E, D), lambda: kernels.row_norm_squared(pairs, z, x)
-    yield problem("adamw", down, K, E, D), update
+    yield _update_task(optimizer, down, pairs, z, x)
+
+
+def _update_task(optimizer: Optimizer, table: Tensor, pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Task:
+    """The call of the row-wise update of a table [N, E, D]."""
+    from titan_peer.ops import triton as kernels
+    from titan_peer.ops.triton.tuning import problem
+
+    N, E, D = table.shape
+    K, moment_dtype = weights.shape[1], getattr(torch, optimizer.expert_moment_dtype)
+    beta1, beta2 = ADAMW["beta1"], ADAMW["beta2"]
+    last_use = torch.zeros(N, dtype=torch.int32, device=table.device)
+    missed = MissedSteps(last_use, 1, beta1, beta2, 1.0) if optimizer.expert_catch_up else None
+    exp_avg = torch.zeros_like(table, dtype=moment_dtype)
+    arguments: dict[str, Any] = {"grad_scale": 1.0, "seed": 1, "missed": missed}
+    if optimizer.expert_optimizer == "normalized":
+        momentum = exp_avg if optimizer.expert_momentum else None
+        arguments |= {"step_size": 1e-3, "beta": beta1, "eps": 1e-8, "decay": 1.0}
+        return problem("normalized", table, K, E, D), lambda: kernels.rowwise_normalized_(
+            table, momentum, pairs, weights, vectors, **arguments
+        )
+    by_row = optimizer.expert_second_moment == "row"
+    exp_avg_sq = torch.zeros(N, device=table.device) if by_row else torch.zeros_like(exp_avg)
+    return problem("adamw", table, K, E, D), lambda: kernels.rowwise_adamw_(
+        table, exp_avg, exp_avg_sq, pairs, weights, vectors, **ADAMW, **arguments
+    )
 
 
 def _retrieval_tasks(config: JobConfig, device: torch.device, T: int) -> Iterator[Task]:

@@ -286,8 +286,20 @@ class Checkpointer:
         self._ranks.all_do(lambda: compared.append(self._compare(folder, excluded, model_only)))
         ((state, tensors),) = compared
         read_tensors(folder, tensors)
+        self._count_missed_steps(folder, tensors)
         self._ranks.all_do(lambda: _set_random_states(tensors))
         return state
+
+    def _count_missed_steps(self, folder: Path, loaded: dict[str, Tensor]) -> None:
+        """Rows of expert tables are up to date if the checkpoint does not say when they were last used."""
+        missing = {n: t for n, t in self.optimizers.named_last_uses().items() if f"optimizer.{n}" not in loaded}
+        self.optimizers.count_missed_steps_from_now(missing.values())
+        if any(name.startswith("optimizer.") for name in loaded) and missing and self._ranks.is_first:
+            logger.info(
+                "%s does not say when expert rows were last used (optimizer.expert_catch_up was not in use): the steps "
+                "that they miss count from here on",
+                folder,
+            )
 
     def _compare(self, folder: Path, excluded: list[str], model_only: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The checkpoint's train_state and the job's tensors that are to be filled from it, both without what is
@@ -315,6 +327,8 @@ class Checkpointer:
         # Random states belong to one process each; with more processes than at the save, the new ones keep their seed.
         wanted = {name: t for name, t in wanted.items() if name in stored or not name.startswith("rng.")}
         stored = {name: s for name, s in stored.items() if name in wanted or not name.startswith("rng.")}
+        without = {f"optimizer.{name}" for name in self.optimizers.named_last_uses()} - stored.keys()
+        wanted = {name: t for name, t in wanted.items() if name not in without}
         if self.job.model.tie_embeddings and not saved.model.tie_embeddings:
             del wanted[
                 "model.output.weight"

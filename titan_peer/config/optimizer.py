@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,6 +14,15 @@ OPTIMIZERS = {
 }
 """What optimizer.name may be, and the module whose `build` creates it (titan_peer/optim/builders.py says how). The
 modules are named here, not imported, so that a job can be checked without PyTorch."""
+
+_ROWWISE_ONLY = (
+    "expert_optimizer",
+    "expert_momentum",
+    "expert_catch_up",
+    "expert_moment_dtype",
+    "expert_compute_dtype",
+    "expert_second_moment",
+)
 
 GroupName = Literal["matrices", "embeddings", "head", "gains", "sub_keys", "expert_tables"]
 
@@ -92,10 +102,20 @@ class Optimizer(Section, name="optimizer"):
     expert_weight_decay: Annotated[float, Range(0, also=(-1,))] = -1.0
     """The earlier name of optimizer.expert_tables.weight_decay; -1: what that says."""
     expert_update: Literal["rowwise", "dense"] = "rowwise"
-    """rowwise: AdamW on only the rows of the experts that a step used (the moments of others do not decay meanwhile);
-    dense: the optimizer optimizer.name on whole tables."""
+    """rowwise: optimizer.expert_optimizer on only the rows of the experts that a step used; dense: the optimizer
+    optimizer.name on whole tables."""
+    expert_optimizer: Literal["adamw", "normalized"] = "adamw"
+    """Of expert tables with the rowwise update. normalized: the momentum of each expert is orthogonalised, as Muon does with
+    whole matrices, so that every update has one size, about AdamW's; one state or none instead of two."""
+    expert_momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    """Decay of the momentum under expert_optimizer = "normalized"; 0: none, and no state."""
+    expert_catch_up: bool = True
+    """Make good, when a row is next used, what the steps that it missed would have done to it under the dense update
+    (rowwise only): its moments and weights decay and it moves by the rest of its first moment. false: a missed step
+    changes nothing, for good."""
     expert_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the moments of expert tables (rowwise only); bfloat16 is written with stochastic rounding."""
+    """Storage of the moments or the momentum of expert tables (rowwise only); bfloat16 is written with stochastic
+    rounding."""
     expert_compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the tables that forward and backward read (rowwise only). bfloat16: copies with half the bytes per row,
     in addition to the float32 tables that the optimizer updates and checkpoints hold."""
@@ -135,11 +155,39 @@ class Optimizer(Section, name="optimizer"):
         if self.name != "muon" and self.muon != Muon():
             found.append('optimizer.muon: needs optimizer.name = "muon"')
         if self.expert_update == "dense":
-            for key in ("expert_moment_dtype", "expert_compute_dtype", "expert_second_moment"):
-                default = getattr(type(self), key)
-                if getattr(self, key) != default:
-                    allowed = f'needs optimizer.expert_update = "rowwise"; dense allows only "{default}"'
-                    found += self.problem(key, allowed)
+            found += self._needs("expert_update", "rowwise", _ROWWISE_ONLY, "dense")
+        elif self.expert_optimizer == "normalized":
+            found += self._needs("expert_optimizer", "adamw", ("expert_second_moment",), "normalized")
+        else:
+            found += self._needs("expert_optimizer", "normalized", ("expert_momentum",), "adamw")
+        if self.expert_update == "rowwise" and self.expert_catch_up:
+            found += self._catch_up_problems()
+        return found
+
+    def _needs(self, key: str, value: str, only_there: tuple[str, ...], here: str) -> list[str]:
+        """Of keys that have a meaning only if `key` is `value`, those that are set although it is `here`."""
+        found = []
+        for name in only_there:
+            default = getattr(type(self), name)
+            if getattr(self, name) != default:
+                allowed = f'needs optimizer.{key} = "{value}"; {here} allows only {json.dumps(default)}'
+                found += self.problem(name, allowed)
+        return found
+
+    def _catch_up_problems(self) -> list[str]:
+        """What makes the closed form of missed steps (ops/missed_steps.py) impossible."""
+        found, tables = [], self.group("expert_tables")
+        if self.expert_optimizer == "adamw" and tables.beta1**2 > 0.9998 * tables.beta2:
+            found.append(
+                f"optimizer.beta1 = {tables.beta1} and beta2 = {tables.beta2} of expert tables: beta1 must be below the "
+                "root of beta2, or a row that is not used would move for ever; or set optimizer.expert_catch_up = false"
+            )
+        lr = self.lr * max(tables.lr_factor, tables.lr_factor_at(1.0))
+        if lr * tables.weight_decay >= 1:
+            found.append(
+                f"optimizer.expert_tables.weight_decay = {tables.weight_decay}: times its learning rate, up to {lr:g}, it "
+                "must be below 1, or a step leaves nothing of a weight"
+            )
         return found
 
     def _problems_of_earlier_names(self) -> list[str]:

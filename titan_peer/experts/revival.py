@@ -94,9 +94,11 @@ def copy_rows(tensor: Tensor, sources: Tensor, targets: Tensor) -> None:
     local, mesh = tensor.to_local(), tensor.device_mesh
     first = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())
     for some_sources, some_targets in zip(sources.split(_ROWS_AT_A_TIME), targets.split(_ROWS_AT_A_TIME)):
-        rows = torch.zeros(len(some_sources), *local.shape[1:], dtype=torch.float32, device=local.device)
+        # float32 for the sum of rounded states; integers are summed as they are
+        dtype = torch.float32 if local.is_floating_point() else local.dtype
+        rows = torch.zeros(len(some_sources), *local.shape[1:], dtype=dtype, device=local.device)
         mine = (some_sources >= first) & (some_sources < first + local.shape[0])
-        rows[mine] = local[some_sources[mine] - first].float()
+        rows[mine] = local[some_sources[mine] - first].to(dtype)
         sum_over_processes(rows, mesh.get_group())  # each row is on one process
         mine = (some_targets >= first) & (some_targets < first + local.shape[0])
         local[some_targets[mine] - first] = rows[mine].to(local.dtype)

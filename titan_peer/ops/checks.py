@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titan_peer.ops.missed_steps import MissedSteps
+
 MOST_PAIRS = 2**31 - 2**12
 """Pairs are numbered in int32, and kernels step up to one block beyond the last pair."""
 MOST_ROWS = 2**31 - 1
@@ -75,3 +77,33 @@ def require_adamw_state(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> N
         raise ValueError("exp_avg_sq: one number per row must be float32, not bfloat16")
     if not per_row and exp_avg_sq.dtype != exp_avg.dtype:
         raise ValueError(f"exp_avg_sq: has dtype {exp_avg_sq.dtype}, must be that of exp_avg, {exp_avg.dtype}")
+
+
+def require_momentum(param: Tensor, momentum: Tensor | None) -> None:
+    """What `rowwise_normalized_` updates: param and momentum [N, E, D].
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or memory is not contiguous.
+    """
+    floats = (torch.float64, torch.float32) if param.dtype == torch.float64 else _STORED
+    for name, tensor in (("param", param), ("momentum", param if momentum is None else momentum)):
+        require_dtype(name, tensor, floats)
+        require_contiguous(name, tensor)
+        if tensor.shape != param.shape:
+            raise ValueError(f"{name}: has shape {list(tensor.shape)}, must be that of param, {list(param.shape)}")
+    if momentum is not None:
+        require_one_device(param=param, momentum=momentum)
+
+
+def require_last_use(param: Tensor, missed: MissedSteps | None) -> None:
+    """
+    Raises:
+        ValueError: last_use is not one int32 for each row of param, contiguous and on its device.
+    """
+    if missed is None:
+        return
+    require_dtype("last_use", missed.last_use, (torch.int32,))
+    require_contiguous("last_use", missed.last_use)
+    require_one_device(param=param, last_use=missed.last_use)
+    if missed.last_use.shape != param.shape[:1]:
+        raise ValueError(f"last_use: has shape {list(missed.last_use.shape)}, must be [{param.shape[0]}], one per row")

@@ -16,8 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_peer.ops.checks import require_pairs_fit
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
 
+DAMPING = 1e-4
+"""Of blocks of several rows that are orthogonalised: what is added to their mean squares, relative to these. Directions
+in which a block has less than a hundredth of its typical size stay small instead of being blown up."""
+ITERATIONS = 20
+"""Of the inverse root: each multiplies what is small by 1.5, so 1.5^14 covers the smallest that the damping leaves of up
+to 16 rows; the rest converges quadratically."""
 _SLICE_ELEMENTS = 1 << 22  # the most elements in the gathered rows of a slice (16 MiB in float32)
 
 
@@ -297,25 +304,100 @@ def rowwise_adamw_(
     bias_correction1: float,
     bias_correction2: float,
     seed: int,
+    missed: MissedSteps | None = None,
 ) -> None:
     """See `titan_peer.ops.rowwise_adamw_`."""
     generator = torch.Generator(param.device).manual_seed(seed)
+    per_row = exp_avg_sq.ndim != param.ndim
+    step_size = lr / bias_correction1
+
+    def divided(m: Tensor, v: Tensor) -> Tensor:
+        denominator = (v / bias_correction2).sqrt_().add_(eps)
+        return m / (denominator[:, None, None] if per_row else denominator)
+
     for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
         where = pairs.row_ids[rows].long()
         g = gradient * grad_scale
         p, m, v = param[where].to(g.dtype), exp_avg[where].to(g.dtype), exp_avg_sq[where].to(g.dtype)
+        if missed is not None:
+            beta1_n, beta2_n, decay_n, moved = _missed_factors(missed, where, g.dtype)
+            p.mul_(decay_n).sub_(divided(m, v) * (step_size * moved))
+            m.mul_(beta1_n)
+            v.mul_(beta2_n[:, 0, 0] if per_row else beta2_n)
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
-        square = g.square() if exp_avg_sq.ndim == param.ndim else g.square().mean((1, 2))
+        square = g.square().mean((1, 2)) if per_row else g.square()
         v.mul_(beta2).add_(square, alpha=1 - beta2)
-        denominator = (v / bias_correction2).sqrt_().add_(eps)
-        if exp_avg_sq.ndim != param.ndim:
-            denominator = denominator[:, None, None]
-        p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+        p.sub_(divided(m, v), alpha=step_size)
         for table, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
-            table[where] = (
-                round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
-            )
+            _store(table, where, new, generator)
+
+
+def rowwise_normalized_(
+    param: Tensor,
+    momentum: Tensor | None,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    step_size: float,
+    beta: float,
+    eps: float,
+    decay: float,
+    seed: int,
+    missed: MissedSteps | None = None,
+) -> None:
+    """See `titan_peer.ops.rowwise_normalized_`."""
+    generator = torch.Generator(param.device).manual_seed(seed)
+    for rows, gradient in _gradient_rows(pairs, weights, vectors.to(accumulation_dtype(vectors.dtype))):
+        where = pairs.row_ids[rows].long()
+        u = gradient * grad_scale
+        p = param[where].to(u.dtype)
+        beta_n, decay_n = torch.ones((), dtype=u.dtype), torch.ones((), dtype=u.dtype)
+        if missed is not None:
+            beta_n, _, decay_n, _ = _missed_factors(missed, where, u.dtype)
+        if momentum is not None:
+            m = (momentum[where].to(u.dtype) * beta_n).lerp_(u, 1 - beta)
+            _store(momentum, where, m, generator)
+            u = m.lerp_(u, 1 - beta)
+        p = p * (decay_n * decay) - step_size * (inverse_root(mean_products(u, eps)) @ u)
+        _store(param, where, p, generator)
+
+
+def mean_products(u: Tensor, eps: float) -> Tensor:
+    """A = u u^T / max(E, D) of blocks [R, E, D], made safe to invert: plus eps^2, and if E > 1 plus DAMPING times the
+    mean of its diagonal, on the diagonal."""
+    E, D = u.shape[1:]
+    products = u @ u.transpose(1, 2) / max(E, D)
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    diagonal += max(eps**2, 1e-37) + (DAMPING * diagonal.mean(1, keepdim=True) if E > 1 else 0.0)
+    return products
+
+
+def inverse_root(a: Tensor) -> Tensor:
+    """A^(-1/2) of symmetric positive definite [R, E, E], by Newton and Schulz's coupled iteration: with Y = A / tr A and
+    Z = I, ITERATIONS times T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z; then Z is (A / tr A)^(-1/2)."""
+    if a.shape[1] == 1:
+        return a.rsqrt()
+    trace = a.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    unit = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    y, z = a / trace, unit.expand_as(a)
+    for _ in range(ITERATIONS):
+        t = 1.5 * unit - 0.5 * (z @ y)
+        y, z = y @ t, t @ z
+    return z * trace.rsqrt()
+
+
+def _missed_factors(missed: MissedSteps, rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The four factors of the steps that rows [R] have missed, [R, 1, 1] each; from now on they have missed none."""
+    factors = missed.factors(missed.count(rows)).to(dtype)
+    missed.last_use[rows] = missed.step
+    return (factor[:, None, None] for factor in factors.unbind(1))
+
+
+def _store(table: Tensor, rows: Tensor, new: Tensor, generator: torch.Generator) -> None:
+    table[rows] = round_stochastically(new, generator) if table.dtype == torch.bfloat16 else new.to(table.dtype)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from titan_peer.ops.backends import backend_for
-from titan_peer.ops.checks import require_adamw_state, require_one_device
+from titan_peer.ops.checks import require_adamw_state, require_last_use, require_momentum, require_one_device
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 Table = Literal["down", "up"]
@@ -232,6 +233,7 @@ def rowwise_adamw_(
     bias_correction1: float,
     bias_correction2: float,
     seed: int,
+    missed: MissedSteps | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, algorithm 2) on the touched rows of a table, in one pass, in place.
 
@@ -243,16 +245,15 @@ def rowwise_adamw_(
             vectors.
         bias_correction1, bias_correction2: 1 - beta ** step.
         seed: bfloat16 values are rounded stochastically by a hash of (seed, row, element), so a step can be repeated.
+        missed: the steps that the rows have missed, which are made good first, and whose `last_use` is set; None: a
+            missed step changes nothing.
     Raises:
         ValueError: a shape, dtype or device is invalid, or param or a moment is not contiguous.
     """
     require_adamw_state(param, exp_avg, exp_avg_sq)
+    require_last_use(param, missed)
     require_one_device(param=param, order=pairs.order, weights=weights, vectors=vectors)
-    if (weights.shape[2], vectors.shape[1]) != param.shape[1:]:
-        raise ValueError(
-            f"weights {list(weights.shape)} and vectors {list(vectors.shape)}: must be [T, K, E] and [T, D] for param "
-            f"{list(param.shape)}"
-        )
+    _require_factors_of(param, weights, vectors)
     backend_for(param).rowwise_adamw_(
         param,
         exp_avg,
@@ -269,4 +270,71 @@ def rowwise_adamw_(
         bias_correction1=bias_correction1,
         bias_correction2=bias_correction2,
         seed=seed,
+        missed=missed,
     )
+
+
+UPDATE_RMS = 0.2
+"""Root mean square of a normalized update's elements in units of the learning rate: about AdamW's in training (0.2 to
+0.4; arXiv 2502.16982, section 2.2), so that one rate serves both."""
+
+
+def rowwise_normalized_(
+    param: Tensor,
+    momentum: Tensor | None,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float = 1.0,
+    lr: float,
+    beta: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    missed: MissedSteps | None = None,
+) -> None:
+    """One step of orthogonalised momentum (Muon's update) on the touched rows of a table, in one pass, in place.
+
+    An expert's block is a matrix M [E, D] of its own: m <- beta m + (1 - beta) g, and with Nesterov's
+    u = beta m + (1 - beta) g
+
+        w <- (1 - lr weight_decay) w - lr UPDATE_RMS A^(-1/2) u,   A = u u^T / max(E, D) + eps^2 I,
+
+    so each update of a block has the root mean square UPDATE_RMS lr, whatever the size of its gradient. For E = 1 that
+    is the row over its root mean square; for E > 1, A also gets DAMPING times its mean diagonal (ops/reference.py).
+
+    Args:
+        param: [N, E, D], float32 or bfloat16.
+        momentum: like param, float32 or bfloat16; None: the gradient alone is normalized.
+        pairs, weights, vectors, grad_scale, seed: as for `rowwise_adamw_`.
+        missed: as there, with beta1 = `beta`: a missed step decays momentum and weights, but moves nothing.
+    Raises:
+        ValueError: a shape, dtype or device is invalid, or param or momentum is not contiguous.
+    """
+    require_momentum(param, momentum)
+    require_last_use(param, missed)
+    require_one_device(param=param, order=pairs.order, weights=weights, vectors=vectors)
+    _require_factors_of(param, weights, vectors)
+    backend_for(param).rowwise_normalized_(
+        param,
+        momentum,
+        pairs,
+        weights,
+        vectors,
+        grad_scale=grad_scale,
+        step_size=lr * UPDATE_RMS,
+        beta=beta,
+        eps=eps,
+        decay=1 - lr * weight_decay,
+        seed=seed,
+        missed=missed,
+    )
+
+
+def _require_factors_of(param: Tensor, weights: Tensor, vectors: Tensor) -> None:
+    if (weights.shape[2], vectors.shape[1]) != param.shape[1:]:
+        raise ValueError(
+            f"weights {list(weights.shape)} and vectors {list(vectors.shape)}: must be [T, K, E] and [T, D] for param "
+            f"{list(param.shape)}"
+        )

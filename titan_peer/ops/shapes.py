@@ -39,3 +39,9 @@ def rowwise_adamw_(
     **_: Any,
 ) -> None:
     vectors.float()
+
+
+def rowwise_normalized_(
+    param: Tensor, momentum: Tensor | None, pairs: SortedPairs, weights: Tensor, vectors: Tensor, **_: Any
+) -> None:
+    vectors.float()

@@ -1,12 +1,12 @@
 """All optimizers of a model behind one step, one clipping and one schedule.
 
 Parameters with dense gradients have the optimizer that `optimizer.name` chooses (builders.py). Expert tables have
-either that one too, or `RowwiseAdamW` (rowwise.py), which reads their gradients as factors.
+either that one too, or a `RowwiseOptimizer` (rowwise.py), which reads their gradients as factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -55,7 +55,7 @@ class Optimizers:
         groups = parameter_groups(model, config, with_tables=self.table_update != "rowwise")
         self.dense = build_optimizers(groups, config)
         """Of all parameters with dense gradients, each group in one of them."""
-        self.rowwise: rowwise.RowwiseAdamW | None = None
+        self.rowwise: rowwise.RowwiseOptimizer | None = None
         self.collectors: list[RowGradients] = []
         """Where the factored gradients of the current step are, unless the table update is "dense"."""
         if self.table_update == "rowwise":
@@ -187,12 +187,26 @@ class Optimizers:
                 return optimizer.state[parameter]  # type: ignore[no-any-return]
         return {}
 
+    def _parameter_names(self) -> dict[Tensor, str]:
+        return {p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()}
+
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of optimizer state with a name that follows its parameter's, for the checkpoint."""
-        names: dict[Tensor, str] = {
-            p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()
-        }
+        names = self._parameter_names()
         for optimizer in self.all:
             for parameter, state in optimizer.state.items():
                 for key, tensor in state.items():
                     yield f"{names[parameter]}.{key}", tensor
+
+    def named_last_uses(self) -> dict[str, Tensor]:
+        """The expert tables whose rows' last uses are kept, by the name of that state. A checkpoint may lack them."""
+        if self.rowwise is None:
+            return {}
+        names = self._parameter_names()
+        return {f"{names[p]}.{rowwise.LAST_USE}": p for p, s in self.rowwise.state.items() if rowwise.LAST_USE in s}
+
+    def count_missed_steps_from_now(self, tables: Iterable[Tensor]) -> None:
+        """Call for tables whose state has been loaded without their rows' last uses."""
+        for table in tables:
+            assert self.rowwise is not None
+            self.rowwise.count_missed_steps_from_now(table)

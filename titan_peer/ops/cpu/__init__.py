@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from titan_peer.ops import reference
-from titan_peer.ops.checks import require_adamw_state, require_pairs_fit
+from titan_peer.ops.checks import require_adamw_state, require_momentum, require_pairs_fit
 from titan_peer.ops.cpu import build
+from titan_peer.ops.missed_steps import MissedSteps
 from titan_peer.ops.sorted_pairs import SortedPairs
 
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
@@ -181,6 +182,14 @@ def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Te
     return squares.sum().float()
 
 
+def _missed(missed: MissedSteps | None) -> tuple[Tensor | int | float | None, ...]:
+    """What the kernels of updates.cpp take for missed steps: last_use, step, table, its length, three logarithms."""
+    if missed is None:
+        return None, 0, None, 0, 0.0, 0.0, 0.0
+    table = missed.table()
+    return missed.last_use, missed.step, table, table.shape[0], *missed.log2()
+
+
 def rowwise_adamw_(
     param: Tensor,
     exp_avg: Tensor,
@@ -198,13 +207,15 @@ def rowwise_adamw_(
     bias_correction1: float,
     bias_correction2: float,
     seed: int,
+    missed: MissedSteps | None = None,
 ) -> None:
     R, weights, vectors, shape = _factors(pairs, weights, vectors)
     per_row = exp_avg_sq.ndim == 1
     second_moment = (None, exp_avg_sq) if per_row else (exp_avg_sq, None)
     moments = (param, exp_avg, *second_moment)
     runs = (*_runs(pairs), R, weights, vectors)
-    numbers = (float(grad_scale), lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2)
+    step_size, decay = lr / bias_correction1, 1 - lr * weight_decay
+    numbers = (float(grad_scale), step_size, beta1, beta2, eps, decay, math.sqrt(bias_correction2))
     require_adamw_state(param, exp_avg, exp_avg_sq)
     _call(
         "titan_peer_rowwise_adamw",
@@ -214,8 +225,32 @@ def rowwise_adamw_(
         *runs,
         *shape,
         *map(float, numbers),
+        *_missed(missed),
         seed,
     )
+
+
+def rowwise_normalized_(
+    param: Tensor,
+    momentum: Tensor | None,
+    pairs: SortedPairs,
+    weights: Tensor,
+    vectors: Tensor,
+    *,
+    grad_scale: Tensor | float,
+    step_size: float,
+    beta: float,
+    eps: float,
+    decay: float,
+    seed: int,
+    missed: MissedSteps | None = None,
+) -> None:
+    R, weights, vectors, shape = _factors(pairs, weights, vectors)
+    require_momentum(param, momentum)
+    dtypes = (_STATE_DTYPES[param.dtype], 0 if momentum is None else _STATE_DTYPES[momentum.dtype])
+    numbers = map(float, (grad_scale, step_size, beta, eps, decay))
+    runs = (*_runs(pairs), R, weights, vectors)
+    _call("titan_peer_rowwise_normalized", *dtypes, param, momentum, *runs, *shape, *numbers, *_missed(missed), seed)
 
 
 @cache

@@ -1,4 +1,4 @@
-// What the kernels share: number formats of tables, and sums over rows.
+// What the kernels share: number formats of tables, sums over rows, and gradient rows made from their factors.
 
 #pragma once
 
@@ -25,6 +25,16 @@ inline float widen(bfloat16 v) {
     return out;
 }
 inline float widen(float16 v) { return float(v.value); }
+
+// Prefetch all cache lines of a table row.
+inline void prefetch(const void* row, int64_t bytes) {
+    const char* p = static_cast<const char*>(row);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+inline void prefetch_to_write(const void* row, int64_t bytes) {
+    const char* p = static_cast<const char*>(row);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 1, 3);
+}
 
 template <class Row>
 inline float dot(const Row* __restrict row, const float* __restrict x, int64_t n) {
@@ -63,5 +73,26 @@ inline void add_scaled4(float* __restrict y, const Row* __restrict r0, const Row
     for (int64_t i = 0; i < n; ++i)
         y[i] += (a0 * widen(r0[i]) + a1 * widen(r1[i])) + (a2 * widen(r2[i]) + a3 * widen(r3[i]));
 }
+
+// The gradient of row `run` of a table, [E, D]: sum over the run's pairs of weight x vector, in the order of tokens.
+struct Factors {
+    const int32_t* order;
+    const int32_t* run_starts;
+    const float* weights;  // [P, E]
+    const float* vectors;  // [T, D]
+    int64_t K, E, D;
+
+    void row(int64_t run, float* __restrict out) const {
+        std::fill(out, out + E * D, 0.0f);
+        add_row(run, out);
+    }
+    void add_row(int64_t run, float* __restrict out) const {
+        for (int32_t i = run_starts[run]; i < run_starts[run + 1]; ++i) {
+            int64_t pair = order[i];
+            const float* vector = vectors + pair / K * D;
+            for (int64_t e = 0; e < E; ++e) add_scaled(out + e * D, vector, weights[pair * E + e], D);
+        }
+    }
+};
 
 }  // namespace titan_peer

@@ -15,10 +15,10 @@ from titan_peer.ops.triton.retrieval import retrieve_backward, retrieve_forward
 from titan_peer.ops.triton.table_gradients import (
     dense_gradients,
     row_norm_squared,
-    rowwise_adamw_,
     sort_pairs,
     table_gradient,
 )
+from titan_peer.ops.triton.updates import rowwise_adamw_, rowwise_normalized_
 
 __all__ = [
     "dense_gradients",
@@ -29,6 +29,7 @@ __all__ = [
     "retrieve_forward",
     "row_norm_squared",
     "rowwise_adamw_",
+    "rowwise_normalized_",
     "sort_pairs",
     "table_gradient",
     "unavailable_reason",

@@ -1,9 +1,7 @@
-"""Gradients of expert tables from their factors, their norm, and the row-wise AdamW: launches of the kernels in rows.py
-and adamw.py."""
+"""Gradients of expert tables from their factors, and their norm: launches of the kernels in rows.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +9,9 @@ import triton
 from torch import Tensor
 
 from titan_peer.ops import settings
-from titan_peer.ops.checks import require_adamw_state, require_contiguous, require_pairs_fit
+from titan_peer.ops.checks import require_contiguous, require_pairs_fit
 from titan_peer.ops.sorted_pairs import SortedPairs
-from titan_peer.ops.triton import adamw, pairs, rows, tuning
+from titan_peer.ops.triton import pairs, rows, tuning
 
 _power_of_2 = triton.next_power_of_2
 
@@ -40,7 +38,7 @@ def sort_pairs(indices: Tensor, num_experts: int) -> SortedPairs:
     return SortedPairs(order.int(), row_ids, run_starts, num_rows)
 
 
-def _row_launch(
+def row_launch(
     kernel: str, pairs: SortedPairs, weights: Tensor, vectors: Tensor, table: Tensor | None = None
 ) -> dict[str, int]:
     """Shapes and launch of a kernel over gradient rows: its constants, and the number of programs under "programs"."""
@@ -61,7 +59,7 @@ def _row_launch(
     }
 
 
-def _rows_last_contiguous(vectors: Tensor) -> Tensor:
+def rows_last_contiguous(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
@@ -69,8 +67,8 @@ def table_gradient(
     pairs: SortedPairs, weights: Tensor, vectors: Tensor, out: Tensor, *, compact: bool = False, add: bool = False
 ) -> None:
     require_contiguous("out", out)
-    constants = _row_launch("table_gradient", pairs, weights, vectors, out)
-    vectors = _rows_last_contiguous(vectors)
+    constants = row_launch("table_gradient", pairs, weights, vectors, out)
+    vectors = rows_last_contiguous(vectors)
     programs = constants.pop("programs")
     # A small table's runs are long: several programs share a run, each writing into a part of its own.
     splits = 1 if compact else tuning.num_splits(out.device, programs, 16)
@@ -114,7 +112,7 @@ def _add_gradient(indices: Tensor, weights: Tensor, vectors: Tensor, out: Tensor
     require_contiguous("out", out)
     if P == 0:
         return
-    vectors = _rows_last_contiguous(vectors)
+    vectors = rows_last_contiguous(vectors)
     total = out if out.dtype == torch.float32 else torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     block_p, block_d = 4, min(_power_of_2(D), 1024)
     with torch.cuda.device_of(out):
@@ -136,8 +134,8 @@ def _add_gradient(indices: Tensor, weights: Tensor, vectors: Tensor, out: Tensor
 
 
 def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Tensor:
-    constants = _row_launch("row_norm", pairs, weights, vectors)
-    vectors = _rows_last_contiguous(vectors)
+    constants = row_launch("row_norm", pairs, weights, vectors)
+    vectors = rows_last_contiguous(vectors)
     programs = constants.pop("programs")
     squares = torch.empty(programs, dtype=torch.float64, device=vectors.device)
     with torch.cuda.device_of(vectors):
@@ -152,52 +150,3 @@ def row_norm_squared(pairs: SortedPairs, weights: Tensor, vectors: Tensor) -> Te
             **constants,
         )
     return squares.sum().float()
-
-
-def rowwise_adamw_(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    pairs: SortedPairs,
-    weights: Tensor,
-    vectors: Tensor,
-    *,
-    grad_scale: Tensor | float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    seed: int,
-) -> None:
-    require_adamw_state(param, exp_avg, exp_avg_sq)
-    constants = _row_launch("adamw", pairs, weights, vectors, param)
-    vectors = _rows_last_contiguous(vectors)
-    programs = constants.pop("programs")
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=param.device)
-    kernel = adamw.adamw_row if exp_avg_sq.ndim == 1 else adamw.adamw_element
-    with torch.cuda.device_of(param):
-        kernel[(programs,)](
-            param,
-            exp_avg,
-            exp_avg_sq,
-            pairs.order,
-            pairs.row_ids,
-            pairs.run_starts,
-            pairs.num_rows,
-            weights.contiguous(),
-            vectors,
-            grad_scale,
-            vectors.stride(0),
-            float(1 - lr * weight_decay),
-            float(lr / bias_correction1),
-            float(beta1),
-            float(beta2),
-            math.sqrt(bias_correction2),
-            float(eps),
-            seed,
-            **constants,
-        )

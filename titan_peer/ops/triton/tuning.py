@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     """What a launch depends on; the key of the tuning file."""
 
     kernel: str
-    """experts_forward, experts_backward, table_gradient, row_norm, adamw or best_sub_keys."""
+    """experts_forward, experts_backward, table_gradient, row_norm, adamw, normalized or best_sub_keys."""
     D: int
     """Numbers per row: the model dim, or the dim of a sub-key."""
     K: int
