@@ -1,4 +1,4 @@
-"""What a job prints before its first step: which model it trains, on what, and how."""
+"""What a job prints before its first step (which model it trains, on what, and how), and why it ends before its last."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ def _memory(run: Run) -> str:
         f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)} per process; "
         "titan-peer estimate says what a step takes"
     )
+
+
+def nothing_to_do(step: int, steps: int) -> str:
+    """What a job says whose checkpoint is of its last step."""
+    return (
+        f"nothing to do: the checkpoint is of step {step}, and training.steps = {steps}; more steps go on from there, "
+        "--checkpoint.load_step 0 starts anew"
+    )
+
+
+def stopped(step: int, steps: int, *, saves: bool) -> str:
+    """What a job says that a signal has stopped."""
+    return f"stopped at step {step} of {steps}" + ("; the same command resumes from here" if saves else "")

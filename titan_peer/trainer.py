@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titan_peer.analysis import dry_run
 from titan_peer.analysis.model_size import model_size
-from titan_peer.banner import banner
+from titan_peer.banner import banner, nothing_to_do, stopped
 from titan_peer.checkpoint.checkpointer import Checkpointer
 from titan_peer.common.host_memory import keep_freed_memory
 from titan_peer.common.launched import launched_as
@@ -211,7 +211,7 @@ class Trainer:
             for cut in schedule_cuts(config.training.steps, config.lr_scheduler):
                 logger.warning("warning: %s", cut)
         if self.step >= config.training.steps:
-            self._say_nothing_to_do()
+            self._say(nothing_to_do(self.step, config.training.steps))
             self._close(RunEnd(self.step))
             return 0
         try:
@@ -253,7 +253,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_step(step)
             if step.stop and not step.is_last:
-                self._say_how_to_resume()
+                self._say(stopped(self.step, config.training.steps, saves=config.checkpoint.enable))
                 break
         self.checkpointer.finish()
         self._report_saved()
@@ -362,30 +362,16 @@ class Trainer:
         """Undo the empty step; report, validate and save what the steps before it made."""
         self.step -= 1
         self._log_step()
-        if self.world.is_first:
-            logger.info("the data ended after step %d of %d", self.step, self.config.training.steps)
+        self._say(f"the data ended after step {self.step} of {self.config.training.steps}")
         if self.validation is not None and not self.validation.due(self.step):
             self.validation.validate(self.step)
         self.checkpointer.finish()
         if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
             self.save_checkpoint(last=True, wait=True)
 
-    def _say_nothing_to_do(self) -> None:
+    def _say(self, line: str) -> None:
         if self.world.is_first:
-            steps = self.config.training.steps
-            logger.info(
-                "nothing to do: the checkpoint is of step %d, and training.steps = %d; more steps go on from there, "
-                "--checkpoint.load_step 0 starts anew",
-                self.step,
-                steps,
-            )
-
-    def _say_how_to_resume(self) -> None:
-        if self.world.is_first:
-            word = f"stopped at step {self.step} of {self.config.training.steps}"
-            if self.config.checkpoint.enable:
-                word += "; the same command resumes from here"
-            logger.info(word)
+            logger.info("%s", line)
 
     def _let_running_save_end(self, failure: BaseException) -> None:
         """Wait a little for the checkpoint that is being written, which completes unless it waits for a lost
