@@ -71,7 +71,7 @@ def test_ledger_follows_what_is_alive() -> None:
 
 
 def test_parameters_and_moments_are_those_of_the_model() -> None:
-    config = job("debug_model", *SMALL)
+    config = job("debug_model", *SMALL, "--optimizer.name", "adamw")
     memory = traced(config).memory
     model = on_meta(config)
     parameters = sum(4 * p.numel() for p in model.parameters())
