@@ -102,6 +102,7 @@ def test_every_key_that_differs_from_the_checkpoint_is_listed_and_no_other(folde
     changes = {part.split(" = ")[0] for part in line.partition("was saved with: ")[2].split(", ")}
     assert changes == {
         "optimizer.lr", "data.sources[0].weight", "job.config_file", "job.dump_folder", "model.tokenizer_path",
+        "optimizer.expert_catch_up",
     }  # fmt: skip
     assert "optimizer.lr = 0.002 (was 0.001)" in line and "data.sources[0].weight = 2.0 (was 1.0)" in line
 

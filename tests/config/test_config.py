@@ -19,6 +19,7 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.data_source import DataSource
 from titan_peer.config.job import JobConfig, check
 from titan_peer.config.parse import leaf_keys, load_config
+from titan_peer.config.version import CONFIG_VERSION
 from titan_peer.model import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ def test_all_problems_are_reported_together() -> None:
 
 
 def test_defaults_are_documented() -> None:
-    assert JobConfig().to_toml().startswith("config_version = 1\n\n[job]")
+    assert JobConfig().to_toml().startswith(f"config_version = {CONFIG_VERSION}\n\n[job]")
 
 
 # ---- ranges of numbers

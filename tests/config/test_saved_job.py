@@ -13,7 +13,7 @@ import torch
 from titan_peer.checkpoint.files import manifest_entries, write_manifest
 from titan_peer.checkpoint.inference import load_model_for_inference
 from titan_peer.common.errors import UserError
-from titan_peer.config.parse import load_config
+from titan_peer.config.parse import job_from_table, load_config
 from titan_peer.config.saved_job import read_saved_job
 from titan_peer.config.version import CONFIG_VERSION, KEY, migrated, rename
 from titan_peer.distributed.world import init_world
@@ -143,6 +143,16 @@ def test_tables_of_earlier_versions_are_migrated_step_by_step():
     for wrong in (-1, "1", True, 1.0):
         with pytest.raises(UserError, match=f"{KEY} = .*: must be a whole number"):
             migrated({KEY: wrong}, "file")
+
+
+def test_a_job_of_version_1_keeps_the_rates_of_its_expert_tables_and_what_missed_steps_did():
+    old = {KEY: 1, "optimizer": {"expert_lr_factor": 2.0, "expert_weight_decay": 0.3, "lr": 0.5}}
+    optimizer = job_from_table(migrated(old, "a job"), "a job").optimizer
+    tables = optimizer.group("expert_tables")
+    assert (tables.lr_factor, tables.weight_decay, optimizer.lr) == (2.0, 0.3, 0.5)
+    assert not optimizer.expert_catch_up and not optimizer.problems()
+    dense = job_from_table(migrated({KEY: 1, "optimizer": {"expert_update": "dense"}}, "a job"), "a job").optimizer
+    assert not dense.problems()
 
 
 def test_a_checkpoint_of_a_newer_version_opens_if_its_model_is_known(copy, caplog):

@@ -14,15 +14,11 @@ from typing import Any
 from titan_peer.common.errors import UserError
 
 KEY = "config_version"
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 """The version of the present keys. Files without `config_version` have version 0, which had the same keys."""
 
 Migration = Callable[[dict[str, Any]], None]
 """Changes a job's table in place."""
-
-MIGRATIONS: Mapping[int, Migration] = {}
-"""Version -> the change that turns its table into one of the next version; a version not listed has the same keys as
-the next."""
 
 
 def rename(table: dict[str, Any], old: str, new: str) -> None:
@@ -41,6 +37,21 @@ def rename(table: dict[str, Any], old: str, new: str) -> None:
     for name in new_sections:
         section = section.setdefault(name, {})
     section[new_name] = value
+
+
+def _group_of_expert_tables(table: dict[str, Any]) -> None:
+    """1 to 2: rate and decay of expert tables are those of a parameter group; the row-wise update can make good what a
+    row has missed, which it did not."""
+    rename(table, "optimizer.expert_lr_factor", "optimizer.expert_tables.lr_factor")
+    rename(table, "optimizer.expert_weight_decay", "optimizer.expert_tables.weight_decay")
+    optimizer = table.setdefault("optimizer", {})
+    if optimizer.get("expert_update") != "dense":
+        optimizer.setdefault("expert_catch_up", False)
+
+
+MIGRATIONS: Mapping[int, Migration] = {1: _group_of_expert_tables}
+"""Version -> the change that turns its table into one of the next version; a version not listed has the same keys as
+the next."""
 
 
 def migrated(
