@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_peer.common.command_line import FlagParser
 from titan_peer.config.parse import load_config
 from titan_peer.config.resolve import resolve_batch, resolve_vocabulary
 from titan_peer.data.of_job import training_loader, validation_loader
@@ -52,7 +53,10 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
 
 
 def main() -> None:
-    clone, scale, arguments = Path(sys.argv[1]).resolve(), float(sys.argv[2]), sys.argv[3:]
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("clone", type=Path, help="folder of nanochat")
+    parser.add_argument("scale", type=float, help="factor on its learning rates")
+    options, arguments = parser.parse_known_args()
     config = load_config(arguments)
     world = init_world(config.parallelism)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
@@ -62,7 +66,7 @@ def main() -> None:
     held_out = validation_loader(config, tokenizer, world)
 
     os.environ["NANOCHAT_DTYPE"] = "bfloat16"
-    sys.path.insert(0, str(clone))
+    sys.path.insert(0, str(options.clone.resolve()))
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
 
     torch.manual_seed(config.debug.seed)
@@ -81,6 +85,7 @@ def main() -> None:
         )
     model.to_empty(device="cpu")
     model.init_weights()
+    scale = options.scale
     print(f"{model.estimate_flops() / 1e6:.1f} MFLOPs per token in training", flush=True)
     optimizer = model.setup_optimizer(
         unembedding_lr=0.004 * scale, embedding_lr=0.2 * scale, scalar_lr=0.5 * scale, matrix_lr=0.02 * scale

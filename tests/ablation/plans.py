@@ -10,7 +10,7 @@ from titan_peer.ablation.results import Result, collect
 from titan_peer.ablation.run import folder_of, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml")]
+BASE = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml"), "--optimizer.lr", "3e-3"]
 
 
 def plan(tmp_path: Path, *axes: str, base: list[str] | None = None, **options: object) -> Plan:

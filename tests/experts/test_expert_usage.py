@@ -187,15 +187,15 @@ def test_a_run_reports_histograms_and_plots_to_every_sink(tmp_path: Path) -> Non
 def test_warnings_advise_nothing_that_the_job_does_already() -> None:
     debug = ["--job.config_file", str(ROOT / "train_configs/debug_model.toml")]
     assert remedies(load_config(debug)) == {
-        "hot": "try training.expert_balance_coeff = 0.01 or a lower optimizer.lr than 0.003",
+        "hot": "try training.expert_balance_coeff = 0.01 or a lower optimizer.lr than 0.006",
         "dead": "try training.reinit_dead_experts_freq = 10 or training.expert_balance_coeff = 0.01 "
-        "or a lower optimizer.lr than 0.003",
+        "or a lower optimizer.lr than 0.006",
     }
     given = ["--model.peer.query_norm", "rms", "--training.reinit_dead_experts_freq", "20"]
     assert remedies(load_config([*debug, *given, "--training.expert_balance_coeff", "0.02"])) == dict.fromkeys(
         ("hot", "dead"),
         'try a larger training.expert_balance_coeff than 0.02 or model.peer.query_norm = "batch" '
-        "or a lower optimizer.lr than 0.003",
+        "or a lower optimizer.lr than 0.006",
     )
 
 

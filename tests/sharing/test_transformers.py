@@ -321,7 +321,7 @@ def test_hidden_states_are_the_embedding_and_every_blocks_output(ours: Transform
     with torch.no_grad():
         logits = ours(tokens)
         out = theirs(tokens, output_hidden_states=True)
-        wanted = [ours.tok_embeddings(tokens), *wanted[:-1], ours.norm(wanted[-1])]
+        wanted = [ours.embed(tokens), *wanted[:-1], ours.norm(wanted[-1])]
     for hook in hooks:
         hook.remove()
     assert len(out.hidden_states) == len(wanted) == theirs.config.num_hidden_layers + 1
