@@ -324,9 +324,9 @@ def test_an_ablation_that_an_earlier_version_began_goes_on_and_one_with_other_se
     for run in found.runs:
         file = folder_of(run) / "job.toml"
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        newer = ("config_version", "allow_changed", "expert_catch_up")
+        newer = ("config_version", "allow_changed", "expert_catch_up", "expert_lr_factor", "expert_weight_decay")
         old = [line for line in lines if not line.startswith(newer)]
-        assert len(old) == len(lines) - 3
+        assert len(old) == len(lines) - len(newer)
         file.write_text("".join(old), encoding="utf-8")
     assert prepare(found.runs, resume=True, retry_failed=False) == found.runs
     other = plan(tmp_path, "selection_heads=2", tokens=4096, base=[*as_then, "--optimizer.lr", "0.002"])
