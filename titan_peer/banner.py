@@ -62,8 +62,10 @@ def _rate(config: JobConfig) -> str:
 def _memory(run: Run) -> str:
     parameters = sum(local(p).nbytes for p in run.model.parameters())
     moments = sum(local(t).nbytes for _, t in run.optimizers.named_state())
+    average = run.optimizers.average
+    averaged = "" if average is None else f", averaged weights {bytes_text(average.nbytes)}"
     return (
-        f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)} per process; "
+        f"parameters {bytes_text(parameters)}, moments {bytes_text(moments)}{averaged} per process; "
         "titan-peer estimate says what a step takes"
     )
 

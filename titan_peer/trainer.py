@@ -95,6 +95,7 @@ class Trainer:
         self.model = model
         tokens_per_step = training.local_batch_size * training.seq_len * self.accumulation_steps
         self.optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens_per_step)
+        self.optimizers.average_weights(training.ema_decay)
         precompute_scales_after_step(model, self.optimizers.dense, config.float8)
 
         self.step, self.tokens_seen = 0, 0

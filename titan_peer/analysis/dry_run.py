@@ -36,6 +36,7 @@ from titan_peer.train_step import GlobalBatch, Stage, TrainStep
 KINDS = (
     "parameters",
     "moments",
+    "averaged weights",
     "expert usage",
     "gradients",
     "row-gradient factors",
@@ -114,6 +115,8 @@ def trace_step(config: JobConfig, world: World) -> StepTrace:
             usage = ExpertUsage(model) if config.metrics.log_expert_usage else None
         with ledger.booked_as("moments"):
             optimizers = Optimizers(model, config.optimizer, world.expert_mesh, tokens * micro_batches)
+        with ledger.booked_as("averaged weights"):
+            optimizers.average_weights(config.training.ema_decay)
         step = _booked_step(config, world, model, optimizers, ledger)
         for _ in range(2):  # the first step makes what is kept from step to step; the second one counts
             ledger.forget_peak()

@@ -23,8 +23,10 @@ COMPILER_BASE = 50 * MIB
 ALLOCATOR_SHARE = {False: 0.5, True: 0.15}
 """What the C library's heap keeps in reserve, and buffers inside operators, as a share of the memory that is allocated
 and freed in a step; with compile.enable False and True. Measured on a CPU, see docs/analysis.md."""
-_KEPT = ("parameters", "moments", "expert usage", "row-gradient factors", "checkpoint copy")
+_KEPT = ("parameters", "moments", "averaged weights", "expert usage", "row-gradient factors", "checkpoint copy")
 """Kinds of tensors that are kept from step to step."""
+_SAVED = ("parameters", "moments", "averaged weights")
+"""Those that checkpoints hold."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def estimate_memory(config: JobConfig, world_size: int) -> MemoryEstimate:
     process = 0
     if not torch.cuda.is_available():
         if config.checkpoint.enable and config.checkpoint.async_mode == "async":
-            memory["checkpoint copy"] = memory["parameters"] + memory["moments"]
+            memory["checkpoint copy"] = sum(memory[kind] for kind in _SAVED)
         comes_and_goes = sum(size for kind, size in memory.items() if kind not in _KEPT)
         compiled = config.compile.enable
         process = PROCESS_BASE + compiled * COMPILER_BASE + round(ALLOCATOR_SHARE[compiled] * comes_and_goes)

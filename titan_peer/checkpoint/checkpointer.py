@@ -41,7 +41,7 @@ from titan_peer.checkpoint.files import (
     stored_tokenizer_path,
     verify,
 )
-from titan_peer.checkpoint.folder import CONFIG, TOKENIZER, TRAIN_STATE, saved_steps
+from titan_peer.checkpoint.folder import AVERAGE, CONFIG, MODEL, TOKENIZER, TRAIN_STATE, UPDATES, saved_steps
 from titan_peer.checkpoint.removal import Retention, restore_replaced
 from titan_peer.checkpoint.saving import BackgroundSave, CheckpointSaveError, Ranks, write_checkpoint
 from titan_peer.common.errors import Problems, TransientError, UserError
@@ -116,7 +116,7 @@ class Checkpointer:
         Args:
             wait: return only when the checkpoint is on disk. Otherwise a failure is logged as an error and training
                 goes on.
-            model_only: save only the model, in checkpoint.export_dtype.
+            model_only: save only the model and its average, in checkpoint.export_dtype.
         Raises:
             CheckpointSaveError: with `wait`, if the checkpoint could not be written; on every process.
         """
@@ -177,14 +177,18 @@ class Checkpointer:
         return {f"model.{name.replace(_CHECKPOINT_PREFIX, '')}" for name, _ in self.model.named_buffers()}
 
     def _exported_model(self) -> dict[str, Tensor]:
-        dtype, buffers = getattr(torch, self.settings.export_dtype), self._buffers()
-        model = {name: tensor for name, tensor in self._tensors().items() if name.startswith("model.")}
-        return {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in model.items()}
+        dtype = getattr(torch, self.settings.export_dtype)
+        kept = self._buffers() | {name.replace(MODEL, AVERAGE, 1) for name in self._buffers()}
+        model = {name: tensor for name, tensor in self._tensors().items() if name.startswith((MODEL, AVERAGE))}
+        return {name: tensor if name in kept else tensor.to(dtype) for name, tensor in model.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         model: dict[str, Any] = get_model_state_dict(self.model)
-        tensors: dict[str, Any] = {f"model.{name}": master_weight(value) for name, value in model.items()}
+        tensors: dict[str, Any] = {f"{MODEL}{name}": master_weight(value) for name, value in model.items()}
         tensors.update({f"optimizer.{name}": tensor for name, tensor in self.optimizers.named_state()})
+        if (average := self.optimizers.average) is not None:
+            tensors.update({f"{AVERAGE}{name}": tensor for name, tensor in average.named_tensors().items()})
+            tensors[UPDATES] = average.updates
         tensors.update(_random_states())
         return tensors
 
@@ -287,6 +291,7 @@ class Checkpointer:
         ((state, tensors),) = compared
         read_tensors(folder, tensors)
         self._count_missed_steps(folder, tensors)
+        self._begin_average(folder, tensors)
         self._ranks.all_do(lambda: _set_random_states(tensors))
         return state
 
@@ -299,6 +304,19 @@ class Checkpointer:
                 "%s does not say when expert rows were last used (optimizer.expert_catch_up was not in use): the steps "
                 "that they miss count from here on",
                 folder,
+            )
+
+    def _begin_average(self, folder: Path, loaded: dict[str, Tensor]) -> None:
+        """Go on with the average of the weights that has been loaded, or start a new one."""
+        if (average := self.optimizers.average) is None:
+            return
+        if UPDATES in loaded:
+            average.loaded()
+            return
+        average.start_anew()
+        if self._ranks.is_first:
+            logger.info(
+                "training.ema_decay: the average of the weights starts anew, since none is loaded from %s", folder
             )
 
     def _compare(self, folder: Path, excluded: list[str], model_only: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -336,6 +354,9 @@ class Checkpointer:
         left_out = _excluded(excluded, {*wanted, *stored}, state)
         if model_only or state.get("model_only"):
             left_out |= {name for name in (*wanted, *stored) if not name.startswith("model.")}
+        # an average goes on whole, with the model that it is of, or not at all
+        if UPDATES not in wanted.keys() & stored.keys() or any(n.startswith((MODEL, AVERAGE)) for n in left_out):
+            left_out |= {name for name in (*wanted, *stored) if name.startswith((AVERAGE, UPDATES))}
         wanted = {name: t for name, t in wanted.items() if name not in left_out}
         stored = {name: s for name, s in stored.items() if name not in left_out}
         if problem := misfits({name: t.shape for name, t in wanted.items()}, stored):
@@ -369,7 +390,7 @@ class Checkpointer:
 
 
 # Names of parts of a checkpoint in checkpoint.exclude_from_loading, besides patterns of tensor names.
-_GROUPS = {"model": "model.*", "optimizer": "optimizer.*", "rng": "rng.*"}
+_GROUPS = {"model": f"{MODEL}*", "optimizer": "optimizer.*", "ema": "ema[._]*", "rng": "rng.*"}
 _NAMED_IN_ADVICE = 8  # tensors that do not fit; of more, the user finds a pattern
 _STATE_KEYS = {"dataloader": ("data",), "train_state": ("step", "tokens_seen", "guard")}
 

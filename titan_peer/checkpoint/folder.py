@@ -8,6 +8,9 @@ from pathlib import Path
 
 MANIFEST, TRAIN_STATE, CONFIG, TOKENIZER = "manifest.json", "train_state.json", "config.toml", "tokenizer"
 
+MODEL, AVERAGE, UPDATES = "model.", "ema.", "ema_updates"
+"""How the names of tensors begin: weights, and their moving averages. The third is the number of updates averaged over."""
+
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 

@@ -22,7 +22,7 @@ from titan_peer.checkpoint.files import (
     stored_tokenizer_path,
     verify,
 )
-from titan_peer.checkpoint.folder import CONFIG
+from titan_peer.checkpoint.folder import AVERAGE, CONFIG, MODEL
 from titan_peer.common.errors import UserError
 from titan_peer.common.host_memory import prefer_huge_pages
 from titan_peer.config.job import JobConfig
@@ -43,6 +43,7 @@ def load_model_for_inference(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mmap_tables: bool = False,
+    ema: bool = False,
 ) -> tuple[Transformer, JobConfig, Tokenizer]:
     """Open a checkpoint (see `find_checkpoint`): the model in eval mode, the job that trained it, its tokenizer.
 
@@ -57,19 +58,20 @@ def load_model_for_inference(
             processes that map them share the memory. Tables keep their stored dtype. File sizes are compared, checksums
             are not, since that would read everything. Tables that several processes saved in parts are loaded, not
             mapped.
+        ema: take the moving averages of the weights and running statistics (training.ema_decay) in place of them.
     Raises:
-        UserError: the folder is not a checkpoint, or is damaged; the message names the file.
+        UserError: the folder is not a checkpoint, has no averages, or is damaged; the message names the file.
     """
     device = torch.device(device)
     if mmap_tables and device.type != "cpu":
         raise UserError(f"mmap_tables = true: tables of the device {device} cannot be mapped; use device cpu")
     folder = find_checkpoint(folder, "checkpoint")
-    require_sound_model(folder, checksums=not mmap_tables)
+    require_sound_model(folder, checksums=not mmap_tables, ema=ema)
     job = read_saved_job(folder / CONFIG)
     tokenizer = load_tokenizer(stored_tokenizer_path(folder, job.model.tokenizer_path))
     with torch.device("meta"):
         model = Transformer(job.model)
-    weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables)
+    weights = _inference_weights(folder, model, device, dtype or torch.float32, mmap_tables, ema)
     model.load_state_dict(weights, strict=False, assign=True)
     if job.model.tie_embeddings:
         head = model.tok_embeddings.weight
@@ -89,6 +91,7 @@ def load_generator(
     tables: str = "device",
     max_batch_size: int = 32,
     compile: bool | None = None,
+    ema: bool = False,
 ) -> Generator:
     """Open the checkpoint `checkpoint`, a folder step-N.
 
@@ -98,8 +101,9 @@ def load_generator(
         tables: where the expert tables are: "device", with the model; "host", in the CPU's memory; "mapped", in the
             checkpoint's file.
         max_batch_size, compile: as for `Generator`.
+        ema: as for `load_model_for_inference`.
     Raises:
-        UserError: there is no such device, or the checkpoint is damaged.
+        UserError: there is no such device, or the checkpoint is damaged or has no averages.
     """
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto":
@@ -115,13 +119,14 @@ def load_generator(
     start = time.perf_counter()
     first = target if tables == "device" else torch.device("cpu")
     model, job, tokenizer = load_model_for_inference(
-        checkpoint, device=first, dtype=weights, mmap_tables=tables == "mapped"
+        checkpoint, device=first, dtype=weights, mmap_tables=tables == "mapped", ema=ema
     )
     if first != target:
         move_all_but_tables(model, target)
     logger.info(
-        "%s: %s parameters, %s; loaded in %.1f s",
+        "%s: %s%s parameters, %s; loaded in %.1f s",
         checkpoint,
+        "moving averages of " if ema else "",
         f"{sum(p.numel() for p in model.parameters()):,}",
         job.job.description or "no description",
         time.perf_counter() - start,
@@ -142,29 +147,32 @@ def move_all_but_tables(model: Transformer, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def require_sound_model(folder: Path, *, checksums: bool = True) -> None:
+def require_sound_model(folder: Path, *, checksums: bool = True, ema: bool = False) -> None:
     """Raise UserError unless the checkpoint's files that inference needs are whole; the optimizer's are not read.
 
     Args:
         checksums: False compares sizes only.
+        ema: the moving averages of the weights are needed, and not the weights.
     """
+    prefix = AVERAGE if ema else MODEL
     try:
         reader = SafeReader(folder)
-        stored_shapes(reader)
-        verify(folder, checksums=checksums, without=files_without(reader, "model."))
+        if ema and not any(name.startswith(AVERAGE) for name in stored_shapes(reader)):
+            raise UserError(f"{folder}: holds no averaged weights; a job with training.ema_decay saves them")
+        verify(folder, checksums=checksums, without=files_without(reader, prefix))
     except DamagedCheckpointError as damage:
         raise UserError(f"{folder}: the checkpoint is damaged: {damage}") from None
 
 
 def _inference_weights(
-    folder: Path, model: Transformer, device: torch.device, dtype: torch.dtype, mmap_tables: bool
+    folder: Path, model: Transformer, device: torch.device, dtype: torch.dtype, mmap_tables: bool, ema: bool
 ) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a model on the meta device, with the checkpoint's values."""
     reader = SafeReader(folder)
     multiplied = matrices(model)
     low_precision = {name for name, parameter in model.named_parameters() if parameter in multiplied}
     tied = {"output.weight"} if model.args.tie_embeddings else set()
-    prefix = "model."
+    prefix = AVERAGE if ema else MODEL
     stored = {n.removeprefix(prefix): s for n, s in stored_shapes(reader).items() if n.startswith(prefix)}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # a tied head is the embedding, whether or not the checkpoint contains a head
@@ -178,7 +186,7 @@ def _inference_weights(
         is_table = name.rpartition(".")[2] in EXPERT_TABLES
         if mmap_tables and is_table:
             try:
-                mapped[name] = map_tensor(reader, f"model.{name}")
+                mapped[name] = map_tensor(reader, f"{prefix}{name}")
                 continue
             except NotMappableError as reason:
                 logger.warning("%s: %s %s and is loaded, not mapped", folder, name, reason)

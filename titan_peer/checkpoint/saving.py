@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from titan_peer.checkpoint.files import ManifestEntries, manifest_entries, sync, write_manifest
+from titan_peer.checkpoint.folder import AVERAGE, MODEL
 from titan_peer.checkpoint.removal import hidden_name
 from titan_peer.common.errors import UserError
 from titan_peer.distributed.collectives import ProcessesFailedError, new_gloo_group, on_all_processes
@@ -126,21 +127,22 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> N
 
 
 class _Writer(FileSystemWriter):
-    """Writes `__RANK_model_0.distcp`, the only files that inference reads, and `__RANK_state_0.distcp`; tensors begin
-    at multiples of 64 bytes, so that they can be memory-mapped."""
+    """Writes `__RANK_model_0.distcp` and `__RANK_ema_0.distcp`, of which inference reads one or the other, and
+    `__RANK_state_0.distcp`; tensors begin at multiples of 64 bytes, so that they can be memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=False)
         self.fs = _AligningFileSystem()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        parts: dict[str, list[WriteItem]] = {"model": [], "state": []}
+        parts: dict[str, list[WriteItem]] = {MODEL: [], AVERAGE: [], "state": []}
         for item in plan.items:
-            parts["model" if item.index.fqn.startswith("model.") else "state"].append(item)
+            name = item.index.fqn
+            parts[next((part for part in (MODEL, AVERAGE) if name.startswith(part)), "state")].append(item)
         results: list[WriteResult] = []
         try:
             for part, items in parts.items():
-                prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{part}_")
+                prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{part.rstrip('.')}_")
                 if items:
                     written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
                     results += written.wait()

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="dtype of matmuls; auto: bfloat16 where the device has it in hardware, as in training (default)",
     )
+    add("--ema", action="store_true", help="take the moving averages of the weights (training.ema_decay)")
     add("--output", type=Path, metavar="DIR", help="also write results.json, results.md and every sample's record here")
     add(
         "--register_with_oaieval",
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(args)
+    if options.register_with_oaieval is not None and options.ema:
+        raise UserError("--ema: does not go with --register_with_oaieval, which knows a checkpoint by its folder only")
     if options.register_with_oaieval is not None:
         return _register(options.register_with_oaieval, options.checkpoint)
     problems = Problems()
@@ -121,6 +124,7 @@ def _evaluate(options: argparse.Namespace, settings: Evaluation, checkpoint: Pat
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         precision=options.precision,
+        ema=options.ema,
     )
     if evaluations:
         logger.info(model.generator.decoder.report())

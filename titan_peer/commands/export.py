@@ -36,6 +36,8 @@ class ExportArgs:
     torchao."""
     max_shard_size: float = 5.0
     """Largest size of a weights file in GB; a table larger than that has a file of its own."""
+    ema: bool = False
+    """Write the moving averages of the weights (training.ema_decay) in place of the last weights."""
     license: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """Licence of the weights, for the model card, by its Hugging Face name (apache-2.0, mit ...)."""
 
@@ -57,6 +59,7 @@ def main(words: Sequence[str]) -> int:
         table_dtype=args.table_dtype,
         max_shard_bytes=int(args.max_shard_size * 1e9),
         license_name=args.license,
+        ema=args.ema,
     )
     size = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"{args.output}: {size / 1e9:.2f} GB in {len(list(args.output.iterdir()))} files")

@@ -59,6 +59,8 @@ class GenerateArgs:
     tables: Literal["device", "host", "mapped"] = "device"
     """Where the expert tables are: with the model; in the CPU's memory; or in the checkpoint's file, of which only the
     rows that are used are read, so that a million experts need hardly any memory."""
+    ema: bool = False
+    """Take the moving averages of the weights (training.ema_decay) in place of the last weights."""
     compile: bool | None = None
     """Compile the decode step; by default on CUDA only."""
     max_batch_size: int = 32
@@ -113,6 +115,7 @@ def _load(args: GenerateArgs, checkpoint: Path) -> Generator:
         tables=args.tables,
         max_batch_size=args.max_batch_size,
         compile=args.compile,
+        ema=args.ema,
     )
 
 

@@ -70,6 +70,10 @@ class Training(Section, name="training"):
     bad_step_norm_factor: Annotated[float, Range(1, also=(0,))] = 0.0
     """With skip_bad_steps: skip also a step whose gradient norm is more than this many times the median of the last 128
     steps; 0: none."""
+    ema_decay: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Keep an exponential moving average of the weights, in float32, with this decay per step: 0.999 averages over about
+    1,000 steps. It does not change the training; validation measures it too, checkpoints hold it, and --ema of eval,
+    generate, export and merge takes it. 0: none."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype of matrix products; master weights stay float32. auto: bfloat16 if the device supports it in
     hardware."""
@@ -216,13 +220,13 @@ class Checkpoint(Section, name="checkpoint"):
     initial_load_model_only: bool = True
     """Take only the model from initial_load_path; false: also optimizer, step and data position."""
     exclude_from_loading: list[str] = field(default_factory=list)
-    """What not to take from initial_load_path or from a load_step given by number: model, optimizer, rng, dataloader,
+    """What not to take from initial_load_path or from a load_step given by number: model, optimizer, ema, rng, dataloader,
     train_state or patterns of tensor names such as model.output.*; no effect on a resume with load_step = -1."""
     allow_changed: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that the job starts from, although the weights were trained with it: keys of
     the model such as model.peer.gates, patterns of keys such as model.mla.*, and tokenizer."""
     last_save_model_only: bool = False
-    """At the last step save only the model, in export_dtype; such a checkpoint cannot be resumed."""
+    """At the last step save only the model (and its average, with training.ema_decay), in export_dtype; such a checkpoint cannot be resumed."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the parameters in a model-only checkpoint."""
 

@@ -78,6 +78,16 @@ def master_weight(weight: Tensor) -> Tensor:
     )
 
 
+def refresh_scales(model: nn.Module) -> None:
+    """Compute the scales that `precompute_scales_after_step` keeps anew, if it does, after something other than a step
+    has written the weights. Called by every process."""
+    parts = (p.to_local() for p in model.parameters() if isinstance(p, DTensor))
+    if any(getattr(part, "_precomputed_scale", None) is not None for part in parts):
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(model)
+
+
 def precompute_scales_after_step(
     model: Transformer, optimizers: Sequence[torch.optim.Optimizer], config: Float8
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from titan_peer.common.errors import UserError
@@ -113,6 +113,14 @@ def apply_data_parallel(
         # gradients are summed over processes, not averaged: see train_step.py
         module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Call when something other than a step has written the shards: FSDP gathers them again for the next forward pass.
+    (What the whole model's own group has gathered for a forward pass without a backward pass would stay.)"""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def parallelize(model: Transformer, config: JobConfig, world: World) -> None:

@@ -28,17 +28,24 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_language_model(
-    checkpoint: str | Path, *, device: str, batch_size: int, max_new_tokens: int, precision: str = "auto"
+    checkpoint: str | Path,
+    *,
+    device: str,
+    batch_size: int,
+    max_new_tokens: int,
+    precision: str = "auto",
+    ema: bool = False,
 ) -> tuple[LanguageModel, JobConfig]:
     """Open a checkpoint (as `find_checkpoint` takes it): the model, and the job that trained it.
 
     Args:
         precision: as training.mixed_precision_param: auto, bfloat16 or float32.
+        ema: take the moving averages of the weights.
     Raises:
         UserError: the folder is not an undamaged checkpoint, or there is no such device.
     """
     place = choose_device(device)
-    model, job, tokenizer = load_model_for_inference(checkpoint, device=place)
+    model, job, tokenizer = load_model_for_inference(checkpoint, device=place, ema=ema)
     generator = Generator(model, tokenizer, max_batch_size=batch_size, compile=False)
     context = autocast(place, compute_dtype(precision, place))
     return LanguageModel(generator, max_new_tokens, batch_size, context), job

@@ -23,6 +23,11 @@ class HeldOutLoss(NamedTuple):
     tokens: float  # learnt tokens
     num_bytes: float  # UTF-8 bytes they stand for
 
+    @classmethod
+    def over(cls, sets: Iterable[HeldOutLoss]) -> HeldOutLoss:
+        """The sums over several sets."""
+        return cls(*map(sum, zip(*sets)))
+
     @property
     def loss(self) -> float:
         return self.loss_sum / max(self.tokens, 1)

@@ -177,8 +177,15 @@ class MetricsLogger:
         self._emit(record, line)
         self._window_start, self._window_tokens, self._window_first_step = now, 0, step
 
-    def log_validation(self, step: int, *, overall: HeldOutLoss, sets: dict[str, HeldOutLoss], seconds: float) -> None:
-        """Report the loss over all held-out text and on each held-out set."""
+    def log_validation(
+        self, step: int, *, sets: dict[str, HeldOutLoss], averaged: dict[str, HeldOutLoss], seconds: float
+    ) -> None:
+        """Report the loss over all held-out text and on each held-out set.
+
+        Args:
+            averaged: the same of the averaged weights; empty if there are none.
+        """
+        overall = HeldOutLoss.over(sets.values())
         record: Record = {"step": step, **overall.record("validation_")}
         line = (
             f"step {step:>6}/{self.total_steps}  validation_loss {overall.loss:.4f}  "
@@ -188,6 +195,12 @@ class MetricsLogger:
             record.update(held_out.record(f"validation/{name}_"))
             if len(sets) > 1:
                 line += f"  {name} {held_out.loss:.4f}"
+        if averaged:
+            of_average = HeldOutLoss.over(averaged.values())
+            record.update(of_average.record("validation_ema_"))
+            line += f"  validation_ema_loss {of_average.loss:.4f}"
+        for name, held_out in averaged.items():
+            record.update(held_out.record(f"validation/{name}_ema_"))
         self._emit(record, f"{line}  ({seconds:.1f} s)")
 
     def log_evaluation(self, step: int, record: Record, seconds: float) -> None:
@@ -252,7 +265,12 @@ def plot_loss(metrics_file: Path, output: Path, title: str) -> None:
 
     records = complete_lines(metrics_file)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation (held out)", "o--")):
+    curves = (
+        ("loss", "training", "-"),
+        ("validation_loss", "validation (held out)", "o--"),
+        ("validation_ema_loss", "validation of the averaged weights", "s:"),
+    )
+    for key, label, style in curves:
         points: Sequence[tuple[float, float]] = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points), style, label=label, linewidth=1.5, markersize=4)

@@ -25,16 +25,25 @@ class Validation:
         return step % self.settings.freq == 0
 
     def validate(self, step: int) -> None:
-        """Measure and report mean loss, perplexity and bits per byte. Called by every process."""
+        """Measure and report mean loss, perplexity and bits per byte, of the weights and of their averages if there are
+        any. Called by every process."""
         run = self.run
         run.begin(f"validation after step {step}")
         start = time.perf_counter()
         self._read()
-        found = {name: run.held_out_loss(batches, self.settings.steps) for name, batches in self.loader.sets.items()}
+        found, averaged = self._measure(), {}
+        if run.optimizers.average is not None:
+            with run.optimizers.averaged_weights():
+                averaged = self._measure()
         seconds = time.perf_counter() - start
-        overall = HeldOutLoss(*map(sum, zip(*found.values())))
-        run.metrics.log_validation(step, overall=overall, sets=found, seconds=seconds)
+        run.metrics.log_validation(step, sets=found, averaged=averaged, seconds=seconds)
         run.metrics.exclude(seconds)
+
+    def _measure(self) -> dict[str, HeldOutLoss]:
+        """The loss of the model as it is, on each set."""
+        return {
+            name: self.run.held_out_loss(batches, self.settings.steps) for name, batches in self.loader.sets.items()
+        }
 
     def _read(self) -> None:
         """Read the text of this validation, before its first collective: reading may fail on one process only."""

@@ -7,6 +7,7 @@ either that one too, or a `RowwiseOptimizer` (rowwise.py), which reads their gra
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local, sum_over_processes
+from titan_peer.distributed.float8 import refresh_scales
+from titan_peer.distributed.parallelize import forget_gathered
 from titan_peer.distributed.row_exchange import exchange_row_gradients, factor_bytes, factors_move_fewer_bytes
 from titan_peer.model import PEER, Transformer, experts_of
 from titan_peer.ops import TABLES, RowGradients
@@ -23,6 +26,7 @@ from titan_peer.optim import rowwise
 from titan_peer.optim.builders import build_optimizers
 from titan_peer.optim.clipping import clip_, total_norm
 from titan_peer.optim.groups import parameter_groups
+from titan_peer.optim.weight_average import WeightAverage
 
 TableUpdate = Literal["rowwise", "dense", "dense_from_factors"]
 """How the expert tables get from the backward pass to their update.
@@ -63,6 +67,13 @@ class Optimizers:
             self.collectors = self.rowwise.collectors
         elif self.table_update == "dense_from_factors":
             self.collectors = rowwise.collect_row_gradients(self.experts)
+        self.average: WeightAverage | None = None
+        """Of the weights, after `average_weights`."""
+
+    def average_weights(self, decay: float) -> None:
+        """Keep an exponential moving average of the weights from now on; 0: none."""
+        tables = self.rowwise.param_groups[0]["params"] if self.rowwise is not None else []
+        self.average = WeightAverage(self.model, decay, tables) if decay else None
 
     def _choose_table_update(self, tokens_per_step: int) -> TableUpdate:
         if self.experts and self.config.expert_update == "rowwise":
@@ -133,16 +144,28 @@ class Optimizers:
         scale: Tensor | float = 1.0
         if max_norm > 0:
             scale = clip_(dense, [table.grad for table in tables if table.grad is not None], max_norm, norm)
+        if self.average is not None:
+            self.average.before_update(self._rows_in_use())
         for optimizer in self.dense:
             optimizer.step()
         if self.rowwise is not None:
             self.rowwise.step(grad_scale=scale)
+        if self.average is not None:
+            self.average.after_update()
         self.discard_gradient()
         return norm
 
     def discard_gradient(self) -> None:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
+
+    def _rows_in_use(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The expert tables that the row-wise optimizer updates in this step, each with the rows, int64 [R]."""
+        for module, collector in zip(self.experts, self.collectors) if self.rowwise is not None else ():
+            if not collector.is_empty:
+                pairs = collector.sorted()
+                rows = pairs.row_ids[: int(pairs.num_rows)].long()
+                yield from ((table, rows) for table in (module.expert_down, module.expert_up))
 
     def _gradients_from_factors(self) -> None:
         """The exchanged factors as dense gradients."""
@@ -175,17 +198,34 @@ class Optimizers:
 
     # ---- state
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model's weights are their averages inside, where no step may be made. Called by every process."""
+        self._swap_with_averages()
+        try:
+            yield
+        finally:
+            self._swap_with_averages()
+
+    def _swap_with_averages(self) -> None:
+        assert self.average is not None
+        self.average.swap_with_weights()
+        forget_gathered(self.model)
+        refresh_scales(self.model)
+        self.refresh_copies()
+
     def refresh_copies(self) -> None:
         """Call when something other than a step has written the expert tables, which may have copies."""
         if self.rowwise is not None:
             self.rowwise.refresh_copies()
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What an optimizer keeps for a parameter, by name."""
+        """What an optimizer and the average of the weights keep for a parameter, by name."""
+        averaged = self.average.state_of(parameter) if self.average is not None else {}
         for optimizer in self.all:
             if parameter in optimizer.state:
-                return optimizer.state[parameter]  # type: ignore[no-any-return]
-        return {}
+                return optimizer.state[parameter] | averaged  # type: ignore[no-any-return]
+        return averaged
 
     def _parameter_names(self) -> dict[Tensor, str]:
         return {p: name.replace(_CHECKPOINT_PREFIX, "") for name, p in self.model.named_parameters()}

@@ -200,9 +200,12 @@ def export_checkpoint(
     table_dtype: TableDtype = "float",
     max_shard_bytes: int = 5_000_000_000,
     license_name: str = "",
+    ema: bool = False,
 ) -> None:
     """Write `checkpoint` (see `find_checkpoint`) to the new folder `output`, whole or not at all.
 
+    Args:
+        ema: write the moving averages of the weights in place of them.
     Raises:
         UserError: the checkpoint is damaged or not ours, the output exists or cannot be written to, or a library is
             missing.
@@ -224,9 +227,9 @@ def export_checkpoint(
             partial.mkdir(parents=True)
         except OSError as error:
             raise refusal(error) from None
-        model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True)
+        model, job, tokenizer = load_model_for_inference(checkpoint, mmap_tables=True, ema=ema)
         resolve_vocabulary(job.model, tokenizer.vocab_size)
-        require_sound_model(checkpoint)
+        require_sound_model(checkpoint, ema=ema)
         try:
             config = transformers_config(job.model, tokenizer, dtype, table_dtype)
             _write_weights(model, partial, _FLOAT_DTYPES[dtype], table_dtype, max_shard_bytes)
