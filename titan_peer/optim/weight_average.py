@@ -136,7 +136,7 @@ class WeightAverage:
 
 def _weights(model: Transformer) -> dict[str, Tensor]:
     """What is averaged, by its name in checkpoints."""
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         if isinstance(module, QueryBatchNorm):
             named.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()})
