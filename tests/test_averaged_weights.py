@@ -120,7 +120,7 @@ def test_a_resumed_average_goes_on_to_the_last_bit(averaged, tmp_path: Path) -> 
 def test_a_checkpoint_without_an_average_starts_one_and_says_so(tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.INFO, logger="titan_peer")
     trainer(tmp_path, "--training.steps", 2).train()
-    with pytest.raises(UserError, match="holds no averaged weights; a job with training.ema_decay saves them"):
+    with pytest.raises(UserError, match=r"holds no averaged weights; a job with training\.ema_decay saves them"):
         load_model_for_inference(tmp_path / "checkpoint/step-2", ema=True)
     resumed = trainer(tmp_path, *AVERAGED, "--training.steps", 4)
     assert "the average of the weights starts anew, since none is loaded" in caplog.text

@@ -31,13 +31,30 @@ def find_checkpoint(given: Path | str, key: str) -> Path:
     given = Path(given)
     if (given / TRAIN_STATE).is_file() and not (given / _EXPORTED).is_file():
         return given
-    for folder in (given, given / _checkpoint_folder(given)):
-        complete = [step for step in saved_steps(folder) if _is_complete(folder / f"step-{step}")]
-        if complete:
-            newest = folder / f"step-{complete[-1]}"
-            logger.info("%s: its newest checkpoint is %s", given, newest)
-            return newest
+    if complete := _complete(given):
+        logger.info("%s: its newest checkpoint is %s", given, complete[-1])
+        return complete[-1]
     raise UserError(f"{key} {given}: {_what_it_is(given)}; give {WHAT_TO_GIVE}")
+
+
+def find_checkpoints(given: Path, key: str) -> list[Path]:
+    """The complete checkpoints of a job's folder, or of a folder of checkpoints, in the order of their steps.
+
+    Raises:
+        UserError: there is none.
+    """
+    if complete := _complete(given):
+        return complete
+    what = "is one checkpoint" if (given / TRAIN_STATE).is_file() else _what_it_is(given)
+    raise UserError(f"{key} {given}: {what}; give a job's folder or its folder of checkpoints")
+
+
+def _complete(given: Path) -> list[Path]:
+    for folder in (given, given / _checkpoint_folder(given)):
+        complete = [path for step in saved_steps(folder) if _is_complete(path := folder / f"step-{step}")]
+        if complete:
+            return complete
+    return []
 
 
 def _is_complete(folder: Path) -> bool:

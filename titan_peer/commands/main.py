@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "experts": ("titan_peer.commands.experts", "which experts a saved model uses on given text, and for which tokens"),
     "eval": ("titan_peer.commands.evaluate", "evaluate a checkpoint: perplexity, OpenAI evals, lm-eval tasks"),
     "generate": ("titan_peer.commands.generate", "complete prompts with a checkpoint, or talk with it"),
+    "merge": ("titan_peer.commands.merge", "average checkpoints of a run into one"),
     "export": ("titan_peer.commands.export", "write a checkpoint as a folder that transformers loads"),
     "import": ("titan_peer.commands.import_model", "make a checkpoint of an exported folder"),
     "data inspect": ("titan_peer.commands.data_inspect", "show a job's data: sequences, shares, lengths of documents"),
