@@ -43,6 +43,8 @@ LONG = [
     "ops/test_triton.py",
     "ops/test_cpu_build.py",
     "checkpoint/test_checkpoint.py",
+    "test_averaged_weights.py",
+    "checkpoint/test_merge.py",
     "distributed/test_expert_parallel.py",
     "distributed/test_float8.py",
     "analysis/test_dry_run.py",

@@ -71,8 +71,8 @@ def test_every_command_takes_a_merged_checkpoint(job: Path, tmp_path: Path, caps
     model = load_model_for_inference(tmp_path / "out", mmap_tables=True)[0]
     assert all(torch.equal(t.float(), stored[f"model.{name}"].float()) for name, t in model.state_dict().items())
     checkpoint = ["--checkpoint", str(tmp_path / "out")]
-    text = ["--perplexity", "assets/sample_text/validation.jsonl", "--batch_size", "64"]
-    assert cli.main(["eval", *checkpoint, *text]) == 0
+    (tmp_path / "held_out.txt").write_text("In the beginning", encoding="utf-8")
+    assert cli.main(["eval", *checkpoint, "--perplexity", str(tmp_path / "held_out.txt")]) == 0
     assert cli.main(["generate", *checkpoint, "--prompt", "In", "--max_new_tokens", "2"]) == 0
     assert cli.main(["export", *checkpoint, "--output", str(tmp_path / "exported")]) == 0
     started = trainer(tmp_path / "new", "--checkpoint.initial_load_path", tmp_path / "out")
