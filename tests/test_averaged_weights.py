@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from processes import run_in_processes
 from small_jobs import SMALL, tensors_of, trainer
 from torch import Tensor
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +24,7 @@ from titan_peer.common.errors import UserError
 from titan_peer.config.parse import load_config
 from titan_peer.distributed.world import init_world
 from titan_peer.metrics.held_out_loss import held_out_loss
+from titan_peer.optim.weight_average import WeightAverage
 from titan_peer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +174,28 @@ def test_a_model_only_checkpoint_holds_the_average_too_and_export_takes_it(tmp_p
     assert "--ema: does not go with --register_with_oaieval" in capsys.readouterr().err
 
 
+def test_validation_of_the_average_after_the_last_data_waits_for_the_save_that_is_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, swap, swapped = StateDictStager.stage, WeightAverage.swap_with_weights, threading.Event()
+
+    def stage_when_swapped(self, state_dict, **kwargs):
+        swapped.wait(0.2)
+        return stage(self, state_dict, **kwargs)
+
+    monkeypatch.setattr(StateDictStager, "stage", stage_when_swapped)
+    monkeypatch.setattr(WeightAverage, "swap_with_weights", lambda self: (swap(self), swapped.set()))
+    text = "".join(json.dumps({"text": f"A short document, number {i}."}) + "\n" for i in range(40))
+    (tmp_path / "few.jsonl").write_text(text, encoding="utf-8")
+    data = ["--data.sources.0.path", tmp_path / "few.jsonl", "--data.sources.0.max_epochs", 1]
+    saves = ["--checkpoint.async_mode", "async", "--checkpoint.interval", 1, "--validation.freq", 1000]
+    job = trainer(tmp_path, *AVERAGED, *VALIDATED[:2], *VALIDATED[4:], *data, *saves)
+    job.train()
+    assert 1 < job.step < 6 and job.step in records(tmp_path, "validation_ema_loss")
+    saved = tensors_of(job.checkpointer.folder / f"step-{job.step}")
+    assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in whole_weights(job).items())
+
+
 def train_with_two(folder: str, parts: int) -> float:
     """A job on this process of two; returns the largest difference of its checkpoint's averages from brute force."""
     more = ["--training.local_batch_size", 1, "--parallelism.expert_parallel_degree", parts]
@@ -183,8 +209,6 @@ def train_with_two(folder: str, parts: int) -> float:
 
 
 def train_both_with_two(folder: str) -> list[float]:
-    import os
-
     found = []
     for parts in (1, 2):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + parts)

@@ -364,9 +364,9 @@ class Trainer:
         self.step -= 1
         self._log_step()
         self._say(f"the data ended after step {self.step} of {self.config.training.steps}")
+        self.checkpointer.finish()  # its save may still be copying the weights, which validation may swap
         if self.validation is not None and not self.validation.due(self.step):
             self.validation.validate(self.step)
-        self.checkpointer.finish()
         if self.config.checkpoint.enable and self.checkpointer.saved_step != self.step:
             self.save_checkpoint(last=True, wait=True)
 
