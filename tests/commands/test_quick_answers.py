@@ -26,6 +26,7 @@ TAKE_A_CHECKPOINT = {
     "eval": ["--evals", "test-match"],
     "generate": ["--prompt", "x"],
     "export": ["--output", "outputs/none"],
+    "merge": ["--output", "outputs/none", "--last", "1"],
 }
 """Command: the arguments that it needs besides a checkpoint."""
 OTHERS_NEED = {
