@@ -47,11 +47,11 @@ def curves(
     return {(plan, update): losses(folder / f"{plan}, {update}") for plan in plans for update in updates}
 
 
-def require_same_curves(found: dict[tuple[str, str], list[float]]) -> None:
+def require_same_curves(found: dict[tuple[str, str], list[float]], fall: float = 0.3) -> None:
     for (plan, update), curve in found.items():
         reference = found["1 process", update]
         assert len(curve) == len(reference) == 20
-        assert reference[-1] < reference[0] - 0.3
+        assert reference[-1] < reference[0] - fall
         assert curve == pytest.approx(reference, rel=1e-4), f"{plan}, {update}"
 
 
@@ -81,5 +81,5 @@ def test_every_plan_and_update_follows_one_process(compiled: bool, tmp_path: Pat
 @pytest.mark.slow
 def test_every_plan_of_dense_parameters_follows_one_process_with_muon(tmp_path: Path) -> None:
     plans = ["1 process", "FSDP x 2", "FSDP x 4", "HSDP 2 x 2"]
-    settings = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true", "--optimizer.lr", 1e-3]
-    require_same_curves(curves(tmp_path, plans, ["rowwise"], compiled=False, more=settings))
+    settings = ["--optimizer.name", "muon", "--optimizer.muon.normalize_rows", "true"]
+    require_same_curves(curves(tmp_path, plans, ["rowwise"], compiled=False, more=settings), fall=0.02)
