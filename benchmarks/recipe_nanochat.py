@@ -136,7 +136,7 @@ def validate(model: Any, held_out: Any, most: int) -> HeldOutLoss:
         batches.read_ahead(most)
         found.append(held_out_loss(summed, batches, max_batches=most))
     model.train()
-    return HeldOutLoss(*map(sum, zip(*found)))
+    return HeldOutLoss.over(found)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_job(tmp_path: Path) -> Non
         at_once.train()
 
 
-def train_with_a_bad_process(folder: str) -> tuple[list[str], float]:
+def train_with_a_bad_process(folder: str) -> list[str]:
     config = load_config([*map(str, [*SMALL, *SKIPS, "--training.local_batch_size", 1, "--job.dump_folder", folder])])
     job = Trainer(config, init_world(config.parallelism))
     if job.world.rank == 1:
@@ -106,13 +106,11 @@ def train_with_a_bad_process(folder: str) -> tuple[list[str], float]:
     require = job._require_good
     job._require_good = lambda result: (told.append(result.skipped), require(result))[1]  # type: ignore[method-assign]
     job.train()
-    return told, float(
-        sum(p.detach().to_local().double().sum() for p in job.model.layers.parameters() if hasattr(p, "to_local"))
-    )
+    return told
 
 
 def test_processes_skip_together_what_is_bad_on_one(tmp_path: Path) -> None:
-    (first, _), (second, _) = run_in_processes(2, train_with_a_bad_process, str(tmp_path))
+    first, second = run_in_processes(2, train_with_a_bad_process, str(tmp_path))
     assert [bool(why) for why in first] == [bool(why) for why in second] == [False, False, True, False, False, False]
     assert first[2] == "the loss is not finite on another process" and "inf" in second[2]
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_peer.common.errors import TransientError, UserError, is_transient
 
@@ -92,6 +92,14 @@ def max_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -
 def local(tensor: Tensor) -> Tensor:
     """This process' part of a tensor, detached; the whole tensor where nothing is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The processes that hold a tensor together, each a part; None: each process holds it whole."""
+    if not isinstance(tensor, DTensor):
+        return None
+    dims = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
+    return tensor.device_mesh.get_group(dims[0]) if dims else None
 
 
 class ProcessesFailedError(Exception):

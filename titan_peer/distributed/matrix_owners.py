@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan_peer.distributed.collectives import all_gather_into, exchange_bytes, sum_over_processes
+from titan_peer.distributed.collectives import all_gather_into, exchange_bytes, shard_group, sum_over_processes
 
 Work = Callable[[Sequence[int], list[Tensor]], list[Tensor]]
 """From the indices of some of the matrices and these matrices to their results, of the same shapes and dtype."""
@@ -115,7 +115,5 @@ def _owners(sizes: tuple[int, ...], number: int) -> list[int]:
 
 def sum_over_shards(parameter: Tensor, values: Tensor) -> Tensor:
     """Sum `values` in place over the processes that hold the shards of a parameter, if it is sharded."""
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        sum_over_processes(values, mesh.get_group(mesh.ndim - 1))
-    return values
+    group = shard_group(parameter)
+    return values if group is None else sum_over_processes(values, group)

@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
-from titan_peer.distributed.collectives import local, max_over_processes, sum_over_processes
+from titan_peer.distributed.collectives import local, max_over_processes, shard_group, sum_over_processes
 from titan_peer.metrics.callback import Callback, Run, Step
+from titan_peer.metrics.held_out_loss import evaluation_mode
 from titan_peer.model import MLA, Transformer
 from titan_peer.optim.groups import group_of_each
 from titan_peer.optim.optimizers import Optimizers
@@ -80,12 +79,7 @@ class _Groups:
 
     def remember_weights(self) -> None:
         """Copy the weights that the step will change: of tables with the row-wise update, the rows in use."""
-        used: dict[Tensor, Tensor] = {}
-        if self.optimizers.rowwise is not None:
-            for module, collector in zip(self.optimizers.experts, self.optimizers.collectors):
-                pairs = collector.sorted()
-                rows = pairs.row_ids[: int(pairs.num_rows)].long()
-                used.update({module.expert_down: rows, module.expert_up: rows})
+        used = dict(self.optimizers.rows_in_use())
         for parameter in (parameter for members in self.members.values() for parameter in members):
             rows_used, weights = used.get(parameter), local(parameter)
             self._before[parameter] = rows_used, weights.clone() if rows_used is None else weights[rows_used]
@@ -111,14 +105,6 @@ class _Square(NamedTuple):
     value: Tensor  # 0-d float32
     parameter: Tensor
 
-    @property
-    def sharded_over(self) -> dist.ProcessGroup | None:
-        """The processes that hold the parameter together, if there are several."""
-        if not isinstance(self.parameter, DTensor):
-            return None
-        dims = [dim for dim, placement in enumerate(self.parameter.placements) if isinstance(placement, Shard)]
-        return self.parameter.device_mesh.get_group(dims[0]) if dims else None
-
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
     return local(tensor).float().square().sum()
@@ -127,8 +113,8 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
 def _norms(squares: list[_Square]) -> dict[str, float]:
     """The norm over each parameter group. One sum over processes for each way in which parameters are sharded."""
     totals: dict[str, float] = {}
-    for processes in dict.fromkeys(square.sharded_over for square in squares):
-        some = [square for square in squares if square.sharded_over is processes]
+    for processes in dict.fromkeys(shard_group(square.parameter) for square in squares):
+        some = [square for square in squares if shard_group(square.parameter) is processes]
         values = torch.stack([square.value for square in some]).double()
         if processes is not None:
             sum_over_processes(values, processes)
@@ -170,19 +156,16 @@ def largest_logits(model: Transformer, tokens: Tensor, document_ids: Tensor) -> 
         of_heads = [(queries[:, head] @ keys[:, head].T)[attends].amax() for head in range(mla.n_heads)]
         largest[layer] = torch.stack(of_heads).amax() * mla.softmax_scale
 
-    blocks = enumerate(model.layers)
     hooks = [
         module.register_forward_pre_hook(partial(measure, layer))
-        for layer, block in blocks
+        for layer, block in enumerate(model.layers)
         for module in block.modules()
         if isinstance(module, MLA)
     ]
-    model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model, "force_eager"):
             model(tokens, document_ids)
     finally:
-        model.train()
         for hook in hooks:
             hook.remove()
     of_all = max_over_processes(torch.stack([largest[layer] for layer in sorted(largest)]))

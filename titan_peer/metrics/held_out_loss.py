@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,17 @@ def held_out_loss(
     return HeldOutLoss(*sum_over_processes(sums).tolist())
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module, stance: str) -> Iterator[None]:
+    """A model in training is in evaluation mode inside, with this stance of the compiler."""
+    model.eval()
+    try:
+        with torch.compiler.set_stance(stance):
+            yield
+    finally:
+        model.train()
+
+
 class TrainingModelLoss:
     """Measures the held-out loss of a model in training, by all processes together; each has its own batches.
 
@@ -91,9 +103,5 @@ class TrainingModelLoss:
         self._stance = "force_eager" if device.type == "cpu" else "default"
 
     def __call__(self, batches: Batches, max_batches: int = -1) -> HeldOutLoss:
-        self.model.eval()
-        try:
-            with torch.compiler.set_stance(self._stance):
-                return held_out_loss(self.summed_loss, batches, self.sum_over_processes, max_batches)
-        finally:
-            self.model.train()
+        with evaluation_mode(self.model, self._stance):
+            return held_out_loss(self.summed_loss, batches, self.sum_over_processes, max_batches)

@@ -23,3 +23,7 @@ class SortedPairs(NamedTuple):
     """int32 [R + 1]: where each expert's run begins in `order`, and P."""
     num_rows: Tensor
     """0-d integer: R, the number of different experts."""
+
+    def rows(self) -> Tensor:
+        """The experts that were chosen, int64 [R]; the host waits for a GPU."""
+        return self.row_ids[: int(self.num_rows)].long()

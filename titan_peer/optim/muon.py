@@ -22,11 +22,9 @@ from torch import Tensor
 from titan_peer.config.optimizer import Optimizer as OptimizerConfig
 from titan_peer.distributed.collectives import local
 from titan_peer.distributed.matrix_owners import on_owners, sum_over_shards
+from titan_peer.ops.row_gradients import UPDATE_RMS
 from titan_peer.optim import adamw
 from titan_peer.optim.groups import Parts
-
-UPDATE_RMS = 0.2
-"""Root mean square of the elements of an update at learning rate 1, that of AdamW in practice (arXiv 2502.16982)."""
 
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

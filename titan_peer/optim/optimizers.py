@@ -140,12 +140,12 @@ class Optimizers:
             The gradient's norm before clipping, 0-d float32.
         """
         norm = self.gradient_norm() if norm is None else norm
-        dense, tables = self._with_gradient()
         scale: Tensor | float = 1.0
         if max_norm > 0:
+            dense, tables = self._with_gradient()
             scale = clip_(dense, [table.grad for table in tables if table.grad is not None], max_norm, norm)
         if self.average is not None:
-            self.average.before_update(self._rows_in_use())
+            self.average.before_update(self.rows_in_use())
         for optimizer in self.dense:
             optimizer.step()
         if self.rowwise is not None:
@@ -159,12 +159,11 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def _rows_in_use(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows_in_use(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The expert tables that the row-wise optimizer updates in this step, each with the rows, int64 [R]."""
         for module, collector in zip(self.experts, self.collectors) if self.rowwise is not None else ():
             if not collector.is_empty:
-                pairs = collector.sorted()
-                rows = pairs.row_ids[: int(pairs.num_rows)].long()
+                rows = collector.sorted().rows()
                 yield from ((table, rows) for table in (module.expert_down, module.expert_up))
 
     def _gradients_from_factors(self) -> None:

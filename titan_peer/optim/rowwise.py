@@ -62,12 +62,10 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         table: Tensor,
         state: dict[str, Tensor],
         step: int,
-        pairs: SortedPairs,
-        weights: Tensor,
-        vectors: Tensor,
+        factors: tuple[SortedPairs, Tensor, Tensor],
         grad_scale: Tensor | float,
     ) -> None:
-        """Update the rows of a table [N, E, D] (this process' part of it) that are in `pairs`."""
+        """Update the rows of a table [N, E, D] (this process' part of it) that have `factors` (RowGradients.table_factors)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -85,7 +83,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
                 if collector.is_empty:
                     continue
                 factors = collector.table_factors(which)
-                self._update(local(table), state, int(state["step"]), *factors, grad_scale)
+                self._update(local(table), state, int(state["step"]), factors, grad_scale)
                 if copy is not None:
                     _copy_rows(local(table), copy, factors[0])
             collector.clear()
@@ -159,9 +157,7 @@ class RowwiseAdamW(RowwiseOptimizer):
         table: Tensor,
         state: dict[str, Tensor],
         step: int,
-        pairs: SortedPairs,
-        weights: Tensor,
-        vectors: Tensor,
+        factors: tuple[SortedPairs, Tensor, Tensor],
         grad_scale: Tensor | float,
     ) -> None:
         group = self.param_groups[0]
@@ -170,9 +166,7 @@ class RowwiseAdamW(RowwiseOptimizer):
             table,
             local(state["exp_avg"]),
             local(state["exp_avg_sq"]),
-            pairs,
-            weights,
-            vectors,
+            *factors,
             grad_scale=grad_scale,
             lr=group["lr"],
             beta1=beta1,
@@ -218,18 +212,14 @@ class RowwiseNormalized(RowwiseOptimizer):
         table: Tensor,
         state: dict[str, Tensor],
         step: int,
-        pairs: SortedPairs,
-        weights: Tensor,
-        vectors: Tensor,
+        factors: tuple[SortedPairs, Tensor, Tensor],
         grad_scale: Tensor | float,
     ) -> None:
         group = self.param_groups[0]
         rowwise_normalized_(
             table,
             local(state["momentum"]) if "momentum" in state else None,
-            pairs,
-            weights,
-            vectors,
+            *factors,
             grad_scale=grad_scale,
             lr=group["lr"],
             beta=group["momentum"],
@@ -264,8 +254,7 @@ def _tables_and_copies(module: Experts) -> list[tuple[nn.Parameter, Tensor | Non
 
 def _copy_rows(table: Tensor, copy: Tensor, pairs: SortedPairs) -> None:
     """Write the updated rows of a table into its copy."""
-    rows = pairs.row_ids[: int(pairs.num_rows)].long()
-    for part in rows.split(1 << 14):
+    for part in pairs.rows().split(1 << 14):
         copy.index_copy_(0, part, table.index_select(0, part).to(copy.dtype))
 
 

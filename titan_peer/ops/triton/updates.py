@@ -24,6 +24,12 @@ def _missed(missed: MissedSteps | None, stand_in: Tensor) -> tuple[tuple[Tensor,
     return (missed.last_use, table), (missed.step, table.shape[0], *missed.log2())
 
 
+def _on_device(grad_scale: Tensor | float, param: Tensor) -> Tensor:
+    if isinstance(grad_scale, Tensor):
+        return grad_scale
+    return torch.full((), grad_scale, dtype=torch.float32, device=param.device)
+
+
 def _mark_used(pairs: SortedPairs, missed: MissedSteps | None) -> None:
     if missed is None:
         return
@@ -55,8 +61,6 @@ def rowwise_adamw_(
     constants = row_launch("adamw", pairs, weights, vectors, param)
     vectors = rows_last_contiguous(vectors)
     programs = constants.pop("programs")
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=param.device)
     pointers, scalars = _missed(missed, param)
     kernel = adamw.adamw_row if exp_avg_sq.ndim == 1 else adamw.adamw_element
     with torch.cuda.device_of(param):
@@ -70,7 +74,7 @@ def rowwise_adamw_(
             pairs.num_rows,
             weights.contiguous(),
             vectors,
-            grad_scale,
+            _on_device(grad_scale, param),
             *pointers,
             vectors.stride(0),
             float(1 - lr * weight_decay),
@@ -110,8 +114,6 @@ def rowwise_normalized_(
     if E > 1:  # tl.dot takes tiles of 16 or more
         block_e = max(16, triton.next_power_of_2(E))
         constants["BLOCK_D"] = max(16, min(constants["BLOCK_D"], 2048 // block_e))
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=param.device)
     pointers, scalars = _missed(missed, param)
     with torch.cuda.device_of(param):
         normalized.normalized[(programs,)](
@@ -123,7 +125,7 @@ def rowwise_normalized_(
             pairs.num_rows,
             weights.contiguous(),
             vectors,
-            grad_scale,
+            _on_device(grad_scale, param),
             *pointers,
             vectors.stride(0),
             float(decay),
