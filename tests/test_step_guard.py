@@ -115,6 +115,12 @@ def test_processes_skip_together_what_is_bad_on_one(tmp_path: Path) -> None:
     assert first[2] == "the loss is not finite on another process" and "inf" in second[2]
 
 
+def test_a_norm_factor_without_steps_to_skip_is_refused() -> None:
+    (problem,) = Training(bad_step_norm_factor=5.0).problems()
+    assert problem == "training.bad_step_norm_factor = 5.0: has no effect without training.skip_bad_steps"
+    assert not Training(bad_step_norm_factor=5.0, skip_bad_steps=1).problems()
+
+
 def test_the_median_follows_norms_that_have_risen_for_good() -> None:
     guard = StepGuard(Training(skip_bad_steps=200, bad_step_norm_factor=3.0), lambda votes: votes)
 

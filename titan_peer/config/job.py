@@ -96,6 +96,8 @@ class Training(Section, name="training"):
         if self.global_batch_size != -1 and self.global_batch_size % max(self.local_batch_size, 1):
             allowed = f"must be a multiple of training.local_batch_size = {self.local_batch_size}"
             found += self.problem("global_batch_size", allowed)
+        if self.bad_step_norm_factor and not self.skip_bad_steps:
+            found += self.problem("bad_step_norm_factor", "has no effect without training.skip_bad_steps")
         return found
 
 
